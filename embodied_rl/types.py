@@ -1,0 +1,347 @@
+"""The data that walks through the engine, and what an env and a policy must offer.
+
+Axis letters, used in every docstring of the project:
+
+    T decisions of one rollout      B copies of the env        A units of one decision
+    N flattened decisions           C control steps (chunk)    D features
+    K denoising steps               V vocabulary               E episodes
+
+A *decision* is one call of the policy. It emits `A` *units* (action values, tokens, denoising steps), each
+with a log-probability under the policy that sampled it, and is executed as a chunk of `C` control steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Obs = dict[str, Tensor]
+"""What a policy sees: name -> [B, ...]. For example {"state": [64, 52] float32, "instruction": [64, 12] int64}."""
+
+State = dict[str, Any]
+"""A tree of dicts and lists whose leaves are tensors, str, int, float, bool or None: what a checkpoint holds."""
+
+Split = Literal["train", "eval"]
+"""Which set of starts (seeds, layouts, wordings) an env draws from; the two never overlap."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One entry of the observation, without the batch axis.
+
+    Example: `TensorSpec((12,), torch.int64, low=0, high=255, constant=True, meaning="instruction word ids")`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    low: float | None = None
+    """Smallest value that can occur, or None when unbounded."""
+    high: float | None = None
+    """Largest value that can occur, or None when unbounded."""
+    constant: bool = False
+    """True when the value does not change within an episode: a rollout stores it once per episode."""
+    meaning: str = ""
+    """One phrase with the unit."""
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """What one control step takes: `size` numbers in [-1, 1], or one integer below `size`.
+
+    Example: the arm is `ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))`.
+    """
+
+    kind: Literal["continuous", "discrete"]
+    size: int
+    names: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one control step's action without the batch axis: `(size,)`, or `()` when discrete."""
+        return (self.size,) if self.kind == "continuous" else ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 for continuous actions, int64 for discrete ones."""
+        return torch.float32 if self.kind == "continuous" else torch.int64
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """Everything the engine needs to know of an env before its first step."""
+
+    observation: dict[str, TensorSpec]
+    action: ActionSpec
+    num_envs: int
+    """Number of copies B."""
+    max_steps: int | None
+    """Control steps after which an episode is truncated; None when the env has no limit of its own."""
+    tasks: tuple[str, ...]
+    """Names of the tasks; `Step.task` holds indices into it. One name for a single-task env."""
+    seedable: bool
+    """`reset` starts the same episode again for the same seed and task: needed for groups and fixed eval layouts."""
+    has_state: bool
+    """`get_state` / `set_state` continue bit for bit: needed for an exact resume."""
+    has_success: bool = False
+    """`Step.success` is meaningful."""
+    cameras: tuple[str, ...] = ()
+    """Camera names accepted by `render`; empty when the env draws no pictures."""
+    control_hz: float | None = None
+    """Control steps per second of simulated time."""
+
+
+@dataclass
+class Step:
+    """What happened in one control step, for all copies; nothing has been reset yet.
+
+    `obs` is always the state that really followed the action: an env never resets by itself, `collect` asks
+    for it with `reset(mask, ...)`. So there is no "final observation" to keep apart.
+    """
+
+    obs: Obs
+    reward: Tensor
+    """[B] float32, task units."""
+    terminated: Tensor
+    """[B] bool, the task ended: nothing follows."""
+    truncated: Tensor
+    """[B] bool, cut by a time limit: the state still has a value."""
+    success: Tensor | None = None
+    """[B] bool, the task's goal holds in the state `obs`; None when the env has no such notion."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """name -> [B] float32 reward terms and diagnostics, logged as rollout/reward_<name>_mean."""
+
+
+@runtime_checkable
+class Env(Protocol):
+    """B copies of an environment, stepped together, torch tensors in and out on `device`.
+
+    Protocol of one episode: `reset(mask, seeds, tasks)` starts it in the masked copies; `step(action, active)`
+    advances; when a copy is `terminated | truncated` it waits (its later outputs are ignored) until the next reset.
+    """
+
+    spec: EnvSpec
+    device: torch.device
+
+    def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
+        """Start new episodes in some copies and return the observation of ALL copies.
+
+        Args:
+            mask: [B] bool, copies to restart; the others keep their state and observation.
+            seeds: [B] int64 >= 0; same seed, same task and same split: same start, bit for bit. The last bit is
+                1 for evaluation starts, 0 for training starts (see `embodied_rl.seeding`).
+            tasks: [B] int64, index into `spec.tasks`.
+        """
+        ...
+
+    def step(self, action: Tensor, active: Tensor | None = None) -> Step:
+        """Advance one control step.
+
+        Args:
+            action: [B, *spec.action.shape] of spec.action.dtype; continuous values are clipped to [-1, 1].
+            active: [B] bool, copies whose result will be used; the others may be advanced or left alone.
+
+        Raises:
+            ShapeError: Wrong shape, dtype or device, or a non-finite action (says which copies).
+        """
+        ...
+
+    def get_state(self) -> State:
+        """Everything needed to continue bit for bit; CapabilityError when `spec.has_state` is False."""
+        ...
+
+    def set_state(self, state: State) -> Obs:
+        """Restore `get_state`'s result and return the observation of all copies."""
+        ...
+
+    def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
+        """Pictures [len(copies), H, W, 3] uint8 of the copies asked for; NotFoundError for an unknown camera."""
+        ...
+
+    def close(self) -> None:
+        """Free threads and memory; may be called twice."""
+        ...
+
+
+@dataclass
+class PolicyOutput:
+    """One decision for B copies.
+
+    Example, 2 copies of a 3-dimensional Gaussian with chunk 1: units [2, 3], logp [2, 3], action [2, 1, 3],
+    value [2].
+    """
+
+    units: Tensor
+    """[B, A, ...] what was sampled, exactly as `evaluate` wants it back."""
+    logp: Tensor
+    """[B, A] log-probability of each unit under the sampler."""
+    action: Tensor
+    """[B, C, *action.shape] what the env executes, in order."""
+    value: Tensor | None = None
+    """[B] critic's estimate for the observation, in the critic's (scaled) reward units; None without a critic."""
+    mask: Tensor | None = None
+    """[B, A] bool, units that count; None when all do."""
+
+
+@dataclass
+class Evaluation:
+    """The current policy's opinion of N recorded decisions, with gradients."""
+
+    logp: Tensor
+    """[N, A]"""
+    entropy: Tensor | None = None
+    """[N, A] entropy of each unit's distribution (an estimate where there is no closed form); None if it has none."""
+    value: Tensor | None = None
+    """[N] expectation of the critic; None without a critic."""
+    value_logits: Tensor | None = None
+    """[N, bins] when the critic is a classifier over return bins (HL-Gauss)."""
+
+
+class Policy(Protocol):
+    """What the engine asks of a network; every implementation is also a `torch.nn.Module`.
+
+    Two rules keep training honest. (1) `act` and `evaluate` share one code path for log-probabilities, so that the
+    ratio is exactly 1 before the first step. (2) Nothing inside the policy changes during collection: running
+    statistics move only in `observe`, which the loop calls after an update.
+    """
+
+    chunk: int
+    """C, control steps per decision."""
+    num_units: int
+    """A, units per decision."""
+    has_critic: bool
+
+    def act(self, obs: Obs, *, generator: torch.Generator | None, greedy: bool = False) -> PolicyOutput:
+        """Sample (or with `greedy` take the mode of) one decision per copy, without gradients."""
+        ...
+
+    def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
+        """Log-probabilities, entropies and values of recorded decisions, with gradients.
+
+        Args:
+            obs: [N, ...] observations.
+            units: [N, A, ...] as `act` returned them.
+            entropy: False when no loss reads it, so it need not be computed.
+        """
+        ...
+
+    def value(self, obs: Obs) -> Tensor:
+        """[N] critic's estimate, without gradients."""
+        ...
+
+    def observe(self, obs: Obs) -> None:
+        """Move running statistics (observation normaliser) with a finished rollout's observations [N, ...]."""
+        ...
+
+
+@dataclass
+class Rollout:
+    """T decisions of B copies, and everything later rooms may read of them.
+
+    Worked example, T = 2, B = 1, one unit, an episode that ends by a time limit at the first decision:
+    reward [[1.0], [0.5]], terminated [[False], [False]], truncated [[True], [False]], value [[2.0], [3.0]],
+    next_value [[2.5], [3.2]]: 2.5 is the value of the state where the limit struck, not of the fresh start (3.0).
+    """
+
+    obs: Obs
+    """name -> [T, B, ...] for entries that change within an episode."""
+    constants: Obs
+    """name -> [E, ...] for per-episode entries; row `episode[t, b]` belongs to decision (t, b)."""
+    episode: Tensor
+    """[T, B] int64 index of the episode: two decisions share it exactly when they belong to one episode."""
+    units: Tensor
+    """[T, B, A, ...]"""
+    logp: Tensor
+    """[T, B, A] at sampling time, under the sampler's real temperature."""
+    mask: Tensor
+    """[T, B, A] bool, units that count."""
+    valid: Tensor
+    """[T, B] bool, decisions that count: False after the end of an episode that is not restarted."""
+    reward: Tensor
+    """[T, B] unscaled, summed over the executed steps of the chunk."""
+    steps: Tensor
+    """[T, B] int64 control steps really executed, at most C; the decision's discount is gamma ** steps."""
+    terminated: Tensor
+    """[T, B] bool"""
+    truncated: Tensor
+    """[T, B] bool"""
+    value: Tensor | None
+    """[T, B]"""
+    next_value: Tensor | None
+    """[T, B] value of the state that really followed, before any reset; unused (0) where terminated."""
+    group: Tensor
+    """[T, B] int64, decisions of copies that share one start (layout, instruction and seed) share it."""
+    task: Tensor
+    """[T, B] int64 index into `EnvSpec.tasks`."""
+    policy_version: Tensor
+    """[T, B] int64, number of optimizer updates behind the weights that sampled it."""
+    chunk: int
+    """C"""
+    finished: dict[str, Tensor]
+    """Episodes that ended in this rollout: task, seed, copy, length [E] int64; return [E]; success_once,
+    success_at_end [E] bool (when the env has success)."""
+    metrics: dict[str, tuple[float, float]]
+    """name -> (sum, count) partial means of the env's `Step.metrics` over the executed steps."""
+
+    @property
+    def done(self) -> Tensor:
+        """[T, B] bool, the episode ended with this decision, for either reason."""
+        return self.terminated | self.truncated
+
+    def to(self, device: torch.device) -> Rollout:
+        """Return a copy whose tensors are on `device`."""
+
+        def move(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.to(device)
+            return {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+        return Rollout(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass
+class Advantage:
+    """What credit assignment returns.
+
+    Example: two copies of one group with returns 1 and 0, GRPO: advantage [[0.707], [-0.707]] on each decision.
+    """
+
+    advantage: Tensor
+    """[T, B]; exactly 0 where the decision carries no signal."""
+    target: Tensor | None = None
+    """[T, B] regression target of the critic, in the critic's units; None without a critic."""
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """name -> (sum, count)"""
+
+
+@dataclass
+class Batch:
+    """Flattened decisions, as a loss sees them: N rows of A units."""
+
+    obs: Obs
+    """name -> [N, ...]"""
+    units: Tensor
+    """[N, A, ...]"""
+    logp: Tensor
+    """[N, A] of the proximal policy: the one that sampled, or a recomputed one."""
+    mask: Tensor | None
+    """[N, A] bool; None when every unit counts (saves the masking)."""
+    advantage: Tensor
+    """[N]"""
+    target: Tensor | None
+    """[N]"""
+    value: Tensor | None
+    """[N] at sampling time."""
+    weight: Tensor
+    """[N, L] share of each cell in the loss: rows of the whole optimizer step add up to 1 (see `loss.cell_weights`)."""
+    row_weight: Tensor
+    """[N] share of each decision in per-decision terms (value loss): adds up to 1 over the optimizer step."""
+    trajectory: Tensor
+    """[N] int64 trajectory of each row, consecutive rows of one trajectory when the ratio needs it."""
+    logp_ref: Tensor | None = None
+    """[N, A] of the reference policy."""
+
+    def __len__(self) -> int:
+        return self.logp.shape[0]
