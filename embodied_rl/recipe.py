@@ -1,0 +1,114 @@
+"""Run-level settings: everything that belongs to the run and not to the env, the policy or the method."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from embodied_rl.section import Section
+
+
+class Collect(Section):
+    """How experience is gathered."""
+
+    copies: int = Field(64, ge=1)
+    """Copies of the env stepped together (B); more copies: smoother gradients, more memory."""
+    decisions: int = Field(64, ge=1)
+    """Decisions per copy in one rollout (T)."""
+    mode: Literal["stream", "episodes"] = "stream"
+    """stream: episodes go on across rollouts; episodes: every copy runs one episode per rollout, then waits."""
+    group_size: int = Field(1, ge=1)
+    """Copies that share each start; group-relative methods need at least 2 and mode: episodes."""
+    pipeline: int = Field(1, ge=1, le=8)
+    """Parts the copies are split into; with 2, one half simulates while the other half is inferred."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Collect:
+        if self.copies % (self.group_size * self.pipeline):
+            raise ValueError(
+                f"copies ({self.copies}) must be a multiple of group_size ({self.group_size}) times pipeline "
+                f"({self.pipeline}): change copies to {-(-self.copies // (self.group_size * self.pipeline)) * self.group_size * self.pipeline}"
+            )
+        if self.group_size > 1 and self.mode == "stream":
+            raise ValueError(f"group_size ({self.group_size}) above 1 needs mode: episodes, so that a group ends together")
+        return self
+
+
+class Evaluate(Section):
+    """Closed-loop evaluation on starts that training never sees."""
+
+    every: int = Field(0, ge=0)
+    """Updates between evaluations during training; 0 evaluates only at the end."""
+    episodes: int = Field(300, ge=0)
+    """Episodes of the final evaluation; 0 skips it."""
+    episodes_during: int = Field(60, ge=1)
+    """Episodes of each evaluation during training."""
+    copies: int = Field(100, ge=1)
+    """Copies that share them evenly."""
+    greedy: bool = True
+    """Take the policy's mode; false samples, as in training."""
+    videos: int = Field(8, ge=0)
+    """Episodes filmed after training (successes and failures); 0 for none, or when the env has no camera."""
+
+
+class Checkpoint(Section):
+    """What is kept on disk for resuming."""
+
+    every: int = Field(20, ge=1)
+    """Updates between checkpoints; the last update always makes one."""
+    keep: int = Field(2, ge=1)
+    """Latest checkpoints kept; the best one by evaluation is kept besides."""
+
+
+class Log(Section):
+    """Where numbers go; `metrics.jsonl` is always written."""
+
+    folder: str = "runs"
+    """Parent of the run folder `<folder>/<name>`."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases mode; offline writes into the run folder and can be synced later."""
+    wandb_project: str = "embodied-rl"
+    """Project name for Weights & Biases."""
+    progress: bool = True
+    """Live progress on the terminal; plain lines where the output is not a terminal."""
+
+
+class Train(Section):
+    """How long to train."""
+
+    env_steps: int = Field(1_000_000, ge=1)
+    """Control steps over all copies after which training ends."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Stop early after this wall time, counted over resumes; null for no limit."""
+    max_bad_updates: int = Field(5, ge=1)
+    """Skipped non-finite updates in a row after which the run stops."""
+    target_success: float | None = Field(None, gt=0, le=1)
+    """Stop when an evaluation during training reaches this success rate; null never stops early."""
+
+
+class Recipe(Section):
+    """One run, completely: what `train` takes and what is written to the run folder."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run folder; letters, digits, '.', '_' and '-'."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seeds networks, sampling and starts."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<index>; auto takes the first CUDA device, else the CPU."""
+    threads: int | None = Field(None, ge=1)
+    """torch CPU threads; null leaves torch's own choice. Results are bit-identical only for an equal number."""
+    env: SerializeAsAny[Section]
+    policy: SerializeAsAny[Section]
+    algorithm: SerializeAsAny[Section]
+    collect: Collect = Collect()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved recipe as plain data; loading it again gives an equal recipe."""
+        return self.model_dump(mode="json")
