@@ -1,0 +1,345 @@
+"""Credit assignment as a chain of small pure functions: shape, returns, baseline, scale, post-process.
+
+Published methods are choices along the chain (`Credit`), not functions of their own. All tensors are [T, B].
+
+Rewards are never patched to bootstrap a time limit: `next_value` is the value of the state that really followed, and
+delta = r + discount (1 - terminated) v' - v is cut at `terminated | truncated`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from embodied_rl.errors import CapabilityError, ShapeError
+from embodied_rl.section import Section
+from embodied_rl.types import Advantage, Rollout, State
+
+Baseline = Literal["none", "critic", "batch_mean", "group_mean", "leave_one_out"]
+Scale = Literal["none", "batch_std", "group_std", "group_mean"]
+
+
+class Credit(Section):
+    """How rewards become advantages."""
+
+    gamma: float = Field(0.99, ge=0, le=1)
+    """Discount per control step; a decision of k executed steps is discounted by gamma ** k."""
+    returns: Literal["gae", "return_to_go", "trajectory"] = "gae"
+    """gae: needs a critic; return_to_go: discounted sum from the decision on; trajectory: one number per episode."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """GAE's lambda: 0 is the one-step error (low variance), 1 the discounted return minus the value."""
+    reward_scale: Literal["none", "running_return_std"] = "none"
+    """Divide rewards by the running standard deviation of the discounted return before anything else."""
+    baseline: Baseline = "critic"
+    """What is subtracted; critic comes with gae, the group ones compare copies that share one start."""
+    scale: Scale = "none"
+    """What the centred score is divided by."""
+    scale_floor: float = Field(1e-3, gt=0)
+    """Smallest divisor; scores that are all equal give an advantage of exactly 0 whatever the floor."""
+    whiten: bool = False
+    """Finally bring the advantages of the whole rollout to mean 0 and standard deviation 1."""
+    clip: float | None = Field(None, gt=0)
+    """Finally clamp advantages to +-clip; null for no clamp."""
+    positive_weight: float = Field(1.0, ge=0)
+    """Finally multiply positive advantages (0 learns from failures only)."""
+    negative_weight: float = Field(1.0, ge=0)
+    """Finally multiply negative advantages (0 learns from successes only)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Credit:
+        if (self.returns == "gae") != (self.baseline == "critic"):
+            raise ValueError(
+                f"returns ({self.returns}) and baseline ({self.baseline}) do not fit: gae goes with critic, "
+                "return_to_go and trajectory with none, batch_mean, group_mean or leave_one_out"
+            )
+        return self
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether the policy must have a value head."""
+        return self.returns == "gae"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether copies must share starts."""
+        return self.baseline in ("group_mean", "leave_one_out") or self.scale in ("group_std", "group_mean")
+
+
+def gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, *, discount: Tensor | float, lam: float
+) -> Tensor:
+    """Generalised advantage estimates, ended by termination and by time limits.
+
+    delta_t = r_t + discount_t (1 - terminated_t) v'_t - v_t
+    A_t     = delta_t + discount_t lam (1 - terminated_t)(1 - truncated_t) A_{t+1}
+
+    Args:
+        reward: [T, B] reward of each decision, task units, unscaled.
+        value: [T, B] value of the state the decision was taken in.
+        next_value: [T, B] value of the state that really followed, before any reset; may be anything, NaN
+            included, where terminated.
+        terminated: [T, B] bool, the task ended; nothing follows.
+        truncated: [T, B] bool, cut by a limit; `next_value` still counts.
+        discount: [T, B] or a number, gamma ** executed steps, in [0, 1].
+        lam: In [0, 1].
+
+    Returns:
+        advantage: [T, B].
+
+    Raises:
+        ShapeError: The tensors do not share one [T, B].
+
+    Source: Schulman et al. 2016, eq. 16 (arXiv:1506.02438). The paper has no time limits; they enter by
+        `next_value`, never by changed rewards.
+    """
+    shapes = {tuple(x.shape) for x in (reward, value, next_value, terminated, truncated)}
+    if len(shapes) != 1 or reward.ndim != 2:
+        raise ShapeError(f"gae: reward, value, next_value, terminated, truncated must share one [T, B], got {sorted(shapes)}")
+    zero = torch.zeros((), dtype=value.dtype, device=value.device)
+    delta = reward + discount * torch.where(terminated, zero, next_value) - value
+    carry = (discount * lam) * (~(terminated | truncated)).to(value.dtype)
+    advantage = torch.empty_like(delta)
+    ahead = torch.zeros_like(delta[0])
+    for t in range(len(delta) - 1, -1, -1):
+        ahead = torch.addcmul(delta[t], carry[t], ahead, out=advantage[t])
+    return advantage
+
+
+def return_to_go(reward: Tensor, done: Tensor, *, discount: Tensor | float) -> Tensor:
+    """Discounted sum of the rewards from each decision to the end of its episode (or of the rollout).
+
+    G_t = r_t + discount_t (1 - done_t) G_{t+1}
+
+    Args:
+        reward: [T, B].
+        done: [T, B] bool, last decision of an episode.
+        discount: [T, B] or a number.
+
+    Returns:
+        returns: [T, B].
+    """
+    carry = discount * (~done).to(reward.dtype)
+    out = torch.empty_like(reward)
+    ahead = torch.zeros_like(reward[0])
+    for t in range(len(reward) - 1, -1, -1):
+        ahead = torch.addcmul(reward[t], carry[t], ahead, out=out[t])
+    return out
+
+
+def group_sums(x: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count over the copies of each group, decision by decision.
+
+    Args:
+        x: [T, B].
+        group: [B] int64 ids in any order.
+
+    Returns:
+        total: [T, B] sum over the members of the copy's group.
+        count: [B] number of members.
+    """
+    ids, inverse = torch.unique(group, return_inverse=True)
+    total = x.new_zeros(x.shape[0], len(ids)).index_add_(1, inverse, x)
+    count = torch.bincount(inverse, minlength=len(ids)).to(x.dtype)
+    return total[:, inverse], count[inverse]
+
+
+def equal_in_group(x: Tensor, group: Tensor) -> Tensor:
+    """[T, B] bool, True where all members of the copy's group have exactly the same score (no rounding involved)."""
+    ids, inverse = torch.unique(group, return_inverse=True)
+    index = inverse.expand_as(x)
+    low = x.new_full((x.shape[0], len(ids)), float("inf")).scatter_reduce_(1, index, x, "amin")
+    high = x.new_full((x.shape[0], len(ids)), float("-inf")).scatter_reduce_(1, index, x, "amax")
+    return (low == high)[:, inverse]
+
+
+def subtract_baseline(score: Tensor, group: Tensor, valid: Tensor, kind: Baseline) -> Tensor:
+    """Centre scores.
+
+    group_mean: s - mean of the group;  leave_one_out: s - mean of the OTHER members;  batch_mean: s - mean of valid.
+
+    Args:
+        score: [T, B] the same number at every decision of an episode, or the return to go (0 after its end).
+        group: [B] int64.
+        valid: [T, B] bool.
+        kind: Which baseline; "none" returns the scores.
+
+    Returns:
+        centred: [T, B], exactly 0 for groups whose scores are all equal.
+
+    Raises:
+        CapabilityError: leave_one_out with a group of one.
+
+    Source: Kool et al. 2019 (leave one out); Shao et al. 2024, section 4.1 (group mean, arXiv:2402.03300).
+    """
+    if kind == "none":
+        return score
+    if kind == "batch_mean":
+        return score - score[valid].mean()
+    total, count = group_sums(score, group)
+    if kind == "leave_one_out":
+        if bool((count < 2).any()):
+            raise CapabilityError("baseline leave_one_out needs collect.group_size of at least 2, found a group of 1")
+        centred = score - (total - score) / (count - 1)
+    else:
+        centred = score - total / count
+    return torch.where(equal_in_group(score, group), torch.zeros_like(score), centred)
+
+
+def scale(centred: Tensor, score: Tensor, group: Tensor, valid: Tensor, kind: Scale, floor: float) -> Tensor:
+    """Divide centred scores; zero stays exactly zero.
+
+    group_std: unbiased standard deviation of the group's scores (GRPO);  batch_std: of all episodes' scores (Lite PPO);
+    group_mean: of the group's mean score (MaxRL).
+
+    Args:
+        centred: [T, B].
+        score: [T, B] before centring.
+        group: [B] int64.
+        valid: [T, B] bool.
+        kind: Which divisor; "none" returns `centred`.
+        floor: Smallest divisor.
+
+    Returns:
+        scaled: [T, B].
+    """
+    if kind == "none":
+        return centred
+    if kind == "batch_std":
+        return centred / score[valid].std().clamp(min=floor) if int(valid.sum()) > 1 else torch.zeros_like(centred)
+    total, count = group_sums(score, group)
+    mean = total / count
+    if kind == "group_mean":
+        return centred / mean.abs().clamp(min=floor)
+    squares, _ = group_sums((score - mean).square(), group)
+    return centred / (squares / (count - 1).clamp(min=1)).sqrt().clamp(min=floor)
+
+
+def whiten(x: Tensor, valid: Tensor, floor: float = 1e-8) -> Tensor:
+    """Bring x to mean 0 and unbiased standard deviation 1 over the valid decisions; all-equal values become 0.
+
+    Args:
+        x: [T, B].
+        valid: [T, B] bool.
+        floor: Smallest divisor.
+
+    Returns:
+        whitened: [T, B], 0 where not valid.
+    """
+    # Without this the usual case (all valid) would pay for a gather of the whole rollout.
+    chosen = x if bool(valid.all()) else x[valid]
+    if chosen.numel() < 2 or bool((chosen == chosen.flatten()[0]).all()):
+        return torch.zeros_like(x)
+    std, mean = torch.std_mean(chosen)
+    return torch.where(valid, (x - mean) / std.clamp(min=floor), torch.zeros_like(x))
+
+
+class CreditChain:
+    """`Credit` with the little memory it needs (the running scale of rewards); part of a checkpoint."""
+
+    def __init__(self, config: Credit) -> None:
+        """Start with an empty memory."""
+        self.config = config
+        self._running: Tensor | None = None
+        self._count, self._mean, self._m2 = 0.0, 0.0, 0.0
+
+    def __call__(self, rollout: Rollout) -> Advantage:
+        """Run the chain.
+
+        Args:
+            rollout: A finished rollout; group methods need one episode per copy (`collect.mode: episodes`).
+
+        Returns:
+            advantage: `.advantage` [T, B], and `.target` [T, B] = unprocessed advantage + value with a critic.
+        """
+        c = self.config
+        reward = torch.where(rollout.valid, rollout.reward, torch.zeros_like(rollout.reward))
+        # An infinite or NaN number in a masked decision must not reach the sums.
+        discount: Tensor | float = c.gamma if rollout.chunk == 1 else c.gamma ** rollout.steps.to(reward.dtype)
+        if c.reward_scale != "none":
+            reward = reward / self._reward_std(reward, rollout.done, discount)
+        target = None
+        metrics: dict[str, tuple[float, float]] = {}
+        if c.returns == "gae":
+            assert rollout.value is not None and rollout.next_value is not None
+            value = torch.where(rollout.valid, rollout.value, torch.zeros_like(reward))
+            next_value = torch.where(rollout.valid, rollout.next_value, torch.zeros_like(reward))
+            raw = gae(reward, value, next_value, rollout.terminated, rollout.truncated | ~rollout.valid, discount=discount, lam=c.lam)
+            target = raw + value
+            metrics = fit_metrics(value, target, rollout.valid)
+            score = raw
+        else:
+            score = return_to_go(reward, rollout.done, discount=discount)
+            if c.returns == "trajectory":
+                score = score[:1].expand_as(score).contiguous()
+            group = rollout.group[0]
+            raw = subtract_baseline(score, group, rollout.valid, c.baseline)
+            raw = scale(raw, score, group, rollout.valid, c.scale, c.scale_floor)
+            if c.needs_groups:
+                equal = equal_in_group(score[:1], group)[0]
+                metrics["rollout/zero_advantage_groups"] = (float(equal.sum()), float(equal.numel()))
+        return Advantage(self._post(raw, rollout.valid), target, metrics)
+
+    def _post(self, x: Tensor, valid: Tensor) -> Tensor:
+        c = self.config
+        if c.whiten:
+            x = whiten(x, valid)
+        if c.clip is not None:
+            x = x.clamp(-c.clip, c.clip)
+        if c.positive_weight != 1 or c.negative_weight != 1:
+            x = torch.where(x > 0, c.positive_weight * x, c.negative_weight * x)
+        return torch.where(valid, x, torch.zeros_like(x))
+
+    def _reward_std(self, reward: Tensor, done: Tensor, discount: Tensor | float) -> float:
+        """Standard deviation of the running discounted return R <- discount R + r over all steps seen so far.
+
+        Source: Engstrom et al. 2020, appendix A.2 (arXiv:2005.12729); R is not reset at rollout borders, only at
+        the end of an episode.
+        """
+        running = self._running if self._running is not None else torch.zeros_like(reward[0])
+        series = torch.empty_like(reward)
+        for t in range(len(reward)):
+            d = discount[t] if isinstance(discount, Tensor) else discount
+            running = running * d + reward[t]
+            series[t] = running
+            running = torch.where(done[t], torch.zeros_like(running), running)
+        self._running = running
+        n, mean, m2 = float(series.numel()), float(series.double().mean()), float(series.double().var(unbiased=False)) * series.numel()
+        total = self._count + n
+        delta = mean - self._mean
+        self._m2 += m2 + delta**2 * self._count * n / total
+        self._mean += delta * n / total
+        self._count = total
+        return max((self._m2 / self._count) ** 0.5, 1e-4)
+
+    def state_dict(self) -> State:
+        """What a checkpoint keeps of it."""
+        return {"running": self._running, "count": self._count, "mean": self._mean, "m2": self._m2}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore `state_dict`."""
+        self._running, self._count, self._mean, self._m2 = state["running"], state["count"], state["mean"], state["m2"]
+
+
+def fit_metrics(value: Tensor, target: Tensor, valid: Tensor) -> dict[str, tuple[float, float]]:
+    """How well the critic predicts its targets: explained variance 1 - Var(y - v) / Var(y), and both means.
+
+    Args:
+        value: [T, B].
+        target: [T, B].
+        valid: [T, B] bool.
+
+    Returns:
+        metrics: name -> (sum, count); explained_variance is absent when the targets do not vary.
+    """
+    v, y = (value, target) if bool(valid.all()) else (value[valid], target[valid])
+    if v.numel() < 2:
+        return {}
+    n = float(v.numel())
+    metrics = {"critic/value_mean": (float(v.mean()) * n, n), "critic/target_mean": (float(y.mean()) * n, n)}
+    variance = float(y.var())
+    if variance > 0:
+        metrics["critic/explained_variance"] = (1 - float((y - v).var()) / variance, 1.0)
+    return metrics

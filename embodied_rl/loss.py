@@ -1,0 +1,369 @@
+"""Losses as independent switches: ratio level x trust region x value loss x regularisers x aggregation.
+
+A *cell* is what one importance ratio belongs to: a unit, an action (one control step of the chunk), a decision, or a
+whole trajectory. Log-probability, entropy and KL of a cell are the sums over its units (the mean with
+`reduce: mean`), so that one formula serves all four levels. Every cell carries a weight that was computed over the
+whole optimizer step before the first micro-batch; a loss is a plain weighted sum, and its gradient does not know how
+the step was split.
+
+Source of the formulas: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ye et al. 2020 (dual clip, arXiv:1912.09729);
+Yu et al. 2025 (asymmetric clip, DAPO, arXiv:2503.14476); Zheng et al. 2025 (trajectory ratio, GSPO, arXiv:2507.18071);
+Schulman 2020 (KL estimators, joschu.net/blog/kl-approx.html); Farebrother et al. 2024 (HL-Gauss, arXiv:2403.03950).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from embodied_rl.section import Section
+from embodied_rl.types import Batch, Evaluation
+
+Level = Literal["unit", "action", "decision", "trajectory"]
+Aggregate = Literal["unit_mean", "decision_mean", "trajectory_mean", "constant"]
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +-20 before exp: beyond it the clip has long decided, and exp would overflow."""
+
+
+class ValueLoss(Section):
+    """How the critic is fitted."""
+
+    kind: Literal["mse", "clipped", "hl_gauss"] = "mse"
+    """mse; clipped: the larger of the errors with and without the step clipped; hl_gauss: classification over bins."""
+    coef: float = Field(0.5, ge=0)
+    """Weight of the value loss; mse and clipped carry no factor 1/2 of their own."""
+    clip: float = Field(0.2, gt=0)
+    """Largest move of a value per update for `clipped`, in the critic's units."""
+
+
+class Kl(Section):
+    """Penalty that keeps the policy near a frozen reference (the weights the run started from)."""
+
+    kind: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of KL(current || reference) from d = logp - logp_ref: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1."""
+    coef: float = Field(0.0, ge=0)
+    """Weight; 0 builds no reference policy at all."""
+
+    @model_validator(mode="after")
+    def _k1_has_no_gradient(self) -> Kl:
+        if self.kind == "k1" and self.coef > 0:
+            raise ValueError(
+                f"kind k1 with coef {self.coef} has zero expected gradient as a loss; choose k2 (gradient of the reverse KL) or k3"
+            )
+        return self
+
+
+class Loss(Section):
+    """The loss of one optimizer step."""
+
+    ratio: Level = "decision"
+    """What one importance ratio covers."""
+    reduce: Literal["sum", "mean"] = "sum"
+    """Sum (joint probability) or mean (geometric mean) of log-ratios over the units of a cell."""
+    trust: Literal["clip", "none"] = "clip"
+    """clip: PPO's pessimistic clip; none: the plain importance-weighted objective."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """The ratio stops helping below 1 - clip_low."""
+    clip_high: float = Field(0.2, gt=0)
+    """The ratio stops helping above 1 + clip_high; larger than clip_low lets rare actions grow (DAPO)."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Upper bound c of the ratio where the advantage is negative; null leaves it unbounded."""
+    aggregate: Aggregate = "decision_mean"
+    """Which mean a cell's weight comes from (see `cell_weights`)."""
+    constant_units: int | None = Field(None, ge=1)
+    """Units per trajectory in the denominator of `aggregate: constant` (Dr.GRPO's fixed length)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; larger explores more."""
+    value: ValueLoss = ValueLoss()
+    kl: Kl = Kl()
+
+    @model_validator(mode="after")
+    def _constant_needs_length(self) -> Loss:
+        if (self.aggregate == "constant") != (self.constant_units is not None):
+            raise ValueError(
+                f"aggregate ({self.aggregate}) and constant_units ({self.constant_units}) belong together: "
+                "set constant_units to the longest trajectory in units, or choose another aggregate"
+            )
+        return self
+
+
+class LossResult(NamedTuple):
+    """What a loss returns."""
+
+    total: Tensor
+    """Scalar to call backward on; micro-batches of one step add up."""
+    kl: Tensor | None
+    """Scalar k3 estimate of KL(old || new), already weighted over the step; None unless `diagnose`."""
+    metrics: dict[str, tuple[Tensor, Tensor | float]]
+    """name -> (sum, count), or (max, nan) for names that end in _max; empty unless `diagnose`."""
+
+
+def by_cell(x: Tensor, mask: Tensor | None, level: Level, reduce: str, chunk: int, trajectory: Tensor) -> Tensor:
+    """Bring a per-unit quantity to the cells of a ratio level.
+
+    Args:
+        x: [N, A] quantity per unit.
+        mask: [N, A] bool, units that count; None for all. Masked entries may hold anything, NaN included.
+        level: unit gives [N, A], action [N, C], decision and trajectory [N, 1].
+        reduce: "sum" or "mean" over the counting units of the cell.
+        chunk: C; units of a decision are ordered control step by control step.
+        trajectory: [N] int64 trajectory of each row; rows of one trajectory must all be present.
+
+    Returns:
+        cells: [N, L]; at trajectory level every row of a trajectory carries the trajectory's number.
+    """
+    if mask is not None:
+        x = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    if level == "unit":
+        return x
+    n, a = x.shape
+    shape = (n, chunk, a // chunk) if level == "action" else (n, 1, a)
+    total = x.view(shape).sum(-1)
+    count: Tensor | float = float(shape[-1])
+    if mask is not None and reduce == "mean":
+        count = mask.view(shape).sum(-1).to(x.dtype)
+    if level == "trajectory":
+        ids, rows = torch.unique(trajectory, return_inverse=True)
+        total = total.new_zeros(len(ids), 1).index_add(0, rows, total)[rows]
+        if reduce == "mean":
+            per_row = count if isinstance(count, Tensor) else x.new_full((n, 1), count)
+            count = per_row.new_zeros(len(ids), 1).index_add(0, rows, per_row)[rows]
+    if reduce == "mean":
+        total = total / (count.clamp(min=1) if isinstance(count, Tensor) else count)
+    return total
+
+
+def cell_weights(
+    mask: Tensor | None, trajectory: Tensor, num_units: int, chunk: int, level: Level, aggregate: Aggregate, constant_units: int | None = None
+) -> Tensor:
+    """Weight of each cell, counted over the whole optimizer step.
+
+    The weight of one unit is
+        unit_mean        1 / U                        U units of the step that count
+        decision_mean    1 / (U_row n)                U_row units of the decision, n decisions that have any
+        trajectory_mean  1 / (U_traj m)               U_traj units of the trajectory, m trajectories that have any
+        constant         1 / (constant_units m)
+    and a cell weighs as much as its units together, so all weights of a step add up to 1 (except with `constant`).
+
+    Args:
+        mask: [N, A] bool over ALL rows of the step; None when every unit counts.
+        trajectory: [N] int64.
+        num_units: A.
+        chunk: C.
+        level: Ratio level that decides the shape of the result.
+        aggregate: Which mean.
+        constant_units: Denominator of `constant`.
+
+    Returns:
+        weight: [N, L] float32 with L as in `by_cell`; 0 for cells without a counting unit.
+    """
+    n = len(trajectory)
+    device = trajectory.device
+    counts = torch.ones(n, num_units, device=device) if mask is None else mask.to(torch.float32)
+    per_row = counts.sum(-1, keepdim=True)
+    if aggregate == "unit_mean":
+        unit = counts / per_row.sum().clamp(min=1)
+    elif aggregate == "decision_mean":
+        unit = counts / (per_row.clamp(min=1) * (per_row > 0).sum().clamp(min=1))
+    else:
+        ids, rows = torch.unique(trajectory, return_inverse=True)
+        per_trajectory = per_row.new_zeros(len(ids), 1).index_add(0, rows, per_row)
+        present = (per_trajectory > 0).sum().clamp(min=1)
+        length = per_trajectory[rows].clamp(min=1) if aggregate == "trajectory_mean" else float(constant_units or 1)
+        unit = counts / (length * present)
+    if level == "unit":
+        return unit
+    return unit.view(n, chunk if level == "action" else 1, -1).sum(-1)
+
+
+def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, Tensor]:
+    """Objective of each cell, to be maximised.
+
+    clip:  min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and for A < 0 with dual_clip c: max(that, c A)
+    none:  r A
+
+    Args:
+        ratio: [N, L] pi / pi_old.
+        advantage: [N, 1].
+        config: The switches.
+
+    Returns:
+        objective: [N, L].
+        clipped: [N, L] bool, cells whose gradient the trust region removed.
+    """
+    plain = ratio * advantage
+    if config.trust == "none":
+        return plain, torch.zeros_like(plain, dtype=torch.bool)
+    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
+    objective = torch.minimum(plain, bounded)
+    clipped = bounded < plain
+    if config.dual_clip is not None:
+        floor = config.dual_clip * advantage
+        below = (advantage < 0) & (objective < floor)
+        objective = torch.where(below, floor, objective)
+        clipped = clipped | below
+    return objective, clipped
+
+
+def kl_estimate(d: Tensor, kind: str) -> Tensor:
+    """Per-sample KL estimators from d = logp_p - logp_q of samples of p: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1.
+
+    Args:
+        d: Any shape.
+        kind: "k1", "k2" or "k3".
+
+    Returns:
+        kl: Same shape; k3 is never negative.
+    """
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return 0.5 * d.square()
+    return torch.expm1(-d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + d
+
+
+def hl_gauss_targets(target: Tensor, low: float, high: float, bins: int, sigma_bins: float = 0.75) -> Tensor:
+    """Histogram of a Gaussian around each target: the soft labels of a classifying critic.
+
+    p_i is proportional to Phi((e_{i+1} - y) / sigma) - Phi((e_i - y) / sigma) over edges e of `bins` equal bins.
+
+    Args:
+        target: [N] regression targets; values outside [low, high] are moved to the border.
+        low: Lower edge of the first bin.
+        high: Upper edge of the last bin.
+        bins: Number of bins.
+        sigma_bins: Standard deviation in widths of a bin.
+
+    Returns:
+        probabilities: [N, bins], rows add up to 1.
+
+    Source: Farebrother et al. 2024, section 3.1 (arXiv:2403.03950).
+    """
+    width = (high - low) / bins
+    edges = torch.linspace(low, high, bins + 1, dtype=target.dtype, device=target.device)
+    z = (edges - target.clamp(low, high).unsqueeze(-1)) / (sigma_bins * width * 2**0.5)
+    cdf = torch.erf(z)
+    return cdf.diff(dim=-1) / (cdf[:, -1:] - cdf[:, :1])
+
+
+def value_loss(evaluation: Evaluation, batch: Batch, config: ValueLoss, value_range: tuple[float, float] | None) -> Tensor:
+    """Per-decision critic loss.
+
+    mse: (v - y)^2;  clipped: max((v - y)^2, (v_old + clip(v - v_old, +-c) - y)^2);  hl_gauss: cross-entropy.
+
+    Args:
+        evaluation: With `value` [N], and `value_logits` [N, bins] for hl_gauss.
+        batch: With `target` [N] and `value` [N].
+        config: The switches.
+        value_range: (low, high) of the classifying critic's bins; None for a scalar critic.
+
+    Returns:
+        loss: [N], without `coef` and without weights.
+    """
+    assert evaluation.value is not None and batch.target is not None
+    if config.kind == "hl_gauss":
+        assert evaluation.value_logits is not None and value_range is not None
+        logits = evaluation.value_logits
+        labels = hl_gauss_targets(batch.target, *value_range, bins=logits.shape[-1])
+        return -(labels * torch.log_softmax(logits, dim=-1)).sum(-1)
+    error = (evaluation.value - batch.target).square()
+    if config.kind == "clipped":
+        assert batch.value is not None
+        near = batch.value + (evaluation.value - batch.value).clamp(-config.clip, config.clip)
+        error = torch.maximum(error, (near - batch.target).square())
+    return error
+
+
+@dataclass(frozen=True)
+class LossFunction:
+    """The loss of a recipe, ready to be called on micro-batches."""
+
+    config: Loss
+    chunk: int
+    value_range: tuple[float, float] | None = None
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether a gradient flows through the entropy, so the policy has to compute it."""
+        return self.config.entropy_coef != 0
+
+    def weights(self, mask: Tensor | None, trajectory: Tensor, num_units: int) -> Tensor:
+        """`cell_weights` with this loss's level and aggregation."""
+        c = self.config
+        return cell_weights(mask, trajectory, num_units, self.chunk, c.ratio, c.aggregate, c.constant_units)
+
+    def __call__(self, evaluation: Evaluation, batch: Batch, *, diagnose: bool = False) -> LossResult:
+        """Weighted loss of one micro-batch.
+
+        total = - sum_cells w f(r, A) - entropy_coef sum_cells w H + kl.coef sum_cells w kl
+                + value.coef sum_rows w_row value_loss
+
+        Args:
+            evaluation: The current policy's log-probabilities (and entropy, value) of the batch.
+            batch: Rows with their weights.
+            diagnose: Also compute the metrics (costs a few small kernels).
+
+        Returns:
+            result: Loss, KL estimate and metrics as partial sums.
+        """
+        c = self.config
+        args = (batch.mask, c.ratio, c.reduce, self.chunk, batch.trajectory)
+        log_ratio = by_cell(evaluation.logp - batch.logp, *args).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = log_ratio.exp()
+        advantage = batch.advantage.unsqueeze(-1)
+        objective, clipped = surrogate(ratio, advantage, c)
+        weight = batch.weight
+        policy = -weighted_sum(objective, weight)
+        total = policy
+        entropy = None
+        if evaluation.entropy is not None:
+            entropy = weighted_sum(by_cell(evaluation.entropy, *args), weight)
+            if c.entropy_coef:
+                total = total - c.entropy_coef * entropy
+        kl_ref = None
+        if c.kl.coef and batch.logp_ref is not None:
+            d = by_cell(evaluation.logp - batch.logp_ref, *args)
+            kl_ref = weighted_sum(kl_estimate(d, c.kl.kind), weight)
+            total = total + c.kl.coef * kl_ref
+        critic = None
+        if evaluation.value is not None and batch.target is not None and c.value.coef:
+            critic = weighted_sum(value_loss(evaluation, batch, c.value, self.value_range), batch.row_weight)
+            total = total + c.value.coef * critic
+        if not diagnose:
+            return LossResult(total, None, {})
+        with torch.no_grad():
+            # Cells sampled from the old policy, so d = logp_old - logp_new estimates KL(old || new).
+            k3 = weighted_sum(kl_estimate(-log_ratio, "k3"), weight)
+            share = weight.sum()
+            metrics: dict[str, tuple[Tensor, Tensor | float]] = {
+                "actor/policy_loss": (policy.detach(), share),
+                "actor/kl_k1": (weighted_sum(-log_ratio, weight), share),
+                "actor/kl_k3": (k3, share),
+                "actor/clip_fraction": (weighted_sum(clipped.to(weight.dtype), weight), share),
+                "actor/ratio_max": (torch.where(weight > 0, ratio, 1.0).amax(), float("nan")),
+            }
+            if entropy is not None:
+                metrics["actor/entropy"] = (entropy.detach(), share)
+            if kl_ref is not None:
+                metrics["actor/kl_to_reference"] = (kl_ref.detach(), share)
+            if critic is not None:
+                metrics["critic/loss"] = (critic.detach(), batch.row_weight.sum())
+        return LossResult(total, k3, metrics)
+
+
+def weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum of x times weight over cells with a weight; cells of weight 0 may hold anything, NaN included.
+
+    Args:
+        x: [N] or [N, L].
+        weight: Same shape, not negative.
+
+    Returns:
+        total: Scalar.
+    """
+    return torch.where(weight > 0, x, torch.zeros((), dtype=x.dtype, device=x.device)).flatten().dot(weight.flatten().to(x.dtype))
