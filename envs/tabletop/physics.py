@@ -1,0 +1,155 @@
+"""The interface between the tabletop env and a physics engine, and the native engine behind it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import mujoco
+import numpy as np
+import torch
+from mujoco.rollout import Rollout
+from torch import Tensor
+
+from embodied_rl.errors import CheckpointError
+from embodied_rl.types import State
+
+
+class Physics(Protocol):
+    """B copies of one MuJoCo model, stepped together.
+
+    Everything an env computes is a function of `qpos` and `qvel`, so that engines can be exchanged.
+    """
+
+    model: mujoco.MjModel
+    num_envs: int
+    device: torch.device
+
+    @property
+    def qpos(self) -> Tensor:
+        """[B, nq] float32 on `device`; read only, valid until the next call."""
+        ...
+
+    @property
+    def qvel(self) -> Tensor:
+        """[B, nv] float32 on `device`; read only, valid until the next call."""
+        ...
+
+    def place(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
+        """Set positions and velocities of some copies; everything else of them starts as new.
+
+        Args:
+            mask: [B] bool, copies to set.
+            qpos: [B, nq] in the model's units; only masked rows are read.
+            qvel: [B, nv]; only masked rows are read.
+        """
+        ...
+
+    def step(self, ctrl: Tensor, substeps: int) -> None:
+        """Advance all copies by `substeps` physics steps under constant controls [B, nu]."""
+        ...
+
+    def get_state(self) -> State:
+        """What the engine needs to continue, as tensors that later steps do not change."""
+        ...
+
+    def set_state(self, state: State) -> None:
+        """Restore `get_state`'s result."""
+        ...
+
+    def close(self) -> None:
+        """Free threads and memory; may be called twice."""
+        ...
+
+
+class NativePhysics:
+    """MuJoCo's C engine with its own thread pool (`mujoco.rollout.Rollout`), float64 inside.
+
+    The solver starts each control step cold (no warm start is carried over), so time, positions and velocities are
+    the whole state and a restored copy continues bit for bit, whatever ran in between and on whichever thread.
+    """
+
+    def __init__(self, model: mujoco.MjModel, num_envs: int, threads: int) -> None:
+        """Start the pool.
+
+        Args:
+            model: Compiled model, shared by all copies.
+            num_envs: Number of copies B.
+            threads: Threads that step copies in parallel; 1 steps on the calling thread.
+        """
+        self.model = model
+        self.num_envs = num_envs
+        self.device = torch.device("cpu")
+        pool = threads if threads > 1 else 0
+        self._pool: Rollout | None = Rollout(nthread=pool)
+        self._models = [model] * num_envs
+        self._data = [mujoco.MjData(model) for _ in range(max(1, pool))]
+        size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
+        assert size == 1 + model.nq + model.nv, "the scene must not have activations or plugins"
+        self._state = np.zeros((num_envs, size))
+        self._state[:, 1 : 1 + model.nq] = model.qpos0
+        self._tensor = torch.from_numpy(self._state)
+        self._path = np.zeros((num_envs, 0, size))
+        self._ctrl = np.zeros((num_envs, 0, model.nu))
+        self._sensors = np.zeros((num_envs, 0, model.nsensordata))
+        # A few chunks per thread even out copies that need more solver iterations than others.
+        self._chunk = max(1, num_envs // (4 * max(1, threads)))
+
+    @property
+    def qpos(self) -> Tensor:
+        """[B, nq] float32."""
+        return self._tensor[:, 1 : 1 + self.model.nq].float()
+
+    @property
+    def qvel(self) -> Tensor:
+        """[B, nv] float32."""
+        return self._tensor[:, 1 + self.model.nq :].float()
+
+    def place(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
+        """Set positions [B, nq] and velocities [B, nv] of the masked copies and their clocks to zero."""
+        self._tensor[mask] = torch.cat([torch.zeros(self.num_envs, 1), qpos, qvel], dim=1)[mask].double()
+
+    def step(self, ctrl: Tensor, substeps: int) -> None:
+        """Advance all copies by `substeps` physics steps under constant controls [B, nu]."""
+        if self._ctrl.shape[1] != substeps:
+            self._path = np.zeros((self.num_envs, substeps, self._state.shape[1]))
+            self._ctrl = np.zeros((self.num_envs, substeps, self.model.nu))
+            self._sensors = np.zeros((self.num_envs, substeps, self.model.nsensordata))
+        self._ctrl[:] = ctrl.numpy()[:, None]
+        assert self._pool is not None, "step after close"
+        self._pool.rollout(
+            self._models,
+            self._data,
+            self._state,
+            self._ctrl,
+            skip_checks=True,
+            nstep=substeps,
+            state=self._path,
+            sensordata=self._sensors,
+            chunk_size=self._chunk,
+        )
+        self._state[:] = self._path[:, -1]
+
+    def get_state(self) -> State:
+        """{"native": [B, 1 + nq + nv] float64: time (s), positions, velocities}."""
+        return {"native": self._tensor.clone()}
+
+    def set_state(self, state: State) -> None:
+        """Restore `get_state`'s result.
+
+        Raises:
+            CheckpointError: The state comes from another engine, scene or number of copies.
+        """
+        saved = state.get("native")
+        if saved is None or saved.shape != self._tensor.shape:
+            found = f"shape {list(saved.shape)}" if saved is not None else f"entries {sorted(state)}"
+            raise CheckpointError(
+                f"physics state: found {found}, expected 'native' of shape {list(self._tensor.shape)}; "
+                "restore it with the same physics engine and number of copies"
+            )
+        self._tensor.copy_(saved)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
