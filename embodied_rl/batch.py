@@ -1,0 +1,162 @@
+"""From a rollout [T, B] to minibatches [N]: flatten, shuffle, weigh, slice.
+
+The weights of an optimizer step are counted here, over all its rows, before the first micro-batch is cut from it.
+Whole trajectories stay together where the ratio covers a trajectory; otherwise decisions are shuffled one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embodied_rl.loss import LossFunction
+from embodied_rl.types import Advantage, Batch, Obs, Rollout
+
+LAZY_BYTES = 256 * 2**20
+"""Observations larger than this are gathered minibatch by minibatch instead of shuffled as a whole."""
+
+
+@dataclass
+class Flat:
+    """All valid decisions of a rollout as rows."""
+
+    obs: Obs
+    """name -> [N, ...]"""
+    constants: Obs
+    """name -> [E, ...]"""
+    episode: Tensor
+    """[N] int64 row of `constants`, and the trajectory of the decision."""
+    rows: dict[str, Tensor]
+    """units, logp, advantage, and where present mask, target, value, logp_ref: [N, ...]."""
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+    def take(self, index: Tensor) -> Flat:
+        """Rows in a new order."""
+        return Flat(
+            {k: v.index_select(0, index) for k, v in self.obs.items()},
+            self.constants,
+            self.episode.index_select(0, index),
+            {k: v.index_select(0, index) for k, v in self.rows.items()},
+        )
+
+    def slice(self, start: int, stop: int) -> Flat:
+        """A window of consecutive rows, without copying."""
+        return Flat(
+            {k: v[start:stop] for k, v in self.obs.items()},
+            self.constants,
+            self.episode[start:stop],
+            {k: v[start:stop] for k, v in self.rows.items()},
+        )
+
+    def full_obs(self) -> Obs:
+        """Observations of the rows with the per-episode entries put back."""
+        return {**self.obs, **{k: v.index_select(0, self.episode) for k, v in self.constants.items()}}
+
+
+def flatten(rollout: Rollout, advantage: Advantage) -> Flat:
+    """Turn the valid decisions of a rollout into rows, copy by copy within each decision index.
+
+    Args:
+        rollout: [T, B].
+        advantage: [T, B].
+
+    Returns:
+        flat: N = number of valid decisions. The mask is left out when every unit counts.
+    """
+    everything = bool(rollout.valid.all())
+    index = None if everything else rollout.valid.flatten().nonzero().squeeze(-1)
+
+    def rows(x: Tensor) -> Tensor:
+        x = x.flatten(0, 1)
+        return x if index is None else x.index_select(0, index)
+
+    columns = {"units": rows(rollout.units), "logp": rows(rollout.logp), "advantage": rows(advantage.advantage)}
+    if advantage.target is not None:
+        columns["target"] = rows(advantage.target)
+    if rollout.value is not None:
+        columns["value"] = rows(rollout.value)
+    mask = rows(rollout.mask)
+    if not bool(mask.all()):
+        columns["mask"] = mask
+    return Flat({k: rows(v) for k, v in rollout.obs.items()}, rollout.constants, rows(rollout.episode), columns)
+
+
+def minibatches(flat: Flat, count: int, loss: LossFunction, generator: torch.Generator) -> Iterator[Batch]:
+    """One epoch: every row exactly once, in `count` optimizer steps of nearly equal size.
+
+    Args:
+        flat: The rows.
+        count: Optimizer steps per epoch; fewer when there are fewer rows or trajectories.
+        loss: Decides whether trajectories stay whole, and the weights.
+        generator: CPU generator of the shuffle.
+
+    Yields:
+        batch: With weights that add up to 1 over the batch.
+    """
+    order, borders = _shuffle(flat.episode, count, loss.config.ratio == "trajectory", generator)
+    lazy = sum(v.nbytes for v in flat.obs.values()) > LAZY_BYTES
+    shuffled = None if lazy else flat.take(order)
+    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+        part = flat.take(order[start:stop]) if shuffled is None else shuffled.slice(start, stop)
+        yield as_batch(part, loss)
+
+
+def as_batch(part: Flat, loss: LossFunction) -> Batch:
+    """The rows of one optimizer step with their weights, counted over exactly these rows."""
+    r = part.rows
+    n = len(part)
+    weight = loss.weights(r.get("mask"), part.episode, r["logp"].shape[1])
+    row_weight = torch.full((n,), 1.0 / n, device=part.episode.device)
+    return Batch(
+        part.full_obs(), r["units"], r["logp"], r.get("mask"), r["advantage"], r.get("target"), r.get("value"),
+        weight, row_weight, part.episode, r.get("logp_ref"),
+    )  # fmt: skip
+
+
+def micro_batches(batch: Batch, size: int | None, whole_trajectories: bool) -> Iterator[Batch]:
+    """Cut an optimizer step into pieces that fit in memory; the weights stay those of the whole step.
+
+    Args:
+        batch: The step.
+        size: Rows per piece; None for one piece.
+        whole_trajectories: Cut only between trajectories, so a piece may be larger than `size`.
+
+    Yields:
+        piece: Consecutive rows.
+    """
+    if size is None or size >= len(batch):
+        yield batch
+        return
+    borders = list(range(0, len(batch), size)) + [len(batch)]
+    if whole_trajectories:
+        starts = [0, *((batch.trajectory.diff() != 0).nonzero().squeeze(-1) + 1).tolist()]
+        chosen = [0]
+        for start in starts:
+            if start - chosen[-1] >= size:
+                chosen.append(start)
+        borders = [*chosen, len(batch)]
+    for a, b in zip(borders[:-1], borders[1:], strict=True):
+        cut = slice(a, b)
+        fields = {k: (v[cut] if isinstance(v, Tensor) else v) for k, v in vars(batch).items() if k != "obs"}
+        yield Batch(obs={k: v[cut] for k, v in batch.obs.items()}, **fields)
+
+
+def _shuffle(episode: Tensor, count: int, whole_trajectories: bool, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Order of the rows [N] and the borders of the minibatches [count + 1]."""
+    n = len(episode)
+    if not whole_trajectories:
+        count = min(count, n)
+        order = torch.randperm(n, generator=generator).to(episode.device)
+        return order, [round(i * n / count) for i in range(count + 1)]
+    ids, inverse = torch.unique(episode, return_inverse=True)
+    rank = torch.randperm(len(ids), generator=generator).to(episode.device)
+    order = torch.argsort(rank[inverse], stable=True)
+    lengths = torch.bincount(rank[inverse], minlength=len(ids)).cumsum(0).tolist()
+    count = min(count, len(ids))
+    cuts = [round(i * len(ids) / count) for i in range(1, count)]
+    return order, [0, *(lengths[c - 1] for c in cuts), n]

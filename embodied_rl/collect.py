@@ -1,0 +1,449 @@
+"""Policy + env -> Rollout: the only room that knows resets, chunks, groups and pipelining.
+
+The copies are split into `pipeline` parts. With one part everything runs in order in this thread; with two, one part
+simulates in the background while the policy decides for the other. Either way every decision is on-policy and the
+order of all random draws is fixed.
+
+    stream    episodes go on across rollouts; a copy that ends is restarted at once
+    episodes  each copy runs one episode per rollout from a start shared by its group, then waits
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from embodied_rl.errors import CapabilityError
+from embodied_rl.seeding import start_seeds
+from embodied_rl.types import Env, Obs, Policy, PolicyOutput, Rollout, State
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Executed:
+    """What came of one chunk in one part's copies."""
+
+    obs: Obs
+    reward: Tensor
+    steps: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    success_once: Tensor | None
+    success: Tensor | None
+    metrics: dict[str, tuple[float, float]]
+
+
+def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
+    """Run one action chunk; a copy stops where its episode ends, and later actions of its chunk are dropped.
+
+    Args:
+        env: b copies.
+        action: [b, C, ...].
+        active: [b] bool, copies in an unfinished episode; None for all.
+
+    Returns:
+        executed: Sums over the executed control steps; `obs` is where each copy really stopped.
+    """
+    chunk = action.shape[1]
+    metrics: dict[str, tuple[float, float]] = {}
+    total: Executed | None = None
+    for c in range(chunk):
+        step = env.step(action[:, c], active)
+        everyone = active is None
+        mask = torch.ones_like(step.terminated) if active is None else active
+        terminated, truncated, reward, success = step.terminated, step.truncated, step.reward, step.success
+        if not everyone:
+            terminated, truncated, reward = terminated & mask, truncated & mask, torch.where(mask, reward, torch.zeros_like(reward))
+        for name, x in step.metrics.items():
+            s, n = metrics.get(name, (0.0, 0.0))
+            x = x if everyone else x[mask]
+            metrics[name] = (s + float(x.sum()), n + x.numel())
+        if total is None:
+            once = None if success is None else success & mask
+            total = Executed(step.obs, reward, mask.to(torch.int64), terminated, truncated, once, success, metrics)
+            if chunk > 1:
+                # An env may reuse its arrays from step to step.
+                total.reward, total.terminated, total.truncated = reward.clone(), terminated.clone(), truncated.clone()
+                total.success = None if success is None else success.clone()
+        else:
+            total.obs = _where(mask, step.obs, total.obs)
+            total.reward = total.reward + reward
+            total.steps = total.steps + mask
+            total.terminated = total.terminated | terminated
+            total.truncated = total.truncated | truncated
+            if success is not None and total.success is not None and total.success_once is not None:
+                total.success_once = total.success_once | (success & mask)
+                total.success = torch.where(mask, success, total.success)
+        if c + 1 < chunk:
+            done = terminated | truncated
+            if bool(done.any()):
+                active = mask & ~done
+                if not bool(active.any()):
+                    break
+                # Copies that have stopped must keep what they saw last.
+                total.obs = {k: v.clone() for k, v in total.obs.items()}
+    assert total is not None
+    total.metrics = metrics
+    return total
+
+
+@dataclass
+class Part:
+    """One env and the columns of the rollout that belong to it."""
+
+    env: Env
+    columns: slice
+    obs: Obs = field(default_factory=dict)
+    pending: Callable[[], Executed] | None = None
+    worker: ThreadPoolExecutor | None = None
+
+    def start(self, action: Tensor, active: Tensor | None) -> None:
+        """Begin executing a chunk, in the background when there are several parts."""
+        send, recv = getattr(self.env, "send", None), getattr(self.env, "recv", None)
+        if self.worker is None:
+            done = execute(self.env, action, active)
+            self.pending = lambda: done
+        elif send is not None and recv is not None and action.shape[1] == 1:
+            # The env has threads of its own: no need to cross one of ours.
+            send(action[:, 0], active)
+            self.pending = lambda: execute(_Received(recv()), action, active)  # type: ignore[arg-type]
+        else:
+            future: Future[Executed] = self.worker.submit(execute, self.env, action, active)
+            self.pending = future.result
+
+    def finish(self) -> Executed:
+        """Wait for the chunk that was begun."""
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        return pending()
+
+
+def _where(mask: Tensor, new: Obs, old: Obs) -> Obs:
+    """New observations for the masked copies, old ones for the others."""
+    if bool(mask.all()):
+        return new
+    return {k: torch.where(mask.view(-1, *[1] * (v.ndim - 1)), v, old[k]) for k, v in new.items()}
+
+
+class _Received:
+    """An env whose step has already been made."""
+
+    def __init__(self, step: object) -> None:
+        self._step = step
+
+    def step(self, action: Tensor, active: Tensor | None) -> object:
+        return self._step
+
+
+class Collector:
+    """Collects rollouts; iterate over it, or call `collect`. A rollout is valid until the next one is begun."""
+
+    def __init__(
+        self, envs: Sequence[Env], policy: Policy, *, decisions: int, mode: Literal["stream", "episodes"] = "stream",
+        group_size: int = 1, run_seed: int = 0, generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        """Join env parts and a policy.
+
+        Args:
+            envs: Parts of equal spec; their copies are concatenated.
+            policy: Decides; its `chunk` fixes C.
+            decisions: T, the most decisions of one rollout.
+            mode: See the module docstring.
+            group_size: Copies that share each start.
+            run_seed: Seed of the starts.
+            generator: Of the policy's samples, on the policy's device.
+
+        Raises:
+            CapabilityError: Groups on an env that cannot be seeded.
+        """
+        self.policy, self.mode, self.group_size, self.run_seed = policy, mode, group_size, run_seed
+        self.spec = envs[0].spec
+        self.decisions, self.generator = decisions, generator
+        if group_size > 1 and not self.spec.seedable:
+            raise CapabilityError(
+                f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, and this "
+                "one cannot; use group_size: 1 with a method that needs no groups, or the gymnasium env"
+            )
+        self.parts: list[Part] = []
+        start = 0
+        for env in envs:
+            worker = ThreadPoolExecutor(1, thread_name_prefix="simulate") if len(envs) > 1 else None
+            self.parts.append(Part(env, slice(start, start + env.spec.num_envs), worker=worker))
+            start += env.spec.num_envs
+        self.num_envs, self.device = start, envs[0].device
+        b = self.num_envs
+        self.group_of = torch.arange(b) // group_size
+        self.starts = torch.zeros(b, dtype=torch.int64)
+        self.seed = torch.zeros(b, dtype=torch.int64)
+        self.task = torch.zeros(b, dtype=torch.int64)
+        self.episode_return = torch.zeros(b, dtype=torch.float64)
+        self.episode_length = torch.zeros(b, dtype=torch.int64)
+        self.episode_success = torch.zeros(b, dtype=torch.bool)
+        self.version = 0
+        self._begun = False
+
+    def __iter__(self) -> Iterator[Rollout]:
+        """Endless rollouts by the policy's weights of the moment."""
+        while True:
+            yield self.collect()
+
+    def collect(self) -> Rollout:
+        """Gather one rollout of at most `decisions` decisions per copy."""
+        record = _Record(self)
+        if self.mode == "episodes" or not self._begun:
+            self._restart(torch.ones(self.num_envs, dtype=torch.bool), record)
+            self._begun = True
+        record.open()
+        active = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        for part in self.parts:
+            self._decide(part, 0, active, record)
+        for t in range(self.decisions):
+            for part in self.parts:
+                self._receive(part, t, active, record)
+                if t + 1 < self.decisions and bool(active[part.columns].any()):
+                    self._decide(part, t + 1, active, record)
+            if not bool(active.any()):
+                break
+        return record.close(t + 1, active)
+
+    def _decide(self, part: Part, t: int, active: Tensor, record: _Record) -> None:
+        output = self.policy.act(part.obs, generator=self.generator)
+        here = active[part.columns]
+        everyone = self.mode == "stream" or bool(here.all())
+        record.decision(t, part, output)
+        part.start(output.action, None if everyone else here)
+
+    def _receive(self, part: Part, t: int, active: Tensor, record: _Record) -> None:
+        if part.pending is None:
+            return
+        executed = part.finish()
+        part.obs = executed.obs
+        done = record.outcome(t, part, executed)
+        if not bool(done.any()):
+            return
+        record.final_obs(t, part, executed.truncated)
+        if self.mode == "episodes":
+            active[part.columns] &= ~done
+        else:
+            mask = torch.zeros(self.num_envs, dtype=torch.bool)
+            mask[part.columns] = done.cpu()
+            self._restart(mask, record, [part])
+
+    def _restart(self, mask: Tensor, record: _Record, parts: Sequence[Part] | None = None) -> None:
+        """Begin new episodes in the masked copies: seeds and tasks depend on (run seed, group, how many before)."""
+        where = mask.nonzero().squeeze(-1)
+        group, index = self.group_of[where], self.starts[where]
+        self.seed[where] = start_seeds(self.run_seed, "train", group, index)
+        self.task[where] = (group + index) % len(self.spec.tasks)
+        self.starts[where] += 1
+        for part in parts or self.parts:
+            here = mask[part.columns].to(self.device)
+            part.obs = part.env.reset(here, self.seed[part.columns].to(self.device), self.task[part.columns].to(self.device))
+        record.begin_episodes(where)
+
+    def state_dict(self) -> State:
+        """Everything collection needs to go on bit for bit, when the env has state."""
+        state: State = {
+            "version": self.version,
+            "begun": self._begun,
+            "generator": None if self.generator is None else self.generator.get_state(),
+            "envs": [p.env.get_state() for p in self.parts] if self.spec.has_state and self._begun else None,
+        }
+        return state | {k: getattr(self, k) for k in self._COPY_FIELDS}
+
+    _COPY_FIELDS = ("starts", "seed", "task", "episode_return", "episode_length", "episode_success")
+
+    def load_state_dict(self, state: State) -> bool:
+        """Restore `state_dict`.
+
+        Returns:
+            exact: False when the env has no state: its episodes begin anew, on starts not used before.
+        """
+        for k in self._COPY_FIELDS:
+            getattr(self, k).copy_(state[k])
+        self.version = state["version"]
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+        if state["envs"] is not None:
+            for part, env_state in zip(self.parts, state["envs"], strict=True):
+                part.obs = part.env.set_state(env_state)
+            self._begun = True
+            return True
+        if state["begun"]:
+            self.episode_return.zero_(), self.episode_length.zero_(), self.episode_success.zero_()
+            log.warning("this env cannot save its state: episodes begin anew, so the resumed run is not bit-identical")
+        return not state["begun"]
+
+    def close(self) -> None:
+        """Stop the background threads and close the env parts."""
+        for part in self.parts:
+            if part.worker is not None:
+                part.worker.shutdown(wait=True)
+            part.env.close()
+
+
+class _Record:
+    """The rollout while it is being written."""
+
+    def __init__(self, collector: Collector) -> None:
+        self.c = collector
+        spec = collector.spec
+        self.constant_names = [n for n, s in spec.observation.items() if s.constant]
+        self.bank: dict[str, list[Tensor]] = {n: [] for n in self.constant_names}
+        self.episodes = 0
+        self.current = torch.zeros(collector.num_envs, dtype=torch.int64)
+        self.finals: list[tuple[int, Tensor, Obs]] = []
+        self.metrics: dict[str, tuple[float, float]] = {}
+        self.opened = False
+        self.data: dict[str, Tensor] = {}
+        self.obs: Obs = {}
+        self.success: dict[str, Tensor] = {}
+
+    def open(self) -> None:
+        """Allocate [T, B] storage and note the episodes that are already running."""
+        c = self.c
+        t, b, a, device = c.decisions, c.num_envs, c.policy.num_units, c.device
+        self.opened = True
+        self.begin_episodes(torch.arange(b))
+        for n, s in c.spec.observation.items():
+            if not s.constant:
+                self.obs[n] = torch.empty((t, b, *s.shape), dtype=s.dtype, device=device)
+        self.data["logp"] = torch.empty((t, b, a), device=device)
+        self.data["mask"] = torch.ones((t, b, a), dtype=torch.bool, device=device)
+        self.data["valid"] = torch.ones((t, b), dtype=torch.bool, device=device)
+        self.data["reward"] = torch.zeros((t, b), device=device)
+        self.data["steps"] = torch.zeros((t, b), dtype=torch.int64, device=device)
+        for n in ("terminated", "truncated"):
+            self.data[n] = torch.zeros((t, b), dtype=torch.bool, device=device)
+        if c.spec.has_success:
+            self.success = {n: torch.zeros((t, b), dtype=torch.bool, device=device) for n in ("once", "end")}
+        if c.policy.has_critic:
+            self.data["value"] = torch.zeros((t, b), device=device)
+        for n in ("episode", "task", "group", "seed"):
+            self.data[n] = torch.zeros((t, b), dtype=torch.int64, device=device)
+
+    def begin_episodes(self, copies: Tensor) -> None:
+        """Give the copies a new row in the bank of per-episode entries."""
+        if not self.opened:
+            return
+        self.current[copies] = torch.arange(self.episodes, self.episodes + len(copies))
+        self.episodes += len(copies)
+        for n in self.constant_names:
+            everyone = torch.cat([p.obs[n] for p in self.c.parts]) if len(self.c.parts) > 1 else self.c.parts[0].obs[n]
+            self.bank[n].append(everyone[copies.to(everyone.device)].clone())
+
+    def decision(self, t: int, part: Part, output: PolicyOutput) -> None:
+        """Write what the policy saw and emitted at decision t."""
+        cols, d = part.columns, self.data
+        for n, x in self.obs.items():
+            x[t, cols] = part.obs[n]
+        if "units" not in d:
+            shape = (self.c.decisions, self.c.num_envs, *output.units.shape[1:])
+            d["units"] = torch.zeros(shape, dtype=output.units.dtype, device=self.c.device)
+        d["units"][t, cols] = output.units
+        d["logp"][t, cols] = output.logp
+        if output.mask is not None:
+            d["mask"][t, cols] = output.mask
+        if output.value is not None:
+            d["value"][t, cols] = output.value
+        for n, x in (("episode", self.current), ("task", self.c.task), ("seed", self.c.seed)):
+            d[n][t, cols] = x[cols].to(self.c.device)
+
+    def outcome(self, t: int, part: Part, executed: Executed) -> Tensor:
+        """Write what came of decision t; returns done [b]."""
+        cols, d = part.columns, self.data
+        d["reward"][t, cols] = executed.reward
+        d["steps"][t, cols] = executed.steps
+        d["terminated"][t, cols] = executed.terminated
+        d["truncated"][t, cols] = executed.truncated
+        if self.success:
+            assert executed.success is not None and executed.success_once is not None
+            self.success["once"][t, cols] = executed.success_once
+            self.success["end"][t, cols] = executed.success
+        for n, (s, k) in executed.metrics.items():
+            s0, k0 = self.metrics.get(n, (0.0, 0.0))
+            self.metrics[n] = (s0 + s, k0 + k)
+        return executed.terminated | executed.truncated
+
+    def final_obs(self, t: int, part: Part, truncated: Tensor) -> None:
+        """Keep what truncated copies saw last: their value is asked for at the end, all at once."""
+        if not self.c.policy.has_critic or not bool(truncated.any()):
+            return
+        rows = truncated.nonzero().squeeze(-1)
+        self.finals.append((t, rows + part.columns.start, {k: v.index_select(0, rows) for k, v in part.obs.items()}))
+
+    def close(self, t: int, active: Tensor) -> Rollout:
+        """Cut to the decisions made, fill in next values, and sum up the finished episodes."""
+        c, d = self.c, {k: v[:t] for k, v in self.data.items()}
+        if c.mode == "episodes":
+            # Whoever has not finished after the last decision is cut there, like at a time limit.
+            d["truncated"][t - 1] |= active
+            d["valid"][1:] = ~(d["terminated"] | d["truncated"])[:-1].cummax(0).values
+            d["mask"] &= d["valid"].unsqueeze(-1)
+        next_value = self._next_value(d, t) if c.policy.has_critic else None
+        finished = self._finished(d, t)
+        return Rollout(
+            obs={k: v[:t] for k, v in self.obs.items()},
+            constants={k: torch.cat(v) for k, v in self.bank.items()},
+            episode=d["episode"], units=d["units"], logp=d["logp"], mask=d["mask"], valid=d["valid"],
+            reward=d["reward"], steps=d["steps"], terminated=d["terminated"], truncated=d["truncated"],
+            value=d.get("value"), next_value=next_value, group=c.group_of.to(c.device).expand(t, -1), task=d["task"],
+            policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
+            chunk=c.policy.chunk, finished=finished, metrics=self.metrics,
+        )  # fmt: skip
+
+    def _next_value(self, d: dict[str, Tensor], t: int) -> Tensor:
+        """[T, B]: the next decision's value, the final state's where truncated, 0 where terminated."""
+        c = self.c
+        last = {k: torch.cat([p.obs[k] for p in c.parts]) if len(c.parts) > 1 else c.parts[0].obs[k] for k in c.spec.observation}
+        pieces = [last, *(o for _, _, o in self.finals)]
+        values = c.policy.value({k: torch.cat([p[k] for p in pieces]) if len(pieces) > 1 else last[k] for k in last})
+        out = torch.empty_like(d["value"])
+        out[:-1] = d["value"][1:]
+        out[-1] = values[: c.num_envs]
+        start = c.num_envs
+        for step, copies, obs in self.finals:
+            stop = start + len(next(iter(obs.values())))
+            out[step, copies] = values[start:stop]
+            start = stop
+        return torch.where(d["terminated"] | ~d["valid"], torch.zeros_like(out), out)
+
+    def _finished(self, d: dict[str, Tensor], t: int) -> dict[str, Tensor]:
+        """One row per episode that ended here; sums start with what earlier rollouts left behind."""
+        c = self.c
+        done = ((d["terminated"] | d["truncated"]) & d["valid"]).cpu()
+        reward, steps = d["reward"].double().cpu(), d["steps"].cpu()
+        once = self.success["once"][:t].cpu() if self.success else None
+        columns: dict[str, list[Tensor]] = {k: [] for k in ("return", "length", "success_once", "success_at_end", "when", "copy")}
+        total, length, success = c.episode_return, c.episode_length, c.episode_success
+        for i in range(t):
+            total += reward[i]
+            length += steps[i]
+            if once is not None:
+                success |= once[i]
+            if not bool(done[i].any()):
+                continue
+            who = done[i].nonzero().squeeze(-1)
+            columns["return"].append(total[who])
+            columns["length"].append(length[who])
+            columns["success_once"].append(success[who])
+            columns["when"].append(torch.full_like(who, i))
+            columns["copy"].append(who)
+            total[who], length[who], success[who] = 0.0, 0, False
+        out = {k: torch.cat(v) for k, v in columns.items() if v}
+        if not out:
+            return {}
+        when, copy = out.pop("when"), out["copy"]
+        out["task"], out["seed"] = d["task"].cpu()[when, copy], d["seed"].cpu()[when, copy]
+        if once is None:
+            del out["success_once"]
+        else:
+            out["success_at_end"] = self.success["end"][:t].cpu()[when, copy]
+        return out

@@ -1,0 +1,240 @@
+"""From an advantage to new weights: epochs of minibatches, backward, clip, step, and a stop on non-finite numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Literal, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from embodied_rl.batch import Flat, flatten, micro_batches, minibatches
+from embodied_rl.errors import DivergenceError
+from embodied_rl.loss import LossFunction
+from embodied_rl.metrics import Partials
+from embodied_rl.section import Section
+from embodied_rl.types import Advantage, Batch, Policy, Rollout, State
+
+
+class Update(Section):
+    """How the weights are moved."""
+
+    epochs: int = Field(4, ge=1)
+    """Passes over each rollout; more reuse, more drift from the policy that sampled."""
+    minibatches: int = Field(4, ge=1)
+    """Optimizer steps per epoch."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Rows per backward pass; saves memory and changes no gradient. null: the whole minibatch at once."""
+    lr: float = Field(3e-4, gt=0)
+    """Adam's step size."""
+    lr_schedule: Literal["constant", "linear", "adaptive_kl"] = "constant"
+    """linear: to 0 at the end of training; adaptive_kl: halved or raised by 1.5 to keep the KL near target_kl."""
+    target_kl: float | None = Field(None, gt=0)
+    """KL(old || new) of an update at which the remaining epochs are skipped (or that adaptive_kl steers to)."""
+    max_grad_norm: float = Field(0.5, gt=0)
+    """Gradients longer than this are shortened to it."""
+    adam_eps: float = Field(1e-5, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (AdamW)."""
+
+    @model_validator(mode="after")
+    def _adaptive_needs_target(self) -> Update:
+        if self.lr_schedule == "adaptive_kl" and self.target_kl is None:
+            raise ValueError("lr_schedule adaptive_kl needs target_kl (found null): set target_kl, for example 0.01")
+        return self
+
+
+class FlatParameters:
+    """All trainable parameters as windows of one vector, and their gradients of another.
+
+    One vector makes the optimizer step, the clip and the finiteness check one kernel each; with small networks
+    these would otherwise take as long as the backward pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Move the module's trainable parameters into one vector (values unchanged).
+
+        Args:
+            module: On its final device, all trainable parameters of one dtype.
+        """
+        self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        params = [p for _, p in self.named]
+        data = torch.cat([p.detach().flatten() for p in params])
+        self.vector = nn.Parameter(data)
+        self.grad = torch.zeros_like(data)
+        self.vector.grad = self.grad
+        start = 0
+        for p in params:
+            stop = start + p.numel()
+            p.data = self.vector.data[start:stop].view(p.shape)
+            p.grad = self.grad[start:stop].view(p.shape)
+            start = stop
+
+    def non_finite_gradients(self) -> list[str]:
+        """Names of parameters whose gradient holds NaN or infinity."""
+        return [n for n, p in self.named if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+
+
+class Updater:
+    """The optimizer and everything it remembers."""
+
+    def __init__(self, policy: Policy, loss: LossFunction, config: Update, *, seed: int, max_bad_updates: int) -> None:
+        """Take over a policy's parameters.
+
+        Args:
+            policy: A torch module that follows the Policy protocol.
+            loss: The recipe's loss.
+            config: The recipe's update section.
+            seed: Of the shuffle.
+            max_bad_updates: Skipped steps in a row after which `step` raises.
+        """
+        self.policy, self.loss, self.config = policy, loss, config
+        self.max_bad_updates = max_bad_updates
+        self.reference: Policy | None = copy.deepcopy(policy) if loss.config.kl.coef else None
+        self.parameters = FlatParameters(cast(nn.Module, policy))
+        self.optimizer = torch.optim.AdamW(
+            [self.parameters.vector], lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.lr = config.lr
+        self.version = 0
+        self.bad_in_a_row = 0
+
+    def update(self, rollout: Rollout, advantage: Advantage, *, progress: float) -> Partials:
+        """Improve the policy with one rollout.
+
+        Args:
+            rollout: Collected by the current weights.
+            advantage: Its credit.
+            progress: Share of the training done, in [0, 1], for the linear schedule.
+
+        Returns:
+            metrics: Partial sums; the actor and critic diagnostics are those of the last epoch made.
+
+        Raises:
+            DivergenceError: `max_bad_updates` non-finite steps in a row.
+        """
+        c = self.config
+        if c.lr_schedule == "linear":
+            self.lr = c.lr * (1 - progress)
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        metrics = Partials()
+        flat = flatten(rollout, advantage)
+        if len(flat) == 0:
+            return metrics
+        self._add_reference(flat)
+        for epoch in range(c.epochs):
+            diagnose = epoch == c.epochs - 1 or c.target_kl is not None
+            epoch_metrics, kl = self._epoch(flat, diagnose)
+            if diagnose:
+                metrics_of_epoch = epoch_metrics
+            metrics.merge(epoch_metrics.only("actor/skipped_updates"))
+            if c.target_kl is not None and kl is not None:
+                if c.lr_schedule == "adaptive_kl":
+                    self._adapt(kl)
+                elif kl > 1.5 * c.target_kl:
+                    break
+        metrics.merge(metrics_of_epoch.without("actor/skipped_updates"))
+        metrics.last("actor/lr", self.lr)
+        self.version += 1
+        return metrics
+
+    def _epoch(self, flat: Flat, diagnose: bool) -> tuple[Partials, float | None]:
+        metrics = Partials()
+        for batch in minibatches(flat, self.config.minibatches, self.loss, self.generator):
+            self._step(batch, metrics, diagnose)
+        return metrics, metrics.value("actor/kl_k3") if diagnose else None
+
+    def _step(self, batch: Batch, metrics: Partials, diagnose: bool) -> None:
+        """One optimizer step on one minibatch, in micro-batches."""
+        flat, c = self.parameters, self.config
+        flat.grad.zero_()
+        loss = torch.zeros((), device=flat.grad.device)
+        parts: list[dict[str, tuple[Tensor, Tensor | float]]] = []
+        for piece in micro_batches(batch, c.micro_batch, self.loss.config.ratio == "trajectory"):
+            evaluation = self.policy.evaluate(piece.obs, piece.units, entropy=self.loss.reads_entropy or diagnose)
+            result = self.loss(evaluation, piece, diagnose=diagnose)
+            result.total.backward()
+            loss = loss + result.total.detach()
+            parts.append(result.metrics)
+        norm = float(flat.grad.norm())
+        if not math.isfinite(norm) or not math.isfinite(float(loss)):
+            self._skip(batch, loss, metrics)
+            return
+        self.bad_in_a_row = 0
+        if norm > c.max_grad_norm:
+            flat.grad.mul_(c.max_grad_norm / norm)
+        self.optimizer.step()
+        for name, (total, count) in ((k, v) for part in parts for k, v in part.items()):
+            metrics.maximum(name, float(total)) if name.endswith("_max") else metrics.add(name, float(total), float(count))
+        if diagnose:
+            metrics.add("actor/grad_norm", norm, 1.0)
+            metrics.add("actor/loss", float(loss), 1.0)
+
+    def _skip(self, batch: Batch, loss: Tensor, metrics: Partials) -> None:
+        metrics.add("actor/skipped_updates", 1.0, 0.0)
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row < self.max_bad_updates:
+            return
+        inputs: dict[str, Tensor | None] = {
+            **{f"obs.{k}": v for k, v in batch.obs.items()},
+            "units": batch.units, "logp": batch.logp, "advantage": batch.advantage, "target": batch.target,
+        }  # fmt: skip
+        bad = [k for k, v in inputs.items() if v is not None and v.is_floating_point() and not bool(torch.isfinite(v).all())]
+        raise DivergenceError(
+            f"{self.bad_in_a_row} optimizer steps in a row were not finite (loss {float(loss):.3g}); non-finite inputs: "
+            f"{', '.join(bad) or 'none'}; non-finite gradients: {', '.join(self.parameters.non_finite_gradients()[:8]) or 'none'}. "
+            "The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named"
+        )
+
+    def _adapt(self, kl: float) -> None:
+        """Raise or lower the step size so that an update moves the policy by about target_kl.
+
+        Source: the rule of Schulman et al. 2017, section 4, applied to the learning rate.
+        """
+        assert self.config.target_kl is not None
+        if kl > 2 * self.config.target_kl:
+            self.lr = max(self.lr / 1.5, 1e-5)
+        elif kl < 0.5 * self.config.target_kl:
+            self.lr = min(self.lr * 1.5, 1e-2)
+        self.optimizer.param_groups[0]["lr"] = self.lr
+
+    def _add_reference(self, flat: Flat) -> None:
+        """Write the reference policy's log-probabilities beside the rows."""
+        if self.reference is None:
+            return
+        size = self.config.micro_batch or len(flat)
+        with torch.no_grad():
+            parts: Iterable[Flat] = (flat.slice(i, min(i + size, len(flat))) for i in range(0, len(flat), size))
+            logp = [self.reference.evaluate(p.full_obs(), p.rows["units"], entropy=False).logp for p in parts]
+        flat.rows["logp_ref"] = torch.cat(logp)
+
+    def state_dict(self) -> State:
+        """Optimizer moments, generator, step size and counters."""
+        inner = self.optimizer.state.get(self.parameters.vector, {})
+        state: State = {
+            "moments": {k: v for k, v in inner.items()},
+            "generator": self.generator.get_state(),
+            "lr": self.lr,
+            "version": self.version,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
+        if self.reference is not None:
+            state["reference"] = dict(cast(nn.Module, self.reference).state_dict())
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore `state_dict`; the policy's own weights are restored by the caller."""
+        if state["moments"]:
+            self.optimizer.state[self.parameters.vector] = {
+                # The fused kernel keeps its step counter in float32 on the parameter's device.
+                k: v.to(self.parameters.vector.device).clone() for k, v in state["moments"].items()
+            }
+        self.generator.set_state(state["generator"])
+        self.lr, self.version, self.bad_in_a_row = state["lr"], state["version"], state["bad_in_a_row"]
+        if self.reference is not None:
+            cast(nn.Module, self.reference).load_state_dict(state["reference"])
