@@ -1,0 +1,86 @@
+"""A tabletop arm with language instructions: seven tasks, randomised layouts, two physics engines.
+
+`env: {type: tabletop, tasks: [reach, push, lift]}` in a recipe. The scene is in `scene.py`, the tasks in `tasks.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from embodied_rl.envs.tabletop.env import TabletopEnv
+from embodied_rl.envs.tabletop.physics import NativePhysics, Physics
+from embodied_rl.envs.tabletop.scene import Scene, build_scene
+from embodied_rl.envs.tabletop.tasks import TASKS
+from embodied_rl.errors import nearest
+from embodied_rl.section import Section
+from embodied_rl.types import Split
+
+__all__ = ["Config", "TabletopEnv", "build"]
+
+
+class Config(Section):
+    """The tabletop arm."""
+
+    type: Literal["tabletop"] = "tabletop"
+    tasks: list[str] = Field(["reach", "push", "lift"], min_length=1)
+    """Any of reach, push, lift, place, stack, open, close; copies share them evenly."""
+    reward: Literal["dense", "sparse"] = "dense"
+    """dense: shaped, in [0, 1] per control step, 1 while solved; sparse: 1 while solved, else 0."""
+    max_steps: int = Field(50, ge=1)
+    """Control steps (1/20 s each) after which an episode is truncated."""
+    end_on_success: bool = False
+    """End the episode (terminated) in the first control step in which the task is solved."""
+    physics: Literal["auto", "native", "warp"] = "auto"
+    """native: MuJoCo's C engine on CPU threads; warp: MuJoCo Warp on `device`; auto: warp on CUDA, native on a CPU."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of the native engine; null takes every core this process may use."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: list[str]) -> list[str]:
+        for name in tasks:
+            if name not in TASKS:
+                raise ValueError(f"task '{name}' does not exist{nearest(name, TASKS)}")
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"tasks {tasks} names one twice; list each task once")
+        return tasks
+
+
+def build(config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int) -> TabletopEnv:
+    """Make an env.
+
+    Args:
+        config: The recipe's section.
+        num_envs: Copies B.
+        device: Where observations and rewards go.
+        split: Not needed: each start seed says which set it belongs to.
+        seed: Not needed: nothing is random but the starts.
+
+    Returns:
+        env: Every copy at rest; call `reset` before the first step.
+    """
+    scene = build_scene()
+    return TabletopEnv(
+        scene,
+        _physics(config, scene, num_envs, device),
+        tuple(config.tasks),
+        reward=config.reward,
+        max_steps=config.max_steps,
+        end_on_success=config.end_on_success,
+        device=device,
+    )
+
+
+def _physics(config: Config, scene: Scene, num_envs: int, device: torch.device) -> Physics:
+    engine = config.physics
+    if engine == "auto":
+        engine = "warp" if device.type == "cuda" else "native"
+    if engine == "warp":
+        from embodied_rl.envs.tabletop.warp_physics import WarpPhysics
+
+        return WarpPhysics(scene.model, num_envs, device)
+    return NativePhysics(scene.model, num_envs, config.threads or len(os.sched_getaffinity(0)))

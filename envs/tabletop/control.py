@@ -1,0 +1,104 @@
+"""From actions to joint targets: the wanted TCP pose of every copy, moved by each action and held within limits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from embodied_rl.envs.tabletop.kinematics import ArmKinematics, rotation_from_vector
+from embodied_rl.envs.tabletop.scene import FINGER_MAX
+from embodied_rl.types import State
+
+MAX_MOVE = 0.03
+"""m the wanted position moves per control step for an action of 1 on each axis (0.6 m/s)."""
+MAX_TURN = 0.1
+"""rad the wanted rotation turns per control step about each world axis (2 rad/s)."""
+WORKSPACE = ((-0.20, 0.20), (-0.36, 0.28), (0.008, 0.35))
+"""Ranges of x, y, z of the wanted TCP, m."""
+MAX_TILT = 0.35
+"""Largest tilt of the gripper from straight down, rad."""
+MAX_YAW = 1.75
+"""Largest turn of the gripper about the vertical from its rest pose, rad."""
+LEASH = 0.06
+"""Farthest the wanted position may be ahead of the real one on each axis, m: pushing a wall stores no more than this."""
+YAW_LEASH = 0.4
+"""The same for the rotation about the vertical, rad."""
+MAX_JOINT_STEP = 0.3
+"""Farthest a joint target may be ahead of the joint, rad."""
+FINGER_CLOSED = -0.01
+"""Finger target of a fully closed command, m; below 0 so that it still presses on thin objects."""
+
+Pose = tuple[Tensor, Tensor, Tensor]
+"""Position [B, 3], rotation [B, 3, 3] and joint frames, as `ArmKinematics.forward` returns them."""
+
+
+class PoseController:
+    """Wanted TCP pose and finger target of B copies, and the joint targets that follow them.
+
+    The action convention is the field's: 7 numbers in [-1, 1]: displacement along the world axes, rotation about the
+    world axes (axis-angle), gripper (1 open, -1 closed).
+    """
+
+    def __init__(self, kinematics: ArmKinematics, num_envs: int, device: torch.device) -> None:
+        """Start with every copy at the origin; `hold` sets the real pose."""
+        self._kinematics = kinematics
+        self.position = torch.zeros(num_envs, 3, device=device)
+        """[B, 3] wanted TCP position, m."""
+        self.rotation = torch.eye(3, device=device).repeat(num_envs, 1, 1)
+        """[B, 3, 3] wanted TCP frame."""
+        self.finger = torch.full((num_envs,), FINGER_MAX, device=device)
+        """[B] target of each finger joint, m."""
+        self._low, self._high = torch.tensor(WORKSPACE, device=device).unbind(1)
+
+    def hold(self, mask: Tensor, pose: Pose) -> None:
+        """Want the present pose with an open gripper in the masked copies."""
+        self.position[mask] = pose[0][mask]
+        self.rotation[mask] = pose[1][mask]
+        self.finger[mask] = FINGER_MAX
+
+    def advance(self, action: Tensor, joints: Tensor, pose: Pose) -> Tensor:
+        """Move the wanted pose by an action and solve for joint targets.
+
+        Args:
+            action: [B, 7] in [-1, 1].
+            joints: [B, 7] rad, where the arm is.
+            pose: Its forward kinematics.
+
+        Returns:
+            ctrl: [B, 9] joint and finger targets.
+        """
+        position, rotation, _ = pose
+        wanted = self.position + MAX_MOVE * action[:, :3]
+        wanted = torch.clamp(wanted, position - LEASH, position + LEASH)
+        self.position = torch.clamp(wanted, self._low, self._high)
+        self.rotation = rotation_from_vector(self._turn(MAX_TURN * action[:, 3:6], rotation)) @ self.rotation
+        self.finger = torch.lerp(torch.full_like(self.finger, FINGER_CLOSED), torch.full_like(self.finger, FINGER_MAX),
+                                 0.5 * (action[:, 6] + 1))  # fmt: skip
+        target = self._kinematics.solve(joints, pose, self.position, self.rotation, MAX_JOINT_STEP)
+        return torch.cat([target, self.finger[:, None].expand(-1, 2)], dim=1)
+
+    def _turn(self, turn: Tensor, rotation: Tensor) -> Tensor:
+        """Cut a rotation vector [B, 3] so that the wanted frame keeps within tilt and yaw limits."""
+        # The tool's z axis tilts from straight down about the horizontal axis (z_y, -z_x); its length is sin(tilt).
+        tilt = torch.stack([self.rotation[:, 1, 2], -self.rotation[:, 0, 2]], dim=1)
+        tilted = tilt + turn[:, :2]
+        size = torch.linalg.vector_norm(tilted, dim=1, keepdim=True)
+        tilted = tilted * (math.sin(MAX_TILT) / size.clamp_min(math.sin(MAX_TILT)))
+        wanted = torch.atan2(self.rotation[:, 1, 0], self.rotation[:, 0, 0])
+        actual = torch.atan2(rotation[:, 1, 0], rotation[:, 0, 0])
+        low = (actual - YAW_LEASH).clamp_min(-MAX_YAW)
+        high = (actual + YAW_LEASH).clamp_max(MAX_YAW)
+        yaw = torch.minimum(torch.maximum(wanted + turn[:, 2], low), high)
+        return torch.cat([tilted - tilt, (yaw - wanted)[:, None]], dim=1)
+
+    def get_state(self) -> State:
+        """Wanted pose and finger target."""
+        return {"position": self.position.clone(), "rotation": self.rotation.clone(), "finger": self.finger.clone()}
+
+    def set_state(self, state: State) -> None:
+        """Restore `get_state`'s result."""
+        self.position = state["position"].to(self.position.device).clone()
+        self.rotation = state["rotation"].to(self.rotation.device).clone()
+        self.finger = state["finger"].to(self.finger.device).clone()

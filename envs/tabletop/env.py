@@ -1,0 +1,223 @@
+"""The tabletop env: B copies of arm, objects and drawer, each with its own task and instruction."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embodied_rl.envs.tabletop.control import PoseController
+from embodied_rl.envs.tabletop.kinematics import ArmKinematics
+from embodied_rl.envs.tabletop.layout import draw_start
+from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
+from embodied_rl.envs.tabletop.physics import Physics
+from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene
+from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
+from embodied_rl.errors import CheckpointError, NotFoundError, ShapeError, nearest
+from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step
+
+ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))
+
+
+class TabletopEnv:
+    """See `embodied_rl.types.Env`; the tasks are described in `tasks.py`, the observation in `observe.py`.
+
+    Physics and everything computed from it live on the engine's device; observations, rewards and actions cross to
+    `device` at the boundary (for free when they are the same).
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        physics: Physics,
+        tasks: tuple[str, ...],
+        *,
+        reward: Literal["dense", "sparse"],
+        max_steps: int,
+        end_on_success: bool,
+        device: torch.device,
+    ) -> None:
+        """Wire the parts; use `build` to make one from a config."""
+        num_envs, inner = physics.num_envs, physics.device
+        self.scene = scene
+        self.device = device
+        self.physics = physics
+        self.spec = EnvSpec(
+            observation=dict(OBSERVATION),
+            action=ACTION,
+            num_envs=num_envs,
+            max_steps=max_steps,
+            tasks=tasks,
+            seedable=True,
+            has_state=True,
+            has_success=True,
+            cameras=CAMERAS,
+            control_hz=CONTROL_HZ,
+        )
+        self._tasks = tuple(TASKS[name] for name in tasks)
+        self._reward = reward
+        self._end_on_success = end_on_success
+        self.kinematics = ArmKinematics(scene.model, torch.from_numpy(HOME), inner)
+        self.controller = PoseController(self.kinematics, num_envs, inner)
+        self.episode = Episode.empty(num_envs, inner)
+        self._observer = Observer(scene, num_envs, inner)
+        self._steps = torch.zeros(num_envs, dtype=torch.int64, device=inner)
+        self._texts = [""] * num_envs
+        self._cameras: dict[tuple[int, int], Any] = {}
+        self._read()
+
+    # ---- the protocol ------------------------------------------------------------------------------------------
+
+    def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
+        """Start new episodes in the masked copies; returns the observation of all copies."""
+        rows = mask.nonzero().flatten().tolist()
+        if rows:
+            self._start(rows, seeds.tolist(), tasks.tolist())
+        return self._observe()
+
+    def step(self, action: Tensor, active: Tensor | None = None) -> Step:
+        """Advance one control step (1/20 s); copies that are not active are advanced as well."""
+        action = self._checked(action)
+        ctrl = self.controller.advance(action, self._joints, self._pose)
+        self.physics.step(ctrl, self.scene.substeps)
+        self._steps += 1
+        self._read()
+        success, reward, terms = judge(self._tasks, self.episode.task, self.view())
+        if self._reward == "sparse":
+            reward = success.float()
+        truncated = self._steps >= self.spec.max_steps
+        terminated = success.clone() if self._end_on_success else torch.zeros_like(success)
+        return Step(
+            obs=self._observe(),
+            reward=reward.to(self.device),
+            terminated=terminated.to(self.device),
+            truncated=(truncated & ~terminated).to(self.device),
+            success=success.to(self.device),
+            metrics={name: value.to(self.device) for name, value in terms.items()},
+        )
+
+    def get_state(self) -> State:
+        """Everything needed to continue; on the native engine bit for bit."""
+        return {
+            "physics": self.physics.get_state(),
+            "controller": self.controller.get_state(),
+            "episode": {name: value.clone() for name, value in asdict(self.episode).items()},
+            "steps": self._steps.clone(),
+            "texts": list(self._texts),
+            "tasks": list(self.spec.tasks),
+        }
+
+    def set_state(self, state: State) -> Obs:
+        """Restore `get_state`'s result.
+
+        Raises:
+            CheckpointError: The state is of an env with other tasks, copies or physics.
+        """
+        if tuple(state["tasks"]) != self.spec.tasks or len(state["texts"]) != self.spec.num_envs:
+            raise CheckpointError(
+                f"tabletop state: found {len(state['texts'])} copies of tasks {list(state['tasks'])}, expected "
+                f"{self.spec.num_envs} of {list(self.spec.tasks)}; build the env as the state's run did"
+            )
+        self.physics.set_state(state["physics"])
+        self.controller.set_state(state["controller"])
+        for one in fields(Episode):
+            getattr(self.episode, one.name).copy_(state["episode"][one.name])
+        self._steps.copy_(state["steps"])
+        self._texts = list(state["texts"])
+        self._read()
+        return self._observe()
+
+    def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
+        """Pictures [len(copies), H, W, 3] uint8 of the copies asked for.
+
+        Raises:
+            NotFoundError: No such camera.
+        """
+        if camera not in CAMERAS:
+            raise NotFoundError(f"camera '{camera}' does not exist in the tabletop scene{nearest(camera, CAMERAS)}")
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop the physics threads and drop the cameras."""
+        self.physics.close()
+        self._cameras.clear()
+
+    # ---- for experts, tools and tests ---------------------------------------------------------------------------
+
+    @property
+    def tcp(self) -> tuple[Tensor, Tensor]:
+        """TCP position [B, 3] (m) and rotation [B, 3, 3] of all copies, on the physics device."""
+        return self._pose[0], self._pose[1]
+
+    def instructions(self) -> list[str]:
+        """The instruction of each copy as text."""
+        return list(self._texts)
+
+    def view(self) -> View:
+        """What success and reward are computed from, of all copies, on the physics device."""
+        return self._observer.view(self._qpos, self._qvel, self._pose, self.controller.finger, self.episode)
+
+    def object_poses(self) -> Tensor:
+        """[B, M, 7] position (m) and quaternion (w x y z) of every object, on the physics device."""
+        return self._observer.object_poses(self._qpos)
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _start(self, rows: list[int], seeds: list[int], tasks: list[int]) -> None:
+        scene, inner = self.scene, self.physics.device
+        starts = [draw_start(scene, self._tasks[tasks[row]], seeds[row]) for row in rows]
+        index = torch.tensor(rows, device=inner)
+        mask = torch.zeros(self.spec.num_envs, dtype=torch.bool, device=inner)
+        mask[index] = True
+        qpos = torch.zeros(self.spec.num_envs, scene.model.nq, dtype=torch.float64, device=inner)
+        qpos[index] = torch.from_numpy(np.stack([s.qpos for s in starts])).to(inner)
+        self.physics.place(mask, qpos, torch.zeros(self.spec.num_envs, scene.model.nv, dtype=torch.float64, device=inner))
+        b_start = [s.qpos[scene.objects_qpos[s.b] : scene.objects_qpos[s.b] + 2] for s in starts]
+        columns: dict[str, Any] = {
+            "task": [tasks[row] for row in rows],
+            "seed": [seeds[row] for row in rows],
+            "a": [s.a for s in starts],
+            "b": [s.b for s in starts],
+            "relation": [s.relation for s in starts],
+            "goal": np.stack([s.goal for s in starts]),
+            "colors": np.stack([s.colors for s in starts]),
+            "b_start": np.stack(b_start),
+            "words": [s.words for s in starts],
+        }
+        for name, values in columns.items():
+            target = getattr(self.episode, name)
+            target[index] = torch.as_tensor(values).to(target.dtype).to(inner)
+        self._steps[index] = 0
+        for row, start in zip(rows, starts, strict=True):
+            self._texts[row] = start.text
+        self._read()
+        self.controller.hold(mask, self._pose)
+
+    def _read(self) -> None:
+        """Take over what the physics says; the one forward kinematics of a control step."""
+        self._qpos, self._qvel = self.physics.qpos, self.physics.qvel
+        self._joints = self._qpos[:, self.scene.arm_qpos]
+        self._pose = self.kinematics.forward(self._joints)
+
+    def _observe(self) -> Obs:
+        obs = self._observer.observation(self._qpos, self._qvel, self._pose, self.controller, self.episode)
+        return {name: value.to(self.device) for name, value in obs.items()}
+
+    def _checked(self, action: Tensor) -> Tensor:
+        wanted = (self.spec.num_envs, ACTION.size)
+        if tuple(action.shape) != wanted or action.dtype != torch.float32 or action.device.type != self.device.type:
+            raise ShapeError(
+                f"tabletop action: found shape {list(action.shape)}, {action.dtype} on {action.device}, expected "
+                f"{list(wanted)}, torch.float32 on {self.device}; one row of {ACTION.size} numbers per copy"
+            )
+        if not bool(torch.isfinite(action).all()):
+            bad = (~torch.isfinite(action)).any(dim=1).nonzero().flatten().tolist()
+            more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+            raise ShapeError(
+                f"tabletop action: not finite in copies {bad[:8]}{more}, expected numbers in [-1, 1]; "
+                "the policy that made them has diverged"
+            )
+        return action.clamp(-1, 1).to(self.physics.device)

@@ -1,0 +1,196 @@
+"""The words of each task: templates for training, other templates for evaluation, and word ids.
+
+Evaluation templates are sentences that never occur in training, built from words that all do (in other combinations),
+so that an evaluation asks for composition and not for unknown vocabulary. Word ids are stable hashes: no download, and
+adding a template changes no other id. A word that never occurred in training (a user's own sentence) gets its own id,
+whose embedding is untrained: the policy then has to rely on the other words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from functools import lru_cache
+
+import numpy as np
+
+from embodied_rl.envs.tabletop.scene import SHAPES
+from embodied_rl.types import Split
+
+MAX_WORDS = 14
+"""L, word ids of an instruction; shorter ones are padded with 0."""
+WORD_IDS = 1024
+"""Ids are 1 to WORD_IDS - 1; 0 is padding."""
+
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
+
+# {a} the object meant, {b} the second object, {goal} the marked goal.
+TEMPLATES: dict[str, dict[Split, tuple[str, ...]]] = {
+    "reach": {
+        "train": (
+            "reach the {a}",
+            "touch the {a}",
+            "move the gripper to the {a}",
+            "move your hand to the top of the {a}",
+            "go to the {a} and touch the top",
+            "please reach for the {a}",
+        ),
+        "eval": (
+            "please touch the {a}",
+            "touch the top of the {a}",
+            "go and touch the {a}",
+            "please move the gripper to the top of the {a}",
+            "reach for the top of the {a}",
+        ),
+    },
+    "push": {
+        "train": (
+            "push the {a} to the goal",
+            "slide the {a} to the marked spot",
+            "push the {a} over the table to the marker",
+            "bring the {a} to the marked goal",
+            "please slide the {a} over to the goal",
+        ),
+        "eval": (
+            "please push the {a} to the marked spot",
+            "slide the {a} over the table to the goal",
+            "push the {a} over to the marked goal",
+            "please bring the {a} to the marker",
+        ),
+    },
+    "lift": {
+        "train": (
+            "lift the {a}",
+            "pick up the {a}",
+            "lift the {a} up from the table",
+            "grasp the {a} and lift it",
+            "please pick the {a} up",
+            "take the {a} and hold it up",
+        ),
+        "eval": (
+            "please lift the {a}",
+            "grasp the {a} and pick it up",
+            "pick the {a} up from the table",
+            "take the {a} and lift it up",
+            "please grasp the {a} and hold it up",
+        ),
+    },
+    "place on": {
+        "train": (
+            "place the {a} on the {b}",
+            "put the {a} on top of the {b}",
+            "pick up the {a} and place it on the {b}",
+            "please put the {a} on the {b}",
+        ),
+        "eval": (
+            "please place the {a} on top of the {b}",
+            "pick up the {a} and put it on top of the {b}",
+            "put the {a} on the {b}",
+        ),
+    },
+    "place beside": {
+        "train": (
+            "place the {a} beside the {b}",
+            "put the {a} next to the {b}",
+            "pick up the {a} and place it next to the {b}",
+            "please put the {a} beside the {b}",
+        ),
+        "eval": (
+            "please place the {a} next to the {b}",
+            "pick up the {a} and put it beside the {b}",
+            "put the {a} beside the {b}",
+        ),
+    },
+    "stack": {
+        "train": (
+            "stack the {a} on the {b}",
+            "stack the {a} on top of the {b}",
+            "pick up the {a} and stack it on the {b}",
+            "please make a tower with the {a} over the {b}",
+        ),
+        "eval": (
+            "please stack the {a} on top of the {b}",
+            "make a tower with the {a} on top of the {b}",
+            "pick up the {a} and stack it on top of the {b}",
+        ),
+    },
+    "open": {
+        "train": (
+            "open the drawer",
+            "pull the drawer open",
+            "pull the handle of the drawer",
+            "please open the drawer by the handle",
+        ),
+        "eval": (
+            "please pull the drawer open",
+            "open the drawer by the handle",
+            "please pull the handle",
+        ),
+    },
+    "close": {
+        "train": (
+            "close the drawer",
+            "push the drawer shut",
+            "shut the drawer by the handle",
+            "please close the open drawer",
+        ),
+        "eval": (
+            "please shut the drawer",
+            "push the open drawer shut",
+            "close the drawer by the handle",
+        ),
+    },
+}
+
+
+def describe(slot: int, colors: np.ndarray, rng: np.random.Generator) -> str:
+    """Name one object by its colour, its shape or both, at random; each names it alone among the objects present.
+
+    Args:
+        slot: Which object.
+        colors: [M] index into COLORS of each object, all different.
+        rng: Source of the choice.
+
+    Returns:
+        noun: "red object", "cube" or "red cube".
+    """
+    color, shape = COLORS[colors[slot]], SHAPES[slot]
+    return (f"{color} object", shape, f"{color} {shape}")[int(rng.integers(3))]
+
+
+def write_instruction(wording: str, split: Split, a: str, b: str, rng: np.random.Generator) -> str:
+    """Choose a template and fill it.
+
+    Args:
+        wording: Key of TEMPLATES.
+        split: Which templates.
+        a: Noun of the object meant.
+        b: Noun of the second object.
+        rng: Source of the choice.
+
+    Returns:
+        text: The instruction, lower case.
+    """
+    templates = TEMPLATES[wording][split]
+    return templates[int(rng.integers(len(templates)))].format(a=a, b=b)
+
+
+@lru_cache(maxsize=4096)
+def word_id(word: str) -> int:
+    """Stable id in [1, WORD_IDS) of a lower-case word."""
+    digest = hashlib.blake2b(word.encode(), digest_size=4, person=b"word").digest()
+    return 1 + int.from_bytes(digest, "little") % (WORD_IDS - 1)
+
+
+@lru_cache(maxsize=8192)
+def encode(text: str) -> tuple[int, ...]:
+    """Word ids of a sentence, padded with 0 to MAX_WORDS; words beyond are dropped.
+
+    Args:
+        text: Any sentence; case and punctuation do not matter.
+
+    Returns:
+        ids: MAX_WORDS ints.
+    """
+    ids = [word_id(word) for word in re.findall(r"[a-z0-9]+", text.lower())][:MAX_WORDS]
+    return tuple(ids + [0] * (MAX_WORDS - len(ids)))

@@ -1,0 +1,312 @@
+"""The tasks of the tabletop: what a start looks like, when it has succeeded, what is rewarded on the way.
+
+A task is one class with three hooks: attributes that say how its starts are drawn (read by `layout.py`), `success`
+and `terms`. Both take a `View` of all copies and return a value for each, also for copies that play another task;
+`judge` selects. All lengths are metres, all poses in the world frame.
+
+The dense reward of every task is bounded: the weighted terms of one step add up to less than 1, and a step in which
+the task is solved is worth exactly 1. The sparse reward is 1 in such a step and else 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embodied_rl.envs.tabletop.scene import DRAWER_MAX
+
+REACH_RADIUS = 0.025
+PUSH_RADIUS = 0.03
+LIFT_HEIGHT = 0.07
+STILL = 0.08
+"""m/s below which an object counts as resting."""
+OPEN_AT, CLOSED_AT = 0.10, 0.012
+"""Drawer opening in metres above which it is open, below which it is closed."""
+
+
+@dataclass
+class View:
+    """What success and reward are computed from, for B copies; a and b are the first and second object meant.
+
+    Example: cube at rest under an open gripper 10 cm above: a_position [[0, 0, 0.02]], a_height [0.0],
+    tcp [[0, 0, 0.12]], held [False], gripper_open [True].
+    """
+
+    tcp: Tensor
+    """[B, 3] point between the finger tips."""
+    held: Tensor
+    """[B] bool, a is between the fingers, which press on it."""
+    gripper_open: Tensor
+    """[B] bool, the fingers are commanded to and do not press on anything."""
+    a_position: Tensor
+    """[B, 3] centre of a."""
+    a_top: Tensor
+    """[B, 3] middle of a's upper side."""
+    a_height: Tensor
+    """[B] of a above its resting height on the table."""
+    a_speed: Tensor
+    """[B] m/s."""
+    a_half_height: Tensor
+    """[B]"""
+    b_position: Tensor
+    """[B, 3] centre of b."""
+    b_half_height: Tensor
+    """[B]"""
+    b_moved: Tensor
+    """[B] horizontal distance of b from where it started."""
+    goal: Tensor
+    """[B, 3] the marked goal on the table."""
+    relation_on: Tensor
+    """[B] bool, for `place`: on b rather than beside it."""
+    handle: Tensor
+    """[B, 3] middle of the drawer's handle."""
+    drawer: Tensor
+    """[B] opening, 0 when closed."""
+
+
+class Task:
+    """Base of all tasks.
+
+    To add one: subclass, name it, add templates of the same name to `instructions.TEMPLATES`, list it in TASKS.
+    """
+
+    name: str
+    wordings: tuple[str, ...]
+    """Keys of `instructions.TEMPLATES`; one is drawn per start and its index is the start's `relation`."""
+    marked_goal: bool = False
+    """A goal is marked on the table, 9 to 18 cm from the object meant."""
+    drawer: tuple[float, float] = (0.0, 0.03)
+    """Range of the drawer's opening at the start, m."""
+
+    def success(self, view: View) -> Tensor:
+        """[B] bool, the task is solved in this state."""
+        raise NotImplementedError
+
+    def terms(self, view: View) -> dict[str, Tensor]:
+        """Dense reward terms [B], each at least 0, with a sum below 1: "reach", "grasp", "progress"."""
+        raise NotImplementedError
+
+
+class Reach(Task):
+    """Bring the TCP to the top of the named object.
+
+    Randomisation: positions, yaws and colours of the objects, which is meant, initial joints, wording.
+    Success: TCP within 2.5 cm of the middle of the object's upper side.
+    Reward terms: reach = 0.9 closeness(TCP, upper side).
+    """
+
+    name = "reach"
+    wordings = ("reach",)
+
+    def success(self, view: View) -> Tensor:
+        """TCP within REACH_RADIUS of the object's upper side."""
+        return distance(view.tcp, view.a_top) < REACH_RADIUS
+
+    def terms(self, view: View) -> dict[str, Tensor]:
+        """Closeness of the TCP."""
+        return {"reach": 0.9 * closeness(distance(view.tcp, view.a_top))}
+
+
+class Push(Task):
+    """Move the named object over the table onto the marked goal.
+
+    Randomisation: as reach, and the goal, 9 to 18 cm from the object in any direction.
+    Success: the object's centre is horizontally within 3 cm of the goal and not more than 1.5 cm above its rest.
+    Reward terms: reach = 0.3 closeness(TCP, object), progress = 0.6 closeness(object, goal).
+    """
+
+    name = "push"
+    wordings = ("push",)
+    marked_goal = True
+
+    def success(self, view: View) -> Tensor:
+        """Object over the goal and down."""
+        return (distance(view.a_position[:, :2], view.goal[:, :2]) < PUSH_RADIUS) & (view.a_height.abs() < 0.015)
+
+    def terms(self, view: View) -> dict[str, Tensor]:
+        """Closeness of the TCP to the object and of the object to the goal."""
+        to_goal = distance(view.a_position[:, :2], view.goal[:, :2])
+        return {
+            "reach": 0.3 * closeness(distance(view.tcp, view.a_position)),
+            "progress": 0.6 * closeness(to_goal),
+        }
+
+
+class Lift(Task):
+    """Grasp the named object and raise it.
+
+    Randomisation: as reach.
+    Success: the object is held and at least 7 cm above its resting height.
+    Reward terms: reach = 0.25 closeness(TCP, object), grasp = 0.25 while held, progress = 0.4 height / 7 cm while held.
+    """
+
+    name = "lift"
+    wordings = ("lift",)
+
+    def success(self, view: View) -> Tensor:
+        """Held and high enough."""
+        return view.held & (view.a_height >= LIFT_HEIGHT)
+
+    def terms(self, view: View) -> dict[str, Tensor]:
+        """Closeness, grasp, height."""
+        return {
+            "reach": 0.25 * closeness(distance(view.tcp, view.a_position)),
+            "grasp": 0.25 * view.held,
+            "progress": 0.4 * view.held * (view.a_height / LIFT_HEIGHT).clamp(0, 1),
+        }
+
+
+class Place(Task):
+    """Put object A on or beside object B and let go.
+
+    Randomisation: as reach, which objects are A and B, and whether "on" or "beside" is asked.
+    Success: A is released and at rest, B has moved less than 3 cm; "on": A's centre is horizontally within 2.5 cm of
+    B's and it stands on B; "beside": A stands on the table with its centre 3 to 9 cm from B's.
+    Reward terms: reach = 0.15 closeness(TCP, A), grasp = 0.15 while held or once in place, progress =
+    0.45 closeness(A, its place) while held or once in place, 0.15 more for letting go there.
+    """
+
+    name = "place"
+    wordings = ("place on", "place beside")
+
+    def in_place(self, view: View) -> Tensor:
+        """[B] bool, A stands where it is asked to, held or not."""
+        horizontal = distance(view.a_position[:, :2], view.b_position[:, :2])
+        on = (horizontal < 0.025) & (self.above(view).abs() < 0.008)
+        beside = (horizontal > 0.03) & (horizontal < 0.09) & (view.a_height.abs() < 0.008)
+        return torch.where(view.relation_on, on, beside) & (view.b_moved < 0.03)
+
+    def above(self, view: View) -> Tensor:
+        """[B] height of A over standing on B, m."""
+        return view.a_position[:, 2] - view.b_position[:, 2] - view.a_half_height - view.b_half_height
+
+    def success(self, view: View) -> Tensor:
+        """In place, released, at rest."""
+        return self.in_place(view) & view.gripper_open & ~view.held & (view.a_speed < STILL)
+
+    def terms(self, view: View) -> dict[str, Tensor]:
+        """Closeness, grasp, approach to the place, release."""
+        horizontal = distance(view.a_position[:, :2], view.b_position[:, :2])
+        on = distance_of(horizontal, self.above(view))
+        beside = distance_of((horizontal - 0.065).abs(), view.a_height)
+        done = self.in_place(view)
+        carried = view.held | done
+        return {
+            "reach": 0.15 * closeness(distance(view.tcp, view.a_position)),
+            "grasp": 0.15 * carried,
+            "progress": 0.45 * carried * closeness(torch.where(view.relation_on, on, beside))
+            + 0.15 * (done & view.gripper_open),
+        }
+
+
+class Stack(Place):
+    """Build a tower: object A centred on object B, with the gripper withdrawn.
+
+    Randomisation: as place, always "on".
+    Success: A stands on B with centres within 1.5 cm horizontally, released, at rest, and the TCP is at least 4 cm
+    from A's centre; B has moved less than 3 cm.
+    Reward terms: as place.
+    """
+
+    name = "stack"
+    wordings = ("stack",)
+
+    def in_place(self, view: View) -> Tensor:
+        """[B] bool, A stands centred on B, held or not."""
+        horizontal = distance(view.a_position[:, :2], view.b_position[:, :2])
+        return (horizontal < 0.015) & (self.above(view).abs() < 0.008) & (view.b_moved < 0.03)
+
+    def success(self, view: View) -> Tensor:
+        """In place, released, at rest, gripper withdrawn."""
+        return super().success(view) & (distance(view.tcp, view.a_position) > 0.04)
+
+
+class Open(Task):
+    """Pull the drawer open by its handle.
+
+    Randomisation: initial opening 0 to 3 cm, objects, initial joints, wording.
+    Success: opened by at least 10 cm.
+    Reward terms: reach = 0.3 closeness(TCP, handle), progress = 0.6 opening / 10 cm.
+    """
+
+    name = "open"
+    wordings = ("open",)
+
+    def success(self, view: View) -> Tensor:
+        """Open far enough."""
+        return view.drawer >= OPEN_AT
+
+    def terms(self, view: View) -> dict[str, Tensor]:
+        """Closeness to the handle, opening."""
+        return {
+            "reach": 0.3 * closeness(distance(view.tcp, view.handle)),
+            "progress": 0.6 * (view.drawer / OPEN_AT).clamp(0, 1),
+        }
+
+
+class Close(Task):
+    """Push the open drawer shut.
+
+    Randomisation: initial opening 9 to 14 cm, objects, initial joints, wording.
+    Success: less than 1.2 cm open.
+    Reward terms: reach = 0.3 closeness(TCP, handle), progress = 0.6 (1 - opening / 14 cm).
+    """
+
+    name = "close"
+    wordings = ("close",)
+    drawer = (0.09, DRAWER_MAX)
+
+    def success(self, view: View) -> Tensor:
+        """Closed."""
+        return view.drawer <= CLOSED_AT
+
+    def terms(self, view: View) -> dict[str, Tensor]:
+        """Closeness to the handle, closing."""
+        return {
+            "reach": 0.3 * closeness(distance(view.tcp, view.handle)),
+            "progress": 0.6 * (1 - view.drawer / DRAWER_MAX).clamp(0, 1),
+        }
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Reach(), Push(), Lift(), Place(), Stack(), Open(), Close())}
+
+
+def judge(tasks: tuple[Task, ...], task: Tensor, view: View) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Success and dense reward of every copy in its own task.
+
+    Args:
+        tasks: The tasks of this env.
+        task: [B] int64 index into `tasks`.
+        view: The state.
+
+    Returns:
+        success: [B] bool.
+        dense: [B] float32 in [0, 1]; exactly 1 where `success`.
+        terms: name -> [B] float32, the weighted terms before success overrules them; 0 where a task lacks one.
+    """
+    success = torch.zeros_like(view.held)
+    terms = {name: torch.zeros_like(view.drawer) for name in ("reach", "grasp", "progress")}
+    for i, one in enumerate(tasks):
+        mine = task == i
+        success = torch.where(mine, one.success(view), success)
+        for name, value in one.terms(view).items():
+            terms[name] = torch.where(mine, value, terms[name])
+    dense = (terms["reach"] + terms["grasp"] + terms["progress"]).masked_fill(success, 1.0)
+    return success, dense, terms
+
+
+def distance(p: Tensor, q: Tensor) -> Tensor:
+    """Euclidean distance [B] of points [B, n]."""
+    return torch.linalg.vector_norm(p - q, dim=1)
+
+
+def distance_of(x: Tensor, y: Tensor) -> Tensor:
+    """Length [B] of the vector with orthogonal parts x [B] and y [B]."""
+    return torch.hypot(x, y)
+
+
+def closeness(d: Tensor) -> Tensor:
+    """1 - tanh(6 d): 1 at the place, 0.46 at 10 cm, 0.17 at 20 cm."""
+    return 1 - torch.tanh(6 * d)
