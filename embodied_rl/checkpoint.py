@@ -210,7 +210,7 @@ def _encode(x: Any, place: tuple[str, ...], tensors: dict[str, Tensor], seen: se
         plain = all(type(k) is str and not k.startswith("$") for k in x)
         return values if plain else {"$items": [[k, v] for k, v in values.items()]}
     raise CheckpointError(
-        f"state at '{'/'.join(place)}' is a {type(x).__module__}.{type(x).__qualname__}; a checkpoint holds tensors, str, "
+        f"state at '{'/'.join(place)}' is of type {type(x).__name__}; a checkpoint holds tensors, str, "
         "int, float, bool, None, dicts, lists and tuples: convert it in get_state"
     )
 

@@ -1,0 +1,330 @@
+"""Every metric that is logged, and partial sums that make means of unequal parts right.
+
+A key is `group/name[_statistic]`, lower case, with the unit in the name where it is not obvious and the estimator in
+the name where several exist (`kl_k1`, `kl_k3`). The x axis is `progress/env_steps`. A quantity that was not measured
+is absent, never 0. Each key has one row in `METRICS`; `<suite>`, `<task>` and `<term>` stand for any name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from embodied_rl.errors import nearest
+from embodied_rl.types import Rollout
+
+Better = Literal["higher", "lower", ""]
+Reduction = Literal["mean", "std", "sum", "max", "last"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table.
+
+    Example: `Metric("actor/kl_k3", "step size of the update", "mean(e^d - 1 - d), ...", "nat", "", "mean")`.
+    """
+
+    key: str
+    """`group/name`; a part in angle brackets stands for any name."""
+    meaning: str
+    """One phrase."""
+    formula: str
+    """How it is computed, "" when the meaning says it all."""
+    unit: str
+    """Unit; "1" for a share or a ratio, "task" for the env's own reward units."""
+    better: Better
+    """Direction in which it should move, "" when neither is better by itself."""
+    reduction: Reduction
+    """How parts of one update (minibatches, copies, ranks) become one number."""
+
+
+GROUPS: dict[str, str] = {
+    "rollout": "Episodes that ended while collecting, with the exploring policy",
+    "actor": "The policy's update",
+    "critic": "The value function's update",
+    "sync": "Distance between the policy that sampled and the one being trained",
+    "eval": "Closed-loop evaluation on starts that training never sees",
+    "time": "Wall time of one update's parts",
+    "perf": "Speed and memory",
+    "progress": "Counters since the start of the run, over resumes",
+}
+"""Group -> what it is about."""
+
+_R = "ratio r = pi_new / pi_old at the loss's ratio level"
+_KL = "d = log pi_old - log pi_new over sampled cells"
+
+_TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
+    ("rollout/return_mean", "undiscounted return of an episode", "sum of rewards", "task", "higher", "mean"),
+    ("rollout/return_std", "spread of the return over episodes", "population standard deviation", "task", "", "std"),
+    ("rollout/length_mean", "length of an episode", "", "control steps", "", "mean"),
+    ("rollout/success_once_rate", "episodes in which the goal held at some step", "", "1", "higher", "mean"),
+    ("rollout/success_once_rate/<task>", "the same, of one task", "", "1", "higher", "mean"),
+    ("rollout/success_at_end_rate", "episodes in which the goal held in the last state", "", "1", "higher", "mean"),
+    ("rollout/success_at_end_rate/<task>", "the same, of one task", "", "1", "higher", "mean"),
+    ("rollout/return_mean/<task>", "return of one task's episodes", "sum of rewards", "task", "higher", "mean"),
+    ("rollout/truncated_rate", "ended episodes that were cut by a time limit", "truncated / ended", "1", "", "mean"),
+    ("rollout/reward_<term>_mean", "reward term or diagnostic that the env reports, per control step", "", "task", "",
+     "mean"),
+    ("rollout/zero_advantage_groups", "groups of equal returns: they carry no signal", "", "1", "lower", "mean"),
+    ("rollout/excluded_episodes", "episodes left out because their reward is missing", "", "episodes", "lower", "sum"),
+    ("rollout/episodes", "episodes that ended in this rollout", "", "episodes", "", "sum"),
+    ("actor/loss", "total loss that is minimised, critic and regularisers included", "", "", "", "mean"),
+    ("actor/policy_loss", "surrogate objective, negated", f"-mean(trust region(r, A)); {_R}", "", "", "mean"),
+    ("actor/entropy", "entropy of one ratio cell (unit, action, ...) of the policy", "-E[log pi]", "nat", "", "mean"),
+    ("actor/kl_k1", "KL(old || new), plain estimator", f"mean(d); {_KL}", "nat", "", "mean"),
+    ("actor/kl_k3", "KL(old || new), low-variance estimator, never negative", f"mean(e^-d - 1 + d); {_KL}", "nat", "",
+     "mean"),
+    ("actor/ratio_max", "largest ratio of a cell that counts", f"max(r); {_R}", "1", "", "max"),
+    ("actor/clip_fraction", "cells whose gradient the trust region cut off", "", "1", "", "mean"),
+    ("actor/dual_clip_fraction", "cells cut by the dual clip (negative advantage, huge ratio)", "", "1", "", "mean"),
+    ("actor/grad_norm", "length of the gradient before clipping, all parameters", "L2 norm", "", "", "mean"),
+    ("actor/lr", "step size of the optimizer", "", "", "", "last"),
+    ("actor/kl_to_reference", "KL(new || reference)", "estimator of the recipe (k1, k2 or k3)", "nat", "", "mean"),
+    ("actor/skipped_updates", "optimizer steps skipped: loss or gradient not finite", "", "steps", "lower", "sum"),
+    ("actor/std_mean", "standard deviation of the action distribution", "mean over action dimensions", "action", "",
+     "mean"),
+    ("critic/loss", "value loss before its coefficient", "", "", "lower", "mean"),
+    ("critic/explained_variance", "share of the targets' variance that the values explain, before the update",
+     "1 - var(target - value) / var(target)", "1", "higher", "mean"),
+    ("critic/value_mean", "critic's estimate while sampling", "", "scaled return", "", "mean"),
+    ("critic/target_mean", "what the critic is regressed to", "", "scaled return", "", "mean"),
+    ("critic/clip_fraction", "values whose gradient the clipped value loss cut off", "", "1", "", "mean"),
+    ("sync/policy_lag_max", "age of the oldest decision in the batch", "version trained - version that sampled",
+     "updates", "lower", "max"),
+    ("sync/logp_gap_mean", "log-probability at sampling versus recomputed by the learner, same weights",
+     "mean |logp_sampled - logp_learner|", "nat", "lower", "mean"),
+    ("eval/<suite>/success_rate", "episodes in which the goal held at some step (once)", "", "1", "higher", "mean"),
+    ("eval/<suite>/success_low95", "lower end of its 95 % interval", "Wilson", "1", "higher", "last"),
+    ("eval/<suite>/success_high95", "upper end of its 95 % interval", "Wilson", "1", "higher", "last"),
+    ("eval/<suite>/success_at_end_rate", "episodes whose goal held in the last state", "", "1", "higher", "mean"),
+    ("eval/<suite>/return_mean", "undiscounted return of an episode", "sum of rewards", "task", "higher", "mean"),
+    ("eval/<suite>/length_mean", "length of an episode", "", "control steps", "", "mean"),
+    ("eval/<suite>/episodes", "episodes evaluated", "", "episodes", "", "sum"),
+    ("eval/<suite>/success_rate/<task>", "success once, of one task", "", "1", "higher", "mean"),
+    ("eval/<suite>/success_low95/<task>", "lower end of its 95 % interval", "Wilson", "1", "higher", "last"),
+    ("eval/<suite>/success_high95/<task>", "upper end of its 95 % interval", "Wilson", "1", "higher", "last"),
+    ("eval/<suite>/success_at_end_rate/<task>", "success at the end, of one task", "", "1", "higher", "mean"),
+    ("eval/<suite>/return_mean/<task>", "return of one task's episodes", "sum of rewards", "task", "higher", "mean"),
+    ("eval/<suite>/length_mean/<task>", "length of one task's episodes", "", "control steps", "", "mean"),
+    ("eval/<suite>/episodes/<task>", "episodes evaluated, of one task", "", "episodes", "", "sum"),
+    ("time/rollout_s", "collecting: env and policy", "", "s", "lower", "sum"),
+    ("time/advantage_s", "credit assignment", "", "s", "lower", "sum"),
+    ("time/update_s", "losses, gradients and optimizer steps", "", "s", "lower", "sum"),
+    ("time/evaluate_s", "evaluation", "", "s", "lower", "sum"),
+    ("time/checkpoint_s", "writing a checkpoint", "", "s", "lower", "sum"),
+    ("time/total_s", "the whole iteration, logging included", "", "s", "lower", "sum"),
+    ("perf/env_steps_per_s", "training speed, updates included", "control steps of all copies / time/total_s",
+     "steps/s", "higher", "last"),
+    ("perf/decisions_per_s", "policy calls per second, updates included", "", "decisions/s", "higher", "last"),
+    ("perf/memory_mib", "peak memory: of the device on CUDA, of the process on CPU", "", "MiB", "lower", "max"),
+    ("progress/update", "finished updates", "", "updates", "", "last"),
+    ("progress/env_steps", "control steps over all copies: the x axis", "", "control steps", "", "last"),
+    ("progress/decisions", "policy calls over all copies", "", "decisions", "", "last"),
+    ("progress/episodes", "episodes that ended", "", "episodes", "", "last"),
+    ("progress/non_finite_metrics", "keys of this row that were NaN or infinite (written as null)", "", "keys", "lower",
+     "last"),
+)  # fmt: skip
+
+METRICS: dict[str, Metric] = {row[0]: Metric(*row) for row in _TABLE}
+"""Key pattern -> its row."""
+
+_PATTERNS = [
+    (re.compile(re.sub(r"<task>", r".+", re.sub(r"<(suite|term)>", r"[^/]+", key))), metric)
+    for key, metric in METRICS.items()
+    if "<" in key
+]
+
+
+@lru_cache(maxsize=4096)
+def find(key: str) -> Metric | None:
+    """Return the row that describes a logged key, or None."""
+    if key in METRICS and "<" not in key:
+        return METRICS[key]
+    return next((metric for pattern, metric in _PATTERNS if pattern.fullmatch(key)), None)
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Refuse keys that have no row in the table.
+
+    Raises:
+        KeyError: Names every such key and its nearest known one.
+    """
+    unknown = [f"'{k}'{nearest(k, METRICS)}" for k in keys if find(k) is None]
+    if unknown:
+        raise KeyError(f"metrics without a row in METRICS: {'; '.join(unknown)}")
+
+
+def deterministic(row: Mapping[str, float | None]) -> dict[str, float | None]:
+    """A row without wall time and speed: what two runs of equal seed share bit for bit."""
+    return {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))}
+
+
+class Partials:
+    """Metrics as parts that can be merged: (sum, count), (count, mean, squares), maximum, last.
+
+    Example: `add("actor/entropy", 6.0, 3)` and `add("actor/entropy", 1.0, 1)` reduce to 7 / 4 = 1.75, not to the mean
+    of the means (1.5).
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._spread: dict[str, tuple[float, float, float]] = {}
+        self._maxima: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+
+    def add(self, name: str, total: float, count: float = 1.0) -> None:
+        """Add a part of a mean, or of a sum where the table says so (the count is then not read)."""
+        s, n = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (s + float(total), n + float(count))
+
+    def update(self, parts: Mapping[str, tuple[float, float]]) -> None:
+        """Add many (sum, count) parts."""
+        for name, (total, count) in parts.items():
+            self.add(name, total, count)
+
+    def spread(self, name: str, values: Tensor) -> None:
+        """Add values [E] to a population standard deviation."""
+        if values.numel():
+            x = values.double()
+            mean = x.mean()
+            self._merge_spread(name, (float(x.numel()), float(mean), float((x - mean).square().sum())))
+
+    def maximum(self, name: str, value: float) -> None:
+        """Raise a maximum; NaN wins, so that it is not hidden."""
+        old = self._maxima.get(name, -math.inf)
+        self._maxima[name] = old if math.isnan(old) or old >= value else float(value)
+
+    def last(self, name: str, value: float) -> None:
+        """Set a value that replaces the earlier one."""
+        self._last[name] = float(value)
+
+    def merge(self, other: Partials) -> None:
+        """Add another's parts; its last values win."""
+        self.update(other._sums)
+        for name, part in other._spread.items():
+            self._merge_spread(name, part)
+        for name, value in other._maxima.items():
+            self.maximum(name, value)
+        self._last.update(other._last)
+
+    def only(self, *names: str) -> Partials:
+        """A copy with these names only."""
+        return self._filtered(lambda name: name in names)
+
+    def without(self, *names: str) -> Partials:
+        """A copy without these names."""
+        return self._filtered(lambda name: name not in names)
+
+    def value(self, name: str) -> float | None:
+        """One reduced metric; None when nothing was added or its count is 0."""
+        return self.reduce().get(name)
+
+    def reduce(self) -> dict[str, float]:
+        """Turn the parts into numbers.
+
+        Returns:
+            row: name -> value; a mean of nothing (count 0) is absent.
+        """
+        row: dict[str, float] = {}
+        for name, (total, count) in self._sums.items():
+            metric = find(name)
+            if metric is not None and metric.reduction == "sum":
+                row[name] = total
+            elif count != 0:
+                row[name] = total / count
+        for name, (count, _, squares) in self._spread.items():
+            row[name] = math.sqrt(squares / count)
+        return row | self._maxima | self._last
+
+    def _merge_spread(self, name: str, part: tuple[float, float, float]) -> None:
+        """Chan, Golub and LeVeque 1983, equation 2.1: no cancellation, unlike sums of squares."""
+        n0, mean0, squares0 = self._spread.get(name, (0.0, 0.0, 0.0))
+        n1, mean1, squares1 = part
+        n, gap = n0 + n1, mean1 - mean0
+        self._spread[name] = (n, mean0 + gap * n1 / n, squares0 + squares1 + gap * gap * n0 * n1 / n)
+
+    def _filtered(self, keep: object) -> Partials:
+        assert callable(keep)
+        new = Partials()
+        new._sums = {k: v for k, v in self._sums.items() if keep(k)}
+        new._spread = {k: v for k, v in self._spread.items() if keep(k)}
+        new._maxima = {k: v for k, v in self._maxima.items() if keep(k)}
+        new._last = {k: v for k, v in self._last.items() if keep(k)}
+        return new
+
+
+def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
+    """What a rollout says about behaviour: the `rollout/` group, except what the advantage adds.
+
+    Args:
+        rollout: With its `finished` episodes.
+        tasks: Task names, as in `EnvSpec.tasks`; per-task keys appear when there are several.
+
+    Returns:
+        metrics: Without the keys of which nothing was measured (no episode ended, no notion of success).
+    """
+    parts = Partials()
+    ended = rollout.finished
+    returns = ended["return"].double()
+    n = float(returns.numel())
+    parts.add("rollout/episodes", n, 1.0)
+    done = rollout.done & rollout.valid
+    parts.add("rollout/truncated_rate", float((done & ~rollout.terminated).sum()), float(done.sum()))
+    parts.add("rollout/return_mean", float(returns.sum()), n)
+    parts.spread("rollout/return_std", returns)
+    parts.add("rollout/length_mean", float(ended["length"].sum()), n)
+    for kind in ("success_once", "success_at_end"):
+        if kind in ended:
+            parts.add(f"rollout/{kind}_rate", float(ended[kind].sum()), n)
+    if len(tasks) > 1:
+        for i, task in enumerate(tasks):
+            of_task = ended["task"] == i
+            count = float(of_task.sum())
+            parts.add(f"rollout/return_mean/{task}", float(returns[of_task].sum()), count)
+            for kind in ("success_once", "success_at_end"):
+                if kind in ended:
+                    parts.add(f"rollout/{kind}_rate/{task}", float(ended[kind][of_task].sum()), count)
+    for name, part in rollout.metrics.items():
+        parts.add(f"rollout/reward_{name}_mean", *part)
+    return parts
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory in MiB: of the device on CUDA, of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def metrics_markdown() -> str:
+    """The table as the documentation page `docs/metrics.md`."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `METRICS` in `embodied_rl/metrics.py`; do not edit.",
+        "",
+        "`metrics.jsonl` has one JSON object per update. A quantity that was not measured is absent, never 0.",
+        "A measured quantity that is NaN or infinite is `null`, and `progress/non_finite_metrics` counts such keys.",
+        "The x axis is `progress/env_steps`. `<suite>`, `<task>` and `<term>` stand for any name.",
+        "Two runs of equal recipe and seed agree bit for bit on every key except `time/` and `perf/`.",
+        "Reduction says how parts of one update (minibatches, copies, processes) become one number.",
+    ]
+    for group, about in GROUPS.items():
+        lines += ["", f"## {group}/", "", f"{about}.", ""]
+        lines += ["| key | meaning | formula | unit | better | reduction |", "|---|---|---|---|---|---|"]
+        for m in METRICS.values():
+            if m.key.startswith(f"{group}/"):
+                cells = (f"`{m.key}`", m.meaning, m.formula, m.unit, m.better or "–", m.reduction)
+                lines.append("| " + " | ".join(c.replace("|", "\\|") or "–" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
