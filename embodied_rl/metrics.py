@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from embodied_rl.errors import nearest
-from embodied_rl.types import Rollout
 
 Better = Literal["higher", "lower", ""]
-Reduction = Literal["mean", "std", "sum", "max", "last"]
+Reduction = Literal["mean", "sum", "max", "last"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ GROUPS: dict[str, str] = {
     "critic": "The value function's update",
     "sync": "Distance between the policy that sampled and the one being trained",
     "eval": "Closed-loop evaluation on starts that training never sees",
-    "time": "Wall time of one update's parts",
+    "time": "Wall time of the parts of one update",
     "perf": "Speed and memory",
     "progress": "Counters since the start of the run, over resumes",
 }
@@ -62,7 +58,7 @@ _KL = "d = log pi_old - log pi_new over sampled cells"
 
 _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("rollout/return_mean", "undiscounted return of an episode", "sum of rewards", "task", "higher", "mean"),
-    ("rollout/return_std", "spread of the return over episodes", "population standard deviation", "task", "", "std"),
+    ("rollout/return_std", "spread of the return over episodes", "sample standard deviation", "task", "", "last"),
     ("rollout/length_mean", "length of an episode", "", "control steps", "", "mean"),
     ("rollout/success_once_rate", "episodes in which the goal held at some step", "", "1", "higher", "mean"),
     ("rollout/success_once_rate/<task>", "the same, of one task", "", "1", "higher", "mean"),
@@ -118,12 +114,12 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("time/advantage_s", "credit assignment", "", "s", "lower", "sum"),
     ("time/update_s", "losses, gradients and optimizer steps", "", "s", "lower", "sum"),
     ("time/evaluate_s", "evaluation", "", "s", "lower", "sum"),
-    ("time/checkpoint_s", "writing a checkpoint", "", "s", "lower", "sum"),
-    ("time/total_s", "the whole iteration, logging included", "", "s", "lower", "sum"),
-    ("perf/env_steps_per_s", "training speed, updates included", "control steps of all copies / time/total_s",
-     "steps/s", "higher", "last"),
+    ("time/checkpoint_s", "writing the checkpoint that followed the update before", "", "s", "lower", "sum"),
+    ("time/total_s", "since the start of the run, over resumes", "", "s", "", "last"),
+    ("perf/env_steps_per_s", "training speed, updates included",
+     "control steps of all copies / (rollout_s + advantage_s + update_s)", "steps/s", "higher", "last"),
     ("perf/decisions_per_s", "policy calls per second, updates included", "", "decisions/s", "higher", "last"),
-    ("perf/memory_mib", "peak memory: of the device on CUDA, of the process on CPU", "", "MiB", "lower", "max"),
+    ("perf/memory_mib", "largest resident memory of the process so far", "", "MiB", "lower", "max"),
     ("progress/update", "finished updates", "", "updates", "", "last"),
     ("progress/env_steps", "control steps over all copies: the x axis", "", "control steps", "", "last"),
     ("progress/decisions", "policy calls over all copies", "", "decisions", "", "last"),
@@ -167,7 +163,7 @@ def deterministic(row: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 class Partials:
-    """Metrics as parts that can be merged: (sum, count), (count, mean, squares), maximum, last.
+    """Metrics as parts that can be merged: (sum, count), maximum, last.
 
     Example: `add("actor/entropy", 6.0, 3)` and `add("actor/entropy", 1.0, 1)` reduce to 7 / 4 = 1.75, not to the mean
     of the means (1.5).
@@ -175,7 +171,6 @@ class Partials:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
-        self._spread: dict[str, tuple[float, float, float]] = {}
         self._maxima: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
@@ -184,17 +179,10 @@ class Partials:
         s, n = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (s + float(total), n + float(count))
 
-    def update(self, parts: Mapping[str, tuple[float, float]]) -> None:
+    def merge_pairs(self, parts: Mapping[str, tuple[float, float]]) -> None:
         """Add many (sum, count) parts."""
         for name, (total, count) in parts.items():
             self.add(name, total, count)
-
-    def spread(self, name: str, values: Tensor) -> None:
-        """Add values [E] to a population standard deviation."""
-        if values.numel():
-            x = values.double()
-            mean = x.mean()
-            self._merge_spread(name, (float(x.numel()), float(mean), float((x - mean).square().sum())))
 
     def maximum(self, name: str, value: float) -> None:
         """Raise a maximum; NaN wins, so that it is not hidden."""
@@ -207,9 +195,7 @@ class Partials:
 
     def merge(self, other: Partials) -> None:
         """Add another's parts; its last values win."""
-        self.update(other._sums)
-        for name, part in other._spread.items():
-            self._merge_spread(name, part)
+        self.merge_pairs(other._sums)
         for name, value in other._maxima.items():
             self.maximum(name, value)
         self._last.update(other._last)
@@ -239,72 +225,14 @@ class Partials:
                 row[name] = total
             elif count != 0:
                 row[name] = total / count
-        for name, (count, _, squares) in self._spread.items():
-            row[name] = math.sqrt(squares / count)
         return row | self._maxima | self._last
 
-    def _merge_spread(self, name: str, part: tuple[float, float, float]) -> None:
-        """Chan, Golub and LeVeque 1983, equation 2.1: no cancellation, unlike sums of squares."""
-        n0, mean0, squares0 = self._spread.get(name, (0.0, 0.0, 0.0))
-        n1, mean1, squares1 = part
-        n, gap = n0 + n1, mean1 - mean0
-        self._spread[name] = (n, mean0 + gap * n1 / n, squares0 + squares1 + gap * gap * n0 * n1 / n)
-
-    def _filtered(self, keep: object) -> Partials:
-        assert callable(keep)
+    def _filtered(self, keep: Callable[[str], bool]) -> Partials:
         new = Partials()
         new._sums = {k: v for k, v in self._sums.items() if keep(k)}
-        new._spread = {k: v for k, v in self._spread.items() if keep(k)}
         new._maxima = {k: v for k, v in self._maxima.items() if keep(k)}
         new._last = {k: v for k, v in self._last.items() if keep(k)}
         return new
-
-
-def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
-    """What a rollout says about behaviour: the `rollout/` group, except what the advantage adds.
-
-    Args:
-        rollout: With its `finished` episodes.
-        tasks: Task names, as in `EnvSpec.tasks`; per-task keys appear when there are several.
-
-    Returns:
-        metrics: Without the keys of which nothing was measured (no episode ended, no notion of success).
-    """
-    parts = Partials()
-    ended = rollout.finished
-    returns = ended["return"].double()
-    n = float(returns.numel())
-    parts.add("rollout/episodes", n, 1.0)
-    done = rollout.done & rollout.valid
-    parts.add("rollout/truncated_rate", float((done & ~rollout.terminated).sum()), float(done.sum()))
-    parts.add("rollout/return_mean", float(returns.sum()), n)
-    parts.spread("rollout/return_std", returns)
-    parts.add("rollout/length_mean", float(ended["length"].sum()), n)
-    for kind in ("success_once", "success_at_end"):
-        if kind in ended:
-            parts.add(f"rollout/{kind}_rate", float(ended[kind].sum()), n)
-    if len(tasks) > 1:
-        for i, task in enumerate(tasks):
-            of_task = ended["task"] == i
-            count = float(of_task.sum())
-            parts.add(f"rollout/return_mean/{task}", float(returns[of_task].sum()), count)
-            for kind in ("success_once", "success_at_end"):
-                if kind in ended:
-                    parts.add(f"rollout/{kind}_rate/{task}", float(ended[kind][of_task].sum()), count)
-    for name, part in rollout.metrics.items():
-        parts.add(f"rollout/reward_{name}_mean", *part)
-    return parts
-
-
-def memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: of the device on CUDA, of this process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def metrics_markdown() -> str:
