@@ -53,8 +53,8 @@ HIDDEN = np.array([0.0, 0.0, -1.0])
 _LIMITS = [(-2.8973, 2.8973), (-1.7628, 1.7628), (-2.8973, 2.8973), (-3.0718, -0.0698),
            (-2.8973, 2.8973), (-0.0175, 3.7525), (-2.8973, 2.8973)]  # fmt: skip
 _TORQUE = (87, 87, 87, 87, 12, 12, 12)
-_STIFFNESS = (4500, 4500, 3500, 3500, 2000, 2000, 2000)
-_DAMPING = (300, 300, 230, 230, 100, 100, 100)
+_STIFFNESS = (1800, 1800, 1200, 1200, 500, 500, 500)
+_DAMPING = (100, 100, 65, 65, 32, 32, 32)
 
 # pos, quat of the joint frame in its parent; mass; centre of mass; inertia (xx yy zz xy xz yz); capsules (fromto, radius)
 _LINKS = [
@@ -140,6 +140,10 @@ def build_scene(timestep: float = TIMESTEP) -> Scene:
 def scene_xml(timestep: float = TIMESTEP) -> str:
     """Return the scene as MJCF text.
 
+    Damping must stay explicit and mild (damping x timestep < inertia): MuJoCo's implicit integrators apply it after the
+    contact forces are solved, so strongly damped joints move otherwise than the friction cones assumed and every
+    grasped object creeps out of the gripper. Hence Euler, armature 0.5, and gains near critical damping.
+
     Collisions are limited by bits to the pairs that matter: objects with everything, the gripper with table and
     drawer. The links of the arm above the hand collide with nothing: inside the workspace limits they cannot reach
     the table.
@@ -147,7 +151,7 @@ def scene_xml(timestep: float = TIMESTEP) -> str:
     return f"""
 <mujoco model="tabletop">
   <compiler angle="radian" autolimits="true"/>
-  <option timestep="{timestep}" integrator="implicitfast" cone="elliptic" impratio="10" solver="Newton"
+  <option timestep="{timestep}" integrator="Euler" cone="elliptic" impratio="10" solver="Newton"
           iterations="30" ls_iterations="20"/>
   <size memory="2M"/>
   <visual><headlight ambient=".45 .45 .45" diffuse=".45 .45 .45" specular=".1 .1 .1"/>
@@ -159,7 +163,7 @@ def scene_xml(timestep: float = TIMESTEP) -> str:
     <default class="table"><geom contype="2" conaffinity="0"/></default>
     <default class="drawer"><geom contype="4" conaffinity="0" rgba=".55 .42 .3 1"/></default>
     <default class="gripper"><geom contype="8" conaffinity="6" rgba=".35 .36 .4 1"/></default>
-    <default class="finger"><joint type="slide" axis="0 1 0" range="0 {FINGER_MAX}" armature=".2" damping="10"/></default>
+    <default class="finger"><joint type="slide" axis="0 1 0" range="0 {FINGER_MAX}" armature=".3"/></default>
   </default>
   <worldbody>
     <light name="top" pos=".3 .3 1.6" dir="-.2 -.2 -1" directional="true" diffuse=".5 .5 .5" castshadow="true"/>
@@ -174,8 +178,8 @@ def scene_xml(timestep: float = TIMESTEP) -> str:
   <equality><joint name="fingers" joint1="finger_left" joint2="finger_right" solref=".02 1" solimp=".95 .99 .001"/></equality>
   <actuator>
     {_actuators()}
-    <position name="finger_left" joint="finger_left" kp="800" kv="60" ctrlrange="-.01 {FINGER_MAX}" forcerange="-30 30"/>
-    <position name="finger_right" joint="finger_right" kp="800" kv="60" ctrlrange="-.01 {FINGER_MAX}" forcerange="-30 30"/>
+    <position name="finger_left" joint="finger_left" kp="400" kv="28" ctrlrange="-.01 {FINGER_MAX}" forcerange="-15 15"/>
+    <position name="finger_right" joint="finger_right" kp="400" kv="28" ctrlrange="-.01 {FINGER_MAX}" forcerange="-15 15"/>
   </actuator>
 </mujoco>"""
 
@@ -207,7 +211,7 @@ def _arm() -> str:
         text += (
             f'<body name="link{i + 1}" pos="{position}" quat="{quat}" gravcomp="1">'
             f'<inertial mass="{mass}" pos="{com}" fullinertia="{inertia}"/>'
-            f'<joint name="joint{i + 1}" axis="0 0 1" range="{low} {high}" armature=".1" damping="1"/>'
+            f'<joint name="joint{i + 1}" axis="0 0 1" range="{low} {high}" armature=".5"/>'
         )
         for fromto, radius in capsules:
             text += f'<geom class="visual" type="capsule" fromto="{fromto}" size="{radius}"/>'
