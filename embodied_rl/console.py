@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from embodied_rl.runfolder import Rate, Result, Summary
 
@@ -101,7 +102,7 @@ class ConsoleWriter:
         table.add_column(style="bold")
         table.add_column()
         for label, text in key_numbers(self._seen, self._success, self._eval_update):
-            table.add_row(label, text)
+            table.add_row(label, Text(text))  # Text: names may hold square brackets, which are markup
         return Group(self._progress, table)
 
     def _plain(self, row: Row) -> str:
@@ -170,7 +171,7 @@ def key_numbers(row: Row, success: list[float], eval_update: int | None) -> list
 
 def summary_table(summary: Summary) -> Table:
     """The closing table: success per task and overall with 95 % intervals."""
-    table = Table(title=f"{summary['name']}: {summary['stop_reason']}", title_justify="left")
+    table = Table(title=Text(f"{summary['name']}: {summary['stop_reason']}"), title_justify="left")
     for column in ("suite", "task"):
         table.add_column(column)
     for column in ("success", "95 % interval", "at the end", "return", "length", "episodes"):
@@ -178,7 +179,7 @@ def summary_table(summary: Summary) -> Table:
     for suite, result in summary["evaluation"].items():
         rows = [*result["tasks"].items(), ("all", result["overall"])]
         for task, r in rows:
-            table.add_row(suite, task, *_cells(r), style="bold" if task == "all" else None, end_section=task == "all")
+            table.add_row(Text(suite), Text(task), *_cells(r), style="bold" if task == "all" else None, end_section=task == "all")
     return table
 
 
