@@ -8,40 +8,19 @@ of the module that their `type` names, so a file added to `envs/` brings its own
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import Field, ValidationError, create_model
+from typing import Any
 
 from embodied_rl import registry, yaml_strict
-from embodied_rl.errors import ConfigError, MissingExtraError, NotFoundError, nearest
+from embodied_rl.errors import NotFoundError, nearest
 from embodied_rl.recipe import Recipe
+from embodied_rl.schema import COMPONENTS, Problems, Resolved, resolve, resolve_component, show
 from embodied_rl.section import Section
 from embodied_rl.yaml_strict import Node, YamlError
 
-COMPONENTS: tuple[registry.Kind, ...] = ("env", "policy", "algorithm")
 _OVERRIDE = re.compile(r"(?P<path>[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)=(?P<value>.*)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A recipe in which nothing is left open, and where each of its values comes from."""
-
-    recipe: Recipe
-    sources: dict[str, str]
-    """Dotted path -> "file:line", "command line" or "default"; for example {"collect.copies": "demo.yaml:4"}."""
-
-
-class _Problems(list[str]):
-    """Complete lines, each with its place."""
-
-    incomplete = False
-    """A file could not be read, so what is missing is not the user's omission."""
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Resolved:
@@ -59,10 +38,10 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reso
         ConfigError: All problems, each with its file and line or its override.
     """
     path = find_recipe(path_or_name)
-    problems = _Problems()
+    problems = Problems()
     root = _read(path, (), problems)
     overlay = _parse_overrides(overrides, problems)
-    return _resolve(_merge(root, overlay) if overlay else root, display(path), problems)
+    return resolve(_merge(root, overlay) if overlay else root, display(path), problems)
 
 
 def load_resolved(path: str | Path) -> Resolved:
@@ -70,8 +49,8 @@ def load_resolved(path: str | Path) -> Resolved:
     path = Path(path)
     if not path.is_file():
         raise NotFoundError(f"recipe '{path}': no such file")
-    problems = _Problems()
-    return _resolve(_read(path, (), problems, extends=False), display(path), problems)
+    problems = Problems()
+    return resolve(_read(path, (), problems, extends=False), display(path), problems)
 
 
 def build_recipe(data: dict[str, Any]) -> Recipe:
@@ -83,7 +62,19 @@ def build_recipe(data: dict[str, Any]) -> Recipe:
     Raises:
         ConfigError: All problems at once.
     """
-    return _resolve(yaml_strict.parse(yaml_strict.dump(data), "recipe", lines=False), "recipe", _Problems()).recipe
+    return resolve(yaml_strict.parse(yaml_strict.dump(data), "recipe", lines=False), "recipe", Problems()).recipe
+
+
+def load_component(kind: registry.Kind, name: str, overrides: Sequence[str] = ()) -> Section:
+    """Return the `Config` of one env, policy or algorithm with overrides relative to it, for example `hidden=[64]`.
+
+    Raises:
+        NotFoundError: There is no such module.
+        MissingExtraError: An optional dependency of it is not installed.
+        ConfigError: All problems at once.
+    """
+    problems = Problems()
+    return resolve_component(kind, name, _parse_overrides(overrides, problems), problems)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -126,14 +117,7 @@ def display(path: Path) -> str:
     return str(absolute)
 
 
-@cache  # two models made from one Config would never compare equal
-def component_schema(config: type[Section]) -> type[Section]:
-    """A module's `Config` with the field `type`, which says in the resolved recipe whose settings these are."""
-    kind = Field(description="Name of the built-in module, a dotted module path, or the path of a .py file.")
-    return create_model(config.__name__, __base__=config, __module__=config.__module__, type=(str, kind))
-
-
-def _read(path: Path, chain: tuple[Path, ...], problems: _Problems, *, extends: bool = True) -> Node:
+def _read(path: Path, chain: tuple[Path, ...], problems: Problems, *, extends: bool = True) -> Node:
     name = display(path)
     empty = Node({}, f"{name}:1")
     try:
@@ -150,7 +134,7 @@ def _read(path: Path, chain: tuple[Path, ...], problems: _Problems, *, extends: 
     if root is not None and root.value is None:
         root = empty
     if root is not None and not isinstance(root.value, dict):
-        problems.append(f"{root.where}: a recipe is a mapping (`key: value` lines), got {_show(root.plain())}")
+        problems.append(f"{root.where}: a recipe is a mapping (`key: value` lines), got {show(root.plain())}")
         root = None
     if root is None:
         problems.incomplete = True
@@ -167,12 +151,12 @@ def _read(path: Path, chain: tuple[Path, ...], problems: _Problems, *, extends: 
     return _merge(base, own)
 
 
-def _read_parents(parents: Node, path: Path, chain: tuple[Path, ...], problems: _Problems) -> Node:
+def _read_parents(parents: Node, path: Path, chain: tuple[Path, ...], problems: Problems) -> Node:
     names = parents.value if isinstance(parents.value, list) else [parents]
     merged = Node({}, parents.where)
     for name in names:
         if not isinstance(name.value, str) or not name.value:
-            problems.append(f"{name.where}: extends: expected a file name or a list of them, got {_show(name.plain())}")
+            problems.append(f"{name.where}: extends: expected a file name or a list of them, got {show(name.plain())}")
             problems.incomplete = True
             continue
         found = _find_parent(name.value, path)
@@ -207,7 +191,7 @@ def _anchor_type(key: str, node: Node, path: Path) -> Node:
     return Node({**node.value, "type": Node(str(absolute), kind.where)}, node.where)
 
 
-def _parse_overrides(overrides: Iterable[str], problems: _Problems) -> Node | None:
+def _parse_overrides(overrides: Iterable[str], problems: Problems) -> Node | None:
     """All overrides as one tree, so that their order does not matter where a `type` changes."""
     tree: Node | None = None
     seen: dict[str, str] = {}
@@ -251,138 +235,3 @@ def _merge(below: Node, top: Node) -> Node:
     for key, node in top.value.items():
         merged[key] = _merge(merged[key], node) if key in merged else node
     return Node(merged, top.where)
-
-
-def _resolve(root: Node, name: str, problems: _Problems) -> Resolved:
-    components = {kind: _component(kind, root, name, problems) for kind in COMPONENTS}
-    # A component that could not be loaded is checked no further, but the rest of the recipe still is.
-    fields: dict[str, Any] = {kind: (config, ...) if config else (Any, None) for kind, config in components.items()}
-    schema = create_model("Recipe", __base__=Recipe, **fields)
-    try:
-        composed = schema.model_validate_json(json.dumps(root.plain()))
-    except ValidationError as error:
-        problems.extend(_describe(error, root, schema, tell_missing=not problems.incomplete))
-    if problems:
-        unique = list(dict.fromkeys(problems))
-        head = f"{len(unique)} problem{'s' if len(unique) > 1 else ''} in the recipe {name}:"
-        raise ConfigError("\n".join([head, *(f"  {line}" for line in unique)]))
-    recipe = Recipe.model_validate(dict(composed))
-    return Resolved(recipe, _sources(recipe.dump(), root))
-
-
-def _component(kind: registry.Kind, root: Node, name: str, problems: _Problems) -> type[Section] | None:
-    """The schema of the module that the section's `type` names; None, and a problem, when there is none."""
-    section = root.value.get(kind, Node(None, name))
-    chosen = section.value.get("type") if isinstance(section.value, dict) else None
-    if chosen is not None and isinstance(chosen.value, str):
-        try:
-            return component_schema(registry.load(kind, chosen.value).Config)
-        except (NotFoundError, MissingExtraError) as error:
-            problems.append(f"{chosen.where}: {kind}.type: {error}")
-            return None
-    if kind not in root.value and problems.incomplete:
-        return None
-    example = f"known: {', '.join(registry.names(kind))}, a dotted module, or a .py file"
-    if kind not in root.value:
-        problem = f"{kind}: the section is missing; add `{kind}: {{type: ...}}` ({example})"
-    elif not isinstance(section.value, dict):
-        got = _show(section.plain())
-        problem = f"{kind}: expected a section, got {got}; write `{kind}: {{type: ...}}` ({example})"
-    elif chosen is None:
-        problem = f"{kind}.type: missing; it says which {kind} these settings are for ({example})"
-    else:
-        problem = f"{kind}.type: expected a name, got {_show(chosen.plain())} ({example})"
-    problems.append(f"{chosen.where if chosen else section.where}: {problem}")
-    return None
-
-
-def _describe(error: ValidationError, root: Node, schema: type[Section], *, tell_missing: bool) -> list[str]:
-    """One line per wrong place; a union reports each of its members, which are joined here."""
-    lines: dict[tuple[str, str], list[str]] = {}
-    for item in error.errors():
-        absent = item["type"] == "missing"
-        path, node = _locate(item["loc"], root, absent=absent)
-        if absent and (path in COMPONENTS or not tell_missing):
-            continue  # a missing component was told by _component, with what is known
-        messages = lines.setdefault((node.where, path), [])
-        messages.append(_message(item, path, node, schema))
-    return [
-        f"{where}: {path + ': ' if path else ''}{' or '.join(dict.fromkeys(messages))}"
-        for (where, path), messages in lines.items()
-    ]
-
-
-def _locate(loc: Sequence[str | int], root: Node, *, absent: bool) -> tuple[str, Node]:
-    """The dotted path of an error and the node nearest to it; pydantic's union tags are left out."""
-    node, path = root, ""
-    for index, part in enumerate(loc):
-        last = index == len(loc) - 1
-        if isinstance(node.value, dict) and part in node.value:
-            node = node.value[str(part)]
-        elif isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-        elif not (absent and last):
-            continue
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path, node
-
-
-def _message(item: Any, path: str, node: Node, schema: type[Section]) -> str:
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(schema, item["loc"][:-1])
-        key = str(item["loc"][-1])
-        nested = "; a dotted key works only on the command line, nest it here" if "." in key else nearest(key, known)
-        return f"unknown key{nested}"
-    if item["type"] == "missing":
-        return "missing; it has no default"
-    text = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
-    value = node.plain()
-    if item["type"] == "value_error" or isinstance(value, dict):
-        return text if item["type"] == "value_error" else f"{text}, got a section"
-    return f"{text}, got {_show(value)}{_hint(item['type'], value)}"
-
-
-def _hint(kind: str, value: Any) -> str:
-    if kind in ("int_type", "int_parsing", "float_type") and isinstance(value, str):
-        digits = value.replace("_", "")
-        return f"; write {digits}" if digits != value and digits.isdigit() else ""
-    if kind == "int_type" and isinstance(value, float) and value.is_integer():
-        return f"; write {int(value)}"
-    if kind == "bool_type" and str(value).lower() in ("on", "yes", "off", "no", "1", "0"):
-        return f"; write {'true' if str(value).lower() in ('on', 'yes', '1') else 'false'}"
-    return ""
-
-
-def _known_keys(schema: type[Section], loc: Sequence[str | int]) -> list[str]:
-    level = [schema]
-    for part in loc:
-        fields = [model.model_fields[part] for model in level if isinstance(part, str) and part in model.model_fields]
-        level = [s for field in fields for s in _sections_in(field.annotation)] or level
-    return sorted({name for model in level for name in model.model_fields})
-
-
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
-
-
-def _show(value: Any) -> str:
-    """A value as the user wrote it: strings quoted, YAML's true and null, long things cut."""
-    if isinstance(value, dict):
-        return "a section"
-    text = f"'{value}'" if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _sources(data: dict[str, Any], root: Node | None, prefix: str = "") -> dict[str, str]:
-    sources: dict[str, str] = {}
-    for key, value in data.items():
-        below = root.value.get(key) if root is not None and isinstance(root.value, dict) else None
-        path = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            sources |= _sources(value, below, f"{path}.")
-        else:
-            where = "default" if below is None else below.where
-            sources[path] = "command line" if where.startswith("command line: ") else where
-    return sources
