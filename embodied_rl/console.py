@@ -179,7 +179,8 @@ def summary_table(summary: Summary) -> Table:
     for suite, result in summary["evaluation"].items():
         rows = [*result["tasks"].items(), ("all", result["overall"])]
         for task, r in rows:
-            table.add_row(Text(suite), Text(task), *_cells(r), style="bold" if task == "all" else None, end_section=task == "all")
+            last = task == "all"
+            table.add_row(Text(suite), Text(task), *_cells(r), style="bold" if last else None, end_section=last)
     return table
 
 

@@ -147,11 +147,11 @@ def grid(clips: Sequence[Clip], *, columns: int | None = None, cell: int = 192) 
 
 
 def framed(clip: Clip, cell: int = 192) -> np.ndarray:
-    """One clip scaled to `cell` pixels wide, with a coloured border and two lines of caption: [T, H, W, 3] uint8."""
+    """One clip scaled to `cell` pixels wide, with a coloured border and its caption: [T, H, W, 3] uint8."""
     border, line = max(3, cell // 48), max(10, cell // 13)
     colour = NEUTRAL if clip.success is None else SUCCESS if clip.success else FAILURE
     height = round(clip.frames.shape[1] * cell / clip.frames.shape[2])
-    outer = (cell + 4 * border, height + 4 * border + round(2.6 * line))
+    outer = (cell + 4 * border, height + 4 * border + round(3.7 * line))
     canvas = Image.new("RGB", outer, "white")
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((border, border, outer[0] - border - 1, height + 3 * border - 1), fill=colour)
@@ -160,8 +160,8 @@ def framed(clip: Clip, cell: int = 192) -> np.ndarray:
     font, small = _font(line, bold=True), _font(round(line * 0.82))
     draw.text((border, top), clip.task, fill=(32, 36, 42), font=font)
     draw.text((outer[0] - border, top), outcome, fill=colour, font=font, anchor="ra")
-    instruction = _shortened(clip.instruction, small, cell)
-    draw.text((border, top + round(1.3 * line)), instruction, fill=(90, 96, 105), font=small)
+    for i, text in enumerate(_wrapped(clip.instruction, small, cell)):
+        draw.text((border, top + round((1.35 + 1.1 * i) * line)), text, fill=(90, 96, 105), font=small)
     background = np.asarray(canvas)
     out = np.repeat(background[None], len(clip.frames), axis=0)
     enlarge = clip.frames.shape[2] < cell
@@ -208,9 +208,14 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break a text into at most two lines of `width` pixels; what does not fit ends with an ellipsis."""
+    words, first = text.split(), ""
+    while words and font.getlength(f"{first} {words[0]}".strip()) <= width:
+        first = f"{first} {words.pop(0)}".strip()
+    rest = " ".join(words)
+    if font.getlength(rest) <= width:
+        return [first, rest]
+    while rest and font.getlength(rest + "…") > width:
+        rest = rest[:-1]
+    return [first, rest.rstrip() + "…"]
