@@ -32,7 +32,6 @@ PACKAGES: dict[Kind, str] = {
 PLURAL: dict[Kind, str] = {"env": "envs", "policy": "policies", "algorithm": "algorithms"}
 EXTRAS = {
     "envpool": "envpool",
-    "mani_skill": "maniskill",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
 }
