@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from embodied_rl.envs.tabletop.kinematics import ArmKinematics, rotation_from_vector
+from embodied_rl.envs.tabletop.kinematics import ArmKinematics, Pose, turned
 from embodied_rl.envs.tabletop.scene import FINGER_MAX
 from embodied_rl.types import State
 
@@ -22,16 +22,13 @@ MAX_TILT = 0.35
 MAX_YAW = 1.75
 """Largest turn of the gripper about the vertical from its rest pose, rad."""
 LEASH = 0.06
-"""Farthest the wanted position may be ahead of the real one on each axis, m: pushing a wall stores no more than this."""
+"""Farthest the wanted position may be ahead of the real one on each axis, m: pushing on a wall stores no more."""
 YAW_LEASH = 0.4
 """The same for the rotation about the vertical, rad."""
 MAX_JOINT_STEP = 0.3
 """Farthest a joint target may be ahead of the joint, rad."""
 FINGER_CLOSED = -0.01
 """Finger target of a fully closed command, m; below 0 so that it still presses on thin objects."""
-
-Pose = tuple[Tensor, Tensor, Tensor]
-"""Position [B, 3], rotation [B, 3, 3] and joint frames, as `ArmKinematics.forward` returns them."""
 
 
 class PoseController:
@@ -73,9 +70,8 @@ class PoseController:
         wanted = self.position + MAX_MOVE * action[:, :3]
         wanted = torch.clamp(wanted, position - LEASH, position + LEASH)
         self.position = torch.clamp(wanted, self._low, self._high)
-        self.rotation = rotation_from_vector(self._turn(MAX_TURN * action[:, 3:6], rotation)) @ self.rotation
-        self.finger = torch.lerp(torch.full_like(self.finger, FINGER_CLOSED), torch.full_like(self.finger, FINGER_MAX),
-                                 0.5 * (action[:, 6] + 1))  # fmt: skip
+        self.rotation = turned(self.rotation, self._turn(MAX_TURN * action[:, 3:6], rotation))
+        self.finger = 0.5 * (FINGER_MAX + FINGER_CLOSED) + 0.5 * (FINGER_MAX - FINGER_CLOSED) * action[:, 6]
         target = self._kinematics.solve(joints, pose, self.position, self.rotation, MAX_JOINT_STEP)
         return torch.cat([target, self.finger[:, None].expand(-1, 2)], dim=1)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from embodied_rl.envs.tabletop.control import PoseController
 from embodied_rl.envs.tabletop.kinematics import ArmKinematics
-from embodied_rl.envs.tabletop.layout import draw_start
+from embodied_rl.envs.tabletop.layout import draw_starts
 from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
 from embodied_rl.envs.tabletop.physics import Physics
 from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene
@@ -63,7 +62,8 @@ class TabletopEnv:
         self.kinematics = ArmKinematics(scene.model, torch.from_numpy(HOME), inner)
         self.controller = PoseController(self.kinematics, num_envs, inner)
         self.episode = Episode.empty(num_envs, inner)
-        self._observer = Observer(scene, num_envs, inner)
+        self._observer = Observer(scene, inner)
+        self._observer.begin(self.episode)
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=inner)
         self._texts = [""] * num_envs
         self._cameras: dict[tuple[int, int], Any] = {}
@@ -127,6 +127,7 @@ class TabletopEnv:
             getattr(self.episode, one.name).copy_(state["episode"][one.name])
         self._steps.copy_(state["steps"])
         self._texts = list(state["texts"])
+        self._observer.begin(self.episode)
         self._read()
         return self._observe()
 
@@ -158,7 +159,7 @@ class TabletopEnv:
 
     def view(self) -> View:
         """What success and reward are computed from, of all copies, on the physics device."""
-        return self._observer.view(self._qpos, self._qvel, self._pose, self.controller.finger, self.episode)
+        return self._observer.view(self._qpos, self._qvel, self._pose, self.controller.finger)
 
     def object_poses(self) -> Tensor:
         """[B, M, 7] position (m) and quaternion (w x y z) of every object, on the physics device."""
@@ -168,31 +169,25 @@ class TabletopEnv:
 
     def _start(self, rows: list[int], seeds: list[int], tasks: list[int]) -> None:
         scene, inner = self.scene, self.physics.device
-        starts = [draw_start(scene, self._tasks[tasks[row]], seeds[row]) for row in rows]
+        picked = [tasks[row] for row in rows]
+        chosen = [seeds[row] for row in rows]
+        starts = draw_starts(scene, [self._tasks[task] for task in picked], chosen)
         index = torch.tensor(rows, device=inner)
         mask = torch.zeros(self.spec.num_envs, dtype=torch.bool, device=inner)
         mask[index] = True
         qpos = torch.zeros(self.spec.num_envs, scene.model.nq, dtype=torch.float64, device=inner)
-        qpos[index] = torch.from_numpy(np.stack([s.qpos for s in starts])).to(inner)
-        self.physics.place(mask, qpos, torch.zeros(self.spec.num_envs, scene.model.nv, dtype=torch.float64, device=inner))
-        b_start = [s.qpos[scene.objects_qpos[s.b] : scene.objects_qpos[s.b] + 2] for s in starts]
-        columns: dict[str, Any] = {
-            "task": [tasks[row] for row in rows],
-            "seed": [seeds[row] for row in rows],
-            "a": [s.a for s in starts],
-            "b": [s.b for s in starts],
-            "relation": [s.relation for s in starts],
-            "goal": np.stack([s.goal for s in starts]),
-            "colors": np.stack([s.colors for s in starts]),
-            "b_start": np.stack(b_start),
-            "words": [s.words for s in starts],
-        }
-        for name, values in columns.items():
-            target = getattr(self.episode, name)
+        qpos[index] = torch.from_numpy(starts.qpos).to(inner)
+        qvel = torch.zeros(self.spec.num_envs, scene.model.nv, dtype=torch.float64, device=inner)
+        self.physics.place(mask, qpos, qvel)
+        drawn = {"task": picked, "seed": chosen}
+        for one in fields(Episode):
+            target = getattr(self.episode, one.name)
+            values = drawn.get(one.name, getattr(starts, one.name, None))
             target[index] = torch.as_tensor(values).to(target.dtype).to(inner)
         self._steps[index] = 0
-        for row, start in zip(rows, starts, strict=True):
-            self._texts[row] = start.text
+        for row, text in zip(rows, starts.texts, strict=True):
+            self._texts[row] = text
+        self._observer.begin(self.episode)
         self._read()
         self.controller.hold(mask, self._pose)
 
@@ -203,7 +198,7 @@ class TabletopEnv:
         self._pose = self.kinematics.forward(self._joints)
 
     def _observe(self) -> Obs:
-        obs = self._observer.observation(self._qpos, self._qvel, self._pose, self.controller, self.episode)
+        obs = self._observer.observation(self._qpos, self._qvel, self._pose, self.controller)
         return {name: value.to(self.device) for name, value in obs.items()}
 
     def _checked(self, action: Tensor) -> Tensor:

@@ -143,22 +143,22 @@ TEMPLATES: dict[str, dict[Split, tuple[str, ...]]] = {
 }
 
 
-def describe(slot: int, colors: np.ndarray, rng: np.random.Generator) -> str:
-    """Name one object by its colour, its shape or both, at random; each names it alone among the objects present.
+def describe(slot: int, colors: np.ndarray, u: float) -> str:
+    """Name one object by its colour, its shape or both; each names it alone among the objects present.
 
     Args:
         slot: Which object.
         colors: [M] index into COLORS of each object, all different.
-        rng: Source of the choice.
+        u: Number in [0, 1) that decides which.
 
     Returns:
         noun: "red object", "cube" or "red cube".
     """
     color, shape = COLORS[colors[slot]], SHAPES[slot]
-    return (f"{color} object", shape, f"{color} {shape}")[int(rng.integers(3))]
+    return (f"{color} object", shape, f"{color} {shape}")[int(3 * u)]
 
 
-def write_instruction(wording: str, split: Split, a: str, b: str, rng: np.random.Generator) -> str:
+def write_instruction(wording: str, split: Split, a: str, b: str, u: float) -> str:
     """Choose a template and fill it.
 
     Args:
@@ -166,13 +166,13 @@ def write_instruction(wording: str, split: Split, a: str, b: str, rng: np.random
         split: Which templates.
         a: Noun of the object meant.
         b: Noun of the second object.
-        rng: Source of the choice.
+        u: Number in [0, 1) that decides which template.
 
     Returns:
         text: The instruction, lower case.
     """
     templates = TEMPLATES[wording][split]
-    return templates[int(rng.integers(len(templates)))].format(a=a, b=b)
+    return templates[int(u * len(templates))].format(a=a, b=b)
 
 
 @lru_cache(maxsize=4096)

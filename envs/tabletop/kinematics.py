@@ -17,6 +17,10 @@ POSTURE_GAIN = 0.1
 """Share of the distance to the rest posture that the spare degree of freedom closes per control step."""
 
 
+Pose = tuple[Tensor, Tensor, Tensor]
+"""TCP position [B, 3], TCP rotation [B, 3, 3] and joint frames [B, 7, 4, 4], as `ArmKinematics.forward` returns them."""
+
+
 class ArmKinematics:
     """Kinematics of the seven joints up to the tool centre point (TCP), for B copies at once."""
 
@@ -50,7 +54,7 @@ class ArmKinematics:
         self._rest = rest.float().to(device)
         self._damping = DAMPING**2 * torch.eye(6, device=device)
 
-    def forward(self, joints: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, joints: Tensor) -> Pose:
         """Forward kinematics.
 
         Args:
@@ -83,11 +87,9 @@ class ArmKinematics:
         """
         axes = frames[:, :, :3, 2]
         arms = position[:, None] - frames[:, :, :3, 3]
-        return torch.cat([torch.linalg.cross(axes, arms), axes], dim=2).transpose(1, 2)
+        return torch.cat([torch.cross(axes, arms, dim=2), axes], dim=2).transpose(1, 2)
 
-    def solve(
-        self, joints: Tensor, pose: tuple[Tensor, Tensor, Tensor], target: Tensor, target_rotation: Tensor, max_step: float
-    ) -> Tensor:
+    def solve(self, joints: Tensor, pose: Pose, target: Tensor, target_rotation: Tensor, max_step: float) -> Tensor:
         """One step of damped-least-squares inverse kinematics with a posture task in the null space.
 
         dq = J' (J J' + lambda^2 I)^-1 (e - J n) + n,  n = gain (q_rest - q)
@@ -129,17 +131,16 @@ def rotation_error(target: Tensor, actual: Tensor) -> Tensor:
     Returns:
         error: [B, 3] rad.
     """
-    return 0.5 * torch.linalg.cross(actual, target, dim=1).sum(dim=2)
+    return 0.5 * torch.cross(actual, target, dim=1).sum(dim=2)
 
 
-def rotation_from_vector(vector: Tensor) -> Tensor:
-    """Rotation matrices [B, 3, 3] of rotation vectors [B, 3] in rad (Rodrigues' formula)."""
-    angle = vector.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    x, y, z = (vector / angle).unbind(1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).view(-1, 3, 3)
-    sine, cosine = angle.sin()[:, :, None], angle.cos()[:, :, None]
-    return torch.eye(3, device=vector.device) + sine * cross + (1 - cosine) * (cross @ cross)
+def turned(rotation: Tensor, vector: Tensor) -> Tensor:
+    """Frames [B, 3, 3] turned in the world by rotation vectors [B, 3] in rad (Rodrigues' formula, column by column)."""
+    angle = torch.linalg.vector_norm(vector, dim=1).clamp_min(1e-12)[:, None, None]
+    axis = vector[:, :, None] / angle
+    cosine = angle.cos()
+    along = (1 - cosine) * (axis.transpose(1, 2) @ rotation)
+    return cosine * rotation + angle.sin() * torch.cross(axis.expand(-1, -1, 3), rotation, dim=1) + axis * along
 
 
 def rotation_from_quaternion(quaternion: Tensor) -> Tensor:

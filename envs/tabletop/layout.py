@@ -1,4 +1,4 @@
-"""Where an episode starts: everything random about it, drawn from its seed."""
+"""Where episodes start: everything random about them, drawn from their seeds."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embodied_rl.envs.tabletop.instructions import COLORS, describe, encode, write_instruction
-from embodied_rl.envs.tabletop.scene import DRAWER_MAX, FINGER_MAX, HALF_SIZE, HIDDEN, HOME, SHAPES, Scene
+from embodied_rl.envs.tabletop.instructions import describe, encode, write_instruction
+from embodied_rl.envs.tabletop.scene import FINGER_MAX, HALF_SIZE, HIDDEN, HOME, SHAPES, Scene
 from embodied_rl.envs.tabletop.tasks import Task
 from embodied_rl.seeding import numpy_rng
 
-AREA = np.array([[-0.11, 0.11], [-0.11, 0.21]])
-"""Where objects start: ranges of x and y of their centres, m."""
-GOAL_AREA = np.array([[-0.13, 0.13], [-0.13, 0.23]])
-"""Where goals are marked, m."""
+AREA = np.array([[-0.11, -0.11], [0.11, 0.21]])
+"""Lowest and highest x and y of the objects' centres at the start, m."""
+GOAL_AREA = np.array([[-0.13, -0.13], [0.13, 0.23]])
+"""Lowest and highest x and y of marked goals, m."""
 SEPARATION = 0.10
 """Smallest distance between centres of objects, m: room for an open gripper around each."""
 GOAL_DISTANCE = (0.09, 0.18)
@@ -23,84 +23,116 @@ GOAL_CLEARANCE = 0.08
 """From the other objects to the marked goal, m."""
 YAW = 0.4
 """rad to either side; keeps each object graspable without turning the wrist, though not always well."""
-JOINT_NOISE = 0.04
-"""Standard deviation of the initial joint angles about HOME, rad; cut at two."""
-_TRIES = 48
+JOINT_NOISE = 0.06
+"""Initial joint angles are within this of HOME, rad."""
+
+_TRIES = 24
+_SLOTS = len(SHAPES)
 
 
 @dataclass(frozen=True)
-class Start:
-    """One drawn start.
+class Starts:
+    """R drawn starts.
 
-    Example: task lift, text "lift the red cube", a = 0, colors [0, 3, 2] (red cube, yellow cylinder, blue brick).
+    Example, R = 1, lift: texts ["lift the red cube"], a [0], colors [[0, 3, 2]] (red cube, yellow cylinder, blue brick).
     """
 
     qpos: np.ndarray
-    """[nq] float64, objects at rest on the table."""
-    a: int
-    """Slot of the object meant."""
-    b: int
-    """Slot of the second object; another one than a, also where the task needs none."""
-    relation: int
-    """Index into the task's wordings."""
+    """[R, nq] float64, objects at rest on the table."""
+    a: np.ndarray
+    """[R] int64 slot of the object meant."""
+    b: np.ndarray
+    """[R] int64 slot of the second object; another one than a, also where the task needs none."""
+    b_start: np.ndarray
+    """[R, 2] where b is, m."""
+    relation: np.ndarray
+    """[R] int64 index into the task's wordings."""
     goal: np.ndarray
-    """[3] marked goal, or HIDDEN."""
+    """[R, 3] marked goal, or HIDDEN, m."""
     colors: np.ndarray
-    """[M] int64 index into COLORS, without repetition."""
-    text: str
-    words: tuple[int, ...]
-    """Word ids of `text`, padded."""
+    """[R, M] int64 index into COLORS, without repetition."""
+    words: np.ndarray
+    """[R, L] int64 word ids of the texts, padded."""
+    texts: list[str]
 
 
-def draw_start(scene: Scene, task: Task, seed: int) -> Start:
-    """Draw a start; the same seed and task give the same start, bit for bit.
+def draw_starts(scene: Scene, tasks: list[Task], seeds: list[int]) -> Starts:
+    """Draw starts; each depends on its own seed and task only, so equal ones are equal bit for bit.
 
     Args:
         scene: Addresses of the state vector.
-        task: Which task.
-        seed: Start seed; odd for evaluation, which takes other wordings (see `embodied_rl.seeding`).
+        tasks: R tasks.
+        seeds: R start seeds; odd for evaluation, which takes other wordings (see `embodied_rl.seeding`).
 
     Returns:
-        start: Objects at least SEPARATION apart, at rest.
+        starts: Objects at least SEPARATION apart, at rest.
     """
-    rng = numpy_rng(seed, f"tabletop/{task.name}")
-    slots = len(SHAPES)
-    a, b = (int(i) for i in rng.permutation(slots)[:2])
-    relation = int(rng.integers(len(task.wordings)))
-    colors = rng.permutation(len(COLORS))[:slots]
-    split = "eval" if seed & 1 else "train"
-    text = write_instruction(
-        task.wordings[relation], split, describe(a, colors, rng), describe(b, colors, rng), rng
-    )
-    places, spot = _spread(rng, a)
-    qpos = scene.model.qpos0.copy()
-    qpos[scene.arm_qpos] = HOME + JOINT_NOISE * rng.standard_normal(len(HOME)).clip(-2, 2)
-    qpos[scene.fingers_qpos] = FINGER_MAX
-    low, high = task.drawer
-    qpos[scene.drawer_qpos] = min(rng.uniform(low, high), DRAWER_MAX)
-    yaw = rng.uniform(-YAW, YAW, slots)
-    for i, address in enumerate(scene.objects_qpos):
-        qpos[address : address + 2] = places[i]
-        qpos[address + 2] = HALF_SIZE[i, 2]
-        qpos[address + 3 : address + 7] = np.cos(yaw[i] / 2), 0.0, 0.0, np.sin(yaw[i] / 2)
-    goal = np.array([*spot, 0.001]) if task.marked_goal else HIDDEN
-    return Start(qpos, a, b, relation, goal, colors, text, encode(text))
-
-
-def _spread(rng: np.random.Generator, a: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw object places [M, 2] and a goal [2] that keep their distances, by rejection."""
-    others = [i for i in range(len(SHAPES)) if i != a]
-    while True:
-        places = AREA[:, 0] + (AREA[:, 1] - AREA[:, 0]) * rng.random((_TRIES, len(SHAPES), 2))
-        goals = GOAL_AREA[:, 0] + (GOAL_AREA[:, 1] - GOAL_AREA[:, 0]) * rng.random((_TRIES, 2))
-        gaps = np.linalg.norm(places - np.roll(places, 1, axis=1), axis=2)
-        to_goal = np.linalg.norm(places - goals[:, None], axis=2)
-        good = (
-            (gaps.min(axis=1) >= SEPARATION)
-            & (to_goal[:, a] >= GOAL_DISTANCE[0])
-            & (to_goal[:, a] <= GOAL_DISTANCE[1])
-            & (to_goal[:, others].min(axis=1) >= GOAL_CLEARANCE)
+    generators = [numpy_rng(seed, f"tabletop/{task.name}") for seed, task in zip(seeds, tasks, strict=True)]
+    u = np.stack([rng.random(24) for rng in generators])
+    order = u[:, 0:3].argsort(axis=1)
+    a, b = order[:, 0], order[:, 1]
+    colors = u[:, 3:9].argsort(axis=1)[:, :_SLOTS]
+    relation = np.array([int(x * len(task.wordings)) for x, task in zip(u[:, 9], tasks, strict=True)])
+    texts = [
+        write_instruction(
+            task.wordings[relation[i]],
+            "eval" if seeds[i] & 1 else "train",
+            describe(int(a[i]), colors[i], u[i, 10]),
+            describe(int(b[i]), colors[i], u[i, 11]),
+            u[i, 12],
         )
-        found = np.flatnonzero(good)
-        if len(found):
-            return places[found[0]], goals[found[0]]
+        for i, task in enumerate(tasks)
+    ]
+    places, spots = _spread(generators, a)
+    marked = np.array([task.marked_goal for task in tasks])
+    goal = np.where(marked[:, None], np.concatenate([spots, np.full((len(a), 1), 0.001)], axis=1), HIDDEN)
+    drawer = np.array([task.drawer for task in tasks])
+    rows = np.arange(len(a))
+    return Starts(
+        qpos=_positions(scene, u, places, drawer),
+        a=a,
+        b=b,
+        b_start=places[rows, b],
+        relation=relation,
+        goal=goal,
+        colors=colors,
+        words=np.array([encode(text) for text in texts]),
+        texts=texts,
+    )
+
+
+def _positions(scene: Scene, u: np.ndarray, places: np.ndarray, drawer: np.ndarray) -> np.ndarray:
+    """State vectors [R, nq] from the uniform draws u [R, 24], object places [R, M, 2] and drawer ranges [R, 2]."""
+    qpos = np.repeat(scene.model.qpos0[None], len(u), axis=0)
+    qpos[:, scene.arm_qpos] = HOME + JOINT_NOISE * (2 * u[:, 13:20] - 1)
+    qpos[:, scene.fingers_qpos] = FINGER_MAX
+    qpos[:, scene.drawer_qpos] = drawer[:, 0] + (drawer[:, 1] - drawer[:, 0]) * u[:, 20]
+    half_yaw = 0.5 * YAW * (2 * u[:, 21:24] - 1)
+    for i, address in enumerate(scene.objects_qpos):
+        qpos[:, address : address + 2] = places[:, i]
+        qpos[:, address + 2] = HALF_SIZE[i, 2]
+        qpos[:, address + 3] = np.cos(half_yaw[:, i])
+        qpos[:, address + 4 : address + 6] = 0.0
+        qpos[:, address + 6] = np.sin(half_yaw[:, i])
+    return qpos
+
+
+def _spread(generators: list[np.random.Generator], a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draw object places [R, M, 2] and goals [R, 2] that keep their distances, by rejection."""
+    places, spots = np.empty((len(a), _SLOTS, 2)), np.empty((len(a), 2))
+    missing = np.arange(len(a))
+    while len(missing):
+        u = np.stack([generators[i].random((_TRIES, _SLOTS + 1, 2)) for i in missing])
+        objects = AREA[0] + (AREA[1] - AREA[0]) * u[:, :, :_SLOTS]
+        goals = GOAL_AREA[0] + (GOAL_AREA[1] - GOAL_AREA[0]) * u[:, :, _SLOTS]
+        gaps = ((objects - np.roll(objects, 1, axis=2)) ** 2).sum(axis=3)
+        to_goal = ((objects - goals[:, :, None]) ** 2).sum(axis=3)
+        meant = np.arange(_SLOTS) == a[missing, None, None]
+        near = np.where(meant, GOAL_DISTANCE[0], GOAL_CLEARANCE) ** 2
+        far = np.where(meant, GOAL_DISTANCE[1], np.inf) ** 2
+        good = ((gaps >= SEPARATION**2) & (to_goal >= near) & (to_goal <= far)).all(axis=2)
+        found, first = good.any(axis=1), good.argmax(axis=1)
+        rows = np.flatnonzero(found)
+        places[missing[rows]], spots[missing[rows]] = objects[rows, first[rows]], goals[rows, first[rows]]
+        missing = missing[~found]
+    return places, spots

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embodied_rl.envs.tabletop.control import LEASH, YAW_LEASH, Pose, PoseController
+from embodied_rl.envs.tabletop.control import LEASH, YAW_LEASH, PoseController
 from embodied_rl.envs.tabletop.instructions import COLORS, MAX_WORDS, WORD_IDS
-from embodied_rl.envs.tabletop.kinematics import rotation_error, rotation_from_quaternion
+from embodied_rl.envs.tabletop.kinematics import Pose, rotation_error, rotation_from_quaternion
 from embodied_rl.envs.tabletop.scene import (
     CABINET_FRONT,
     DRAWER_MAX,
@@ -24,27 +24,32 @@ from embodied_rl.envs.tabletop.tasks import View
 from embodied_rl.types import Obs, TensorSpec
 
 PLACE, OFFSET, SPEED, SIZE = 5.0, 10.0, 2.0, 30.0
-"""Scales to order one of positions (per m), positions relative to the TCP (per m), speeds (s/m), half extents (per m)."""
+"""Scales to order one of positions (1/m), positions relative to the TCP (1/m), speeds (s/m), half extents (1/m)."""
 NUM_SLOTS = len(SHAPES)
 
 OBSERVATION: dict[str, TensorSpec] = {
     "proprio": TensorSpec(
         (31,),
-        meaning="joint angles from rest (rad) 7, joint velocities (rad/s) 7, TCP position (x5/m) 3, TCP x and y axes 6, "
+        meaning="joint angles from rest (rad) 7, joint velocities (rad/s) 7, TCP position (5/m) 3, TCP x and y axes 6, "
         "gripper opening -1..1, finger target -1..1, wanted minus real TCP position 3 and rotation 3 (of their limits)",
     ),
     "objects": TensorSpec(
         (NUM_SLOTS, 27),
-        meaning="per object: position (x5/m) 3, relative to the TCP (x10/m) 3, x and y axes 6, velocity (x2 s/m) 3, "
-        "colour one-hot 6, shape one-hot 3, half extents (x30/m) 3",
+        meaning="per object: position (5/m) 3, relative to the TCP (10/m) 3, x and y axes 6, velocity (2 s/m) 3, "
+        "colour one-hot 6, shape one-hot 3, half extents (30/m) 3",
     ),
     "goal": TensorSpec(
         (11,),
-        meaning="marked goal position (x5/m) 3, relative to the TCP (x10/m) 3 (both 0 without a marked goal), 1 if there "
-        "is one, drawer opening 0..1, handle relative to the TCP (x5/m) 3",
+        meaning="marked goal position (5/m) 3, relative to the TCP (10/m) 3 (both 0 without a marked goal), 1 if there "
+        "is one, drawer opening 0..1, handle relative to the TCP (5/m) 3",
     ),
     "instruction": TensorSpec(
-        (MAX_WORDS,), torch.int64, low=0, high=WORD_IDS - 1, constant=True, meaning="word ids of the instruction, 0 pads"
+        (MAX_WORDS,),
+        torch.int64,
+        low=0,
+        high=WORD_IDS - 1,
+        constant=True,
+        meaning="word ids of the instruction, 0 pads",
     ),
 }
 
@@ -89,22 +94,41 @@ class Episode:
 
 
 class Observer:
-    """Reads positions and velocities [B, nq], [B, nv] of one scene."""
+    """Reads positions and velocities [B, nq], [B, nv] of one scene.
 
-    def __init__(self, scene: Scene, num_envs: int, device: torch.device) -> None:
+    `begin` must follow every change of the episodes: it precomputes what stays fixed until the next one.
+    """
+
+    def __init__(self, scene: Scene, device: torch.device) -> None:
         """Precompute indices and constants."""
         self._scene = scene
-        self._rows = torch.arange(num_envs, device=device)
-        self._pose_index = torch.tensor([[q + i for i in range(7)] for q in scene.objects_qpos], device=device)
-        self._velocity_index = torch.tensor([[v + i for i in range(3)] for v in scene.objects_qvel], device=device)
+        first, velocity = scene.objects_qpos[0], scene.objects_qvel[0]
+        assert scene.objects_qpos == tuple(first + 7 * i for i in range(NUM_SLOTS))
+        assert scene.objects_qvel == tuple(velocity + 6 * i for i in range(NUM_SLOTS))
+        self._poses = slice(first, first + 7 * NUM_SLOTS)
+        self._velocities = slice(velocity, velocity + 6 * NUM_SLOTS)
         self._home = torch.from_numpy(HOME).float().to(device)
         self._half = torch.from_numpy(HALF_SIZE).float().to(device)
-        self._half_height = self._half[:, 2].contiguous()
         self._handle_closed = torch.from_numpy(CABINET_FRONT + HANDLE_OFFSET).float().to(device)
         self._forward = torch.tensor([1.0, 0.0, 0.0], device=device)
-        shape = torch.eye(NUM_SLOTS, device=device)
-        self._fixed = torch.cat([shape, SIZE * self._half], dim=1).expand(num_envs, -1, -1)
-        self._colors = torch.eye(len(COLORS), device=device)
+        self._seven, self._three = torch.arange(7, device=device), torch.arange(3, device=device)
+        self._shapes, self._palette = torch.eye(NUM_SLOTS, device=device), torch.eye(len(COLORS), device=device)
+        # The first two columns of a rotation matrix are linear in the products of the quaternion's entries.
+        self._axes = _axes_of_products().to(device)
+
+    def begin(self, episode: Episode) -> None:
+        """Take over what is fixed in the running episodes."""
+        a, b = episode.a[:, None], episode.b[:, None]
+        first, velocity = self._scene.objects_qpos[0], self._scene.objects_qvel[0]
+        self._index = torch.cat([first + 7 * a + self._seven, first + 7 * b + self._three], dim=1)
+        self._velocity_index = velocity + 6 * a + self._three
+        self._a_half, self._b_half = self._half[episode.a, 2], self._half[episode.b, 2]
+        self._on = episode.relation == 0
+        self._goal, self._b_start, self._words = episode.goal.clone(), episode.b_start.clone(), episode.words.clone()
+        self._marked = (episode.goal[:, 2:] > -0.5).float()
+        self._goal_place = PLACE * self._marked * self._goal
+        fixed = torch.cat([self._shapes, SIZE * self._half], dim=1).expand(len(a), -1, -1)
+        self._looks = torch.cat([self._palette[episode.colors], fixed], dim=2)
 
     def handle(self, qpos: Tensor) -> Tensor:
         """[B, 3] middle of the drawer's handle, m."""
@@ -112,90 +136,98 @@ class Observer:
 
     def object_poses(self, qpos: Tensor) -> Tensor:
         """[B, M, 7] position (m) and quaternion (w x y z) of every object."""
-        return qpos[:, self._pose_index]
+        return qpos[:, self._poses].unflatten(1, (NUM_SLOTS, 7))
 
-    def view(self, qpos: Tensor, qvel: Tensor, pose: Pose, finger_target: Tensor, episode: Episode) -> View:
+    def view(self, qpos: Tensor, qvel: Tensor, pose: Pose, finger_target: Tensor) -> View:
         """What success and reward are computed from.
 
         An object counts as held when its centre is between the pads, the fingers are commanded clearly narrower than
         they are, and they do not move: only something between them can hold them there.
         """
-        scene, rows = self._scene, self._rows
+        scene = self._scene
         tcp, rotation, _ = pose
-        a_pose = qpos[rows[:, None], self._pose_index[episode.a]]
-        a_velocity = qvel[rows[:, None], self._velocity_index[episode.a]]
-        b_position = qpos[rows[:, None], self._pose_index[episode.b, :3]]
-        a_position = a_pose[:, :3]
-        a_half, b_half = self._half_height[episode.a], self._half_height[episode.b]
-        within = (rotation.transpose(1, 2) @ (a_position - tcp)[:, :, None]).squeeze(2).abs()
+        meant = qpos.gather(1, self._index)
+        a_position = meant[:, :3]
+        within = ((a_position - tcp)[:, None] @ rotation).squeeze(1).abs()
         opening = qpos[:, scene.fingers_qpos].mean(dim=1)
         still = qvel[:, scene.fingers_qvel].abs().amax(dim=1) < 0.03
         pressing = (opening - finger_target > 0.002) & (opening > 0.012) & still
-        between = (within[:, 0] < 0.022) & (within[:, 1] < 0.012) & (within[:, 2] < 0.024)
-        # The third row of the object's rotation says how far its own axes rise: its top is half a height along the
-        # steepest; objects stand upright unless knocked over, so its own z axis serves.
-        up = 1 - 2 * (a_pose[:, 4] ** 2 + a_pose[:, 5] ** 2)
-        top = a_position.clone()
-        top[:, 2] += a_half * up.abs()
+        between = (within < within.new_tensor([0.022, 0.012, 0.024])).all(dim=1)
         return View(
             tcp=tcp,
             held=pressing & between,
             gripper_open=(finger_target > 0.025) & (opening > 0.02),
             a_position=a_position,
-            a_top=top,
-            a_height=a_position[:, 2] - a_half,
-            a_speed=torch.linalg.vector_norm(a_velocity, dim=1),
-            a_half_height=a_half,
-            b_position=b_position,
-            b_half_height=b_half,
-            b_moved=torch.linalg.vector_norm(b_position[:, :2] - episode.b_start, dim=1),
-            goal=episode.goal,
-            relation_on=episode.relation == 0,
+            a_half_height=self._a_half,
+            a_speed=torch.linalg.vector_norm(qvel.gather(1, self._velocity_index), dim=1),
+            b_position=meant[:, 7:],
+            b_half_height=self._b_half,
+            b_start=self._b_start,
+            goal=self._goal,
+            relation_on=self._on,
             handle=self.handle(qpos),
             drawer=qpos[:, scene.drawer_qpos],
         )
 
-    def observation(self, qpos: Tensor, qvel: Tensor, pose: Pose, control: PoseController, episode: Episode) -> Obs:
+    def observation(self, qpos: Tensor, qvel: Tensor, pose: Pose, control: PoseController) -> Obs:
         """What a policy sees; which object is meant is in the instruction only."""
         scene = self._scene
         tcp, rotation, _ = pose
-        axes = rotation[:, :, :2].flatten(1)
-        opening = qpos[:, scene.fingers_qpos].mean(dim=1, keepdim=True)
+        opening = qpos[:, scene.fingers_qpos].mean(dim=1)
+        fingers = torch.stack([opening, control.finger], dim=1) / (0.5 * FINGER_MAX) - 1
         proprio = torch.cat(
             [
                 qpos[:, scene.arm_qpos] - self._home,
                 qvel[:, scene.arm_qvel],
                 PLACE * tcp,
-                axes,
-                opening / (0.5 * FINGER_MAX) - 1,
-                control.finger[:, None] / (0.5 * FINGER_MAX) - 1,
+                rotation[:, :, :2].flatten(1),
+                fingers,
                 (control.position - tcp) / LEASH,
                 rotation_error(control.rotation, rotation) / YAW_LEASH,
             ],
             dim=1,
         )
         poses = self.object_poses(qpos)
-        position = poses[:, :, :3]
+        position, quaternion = poses[:, :, :3], poses[:, :, 3:]
+        products = (quaternion[..., :, None] * quaternion[..., None, :]).flatten(2)
+        velocity = qvel[:, self._velocities].unflatten(1, (NUM_SLOTS, 6))[:, :, :3]
         objects = torch.cat(
             [
                 PLACE * position,
                 OFFSET * (position - tcp[:, None]),
-                rotation_from_quaternion(poses[:, :, 3:])[..., :2].flatten(2),
-                SPEED * qvel[:, self._velocity_index],
-                self._colors[episode.colors],
-                self._fixed,
+                products @ self._axes,
+                SPEED * velocity,
+                self._looks,
             ],
             dim=2,
         )
-        marked = (episode.goal[:, 2:] > -0.5).float()
         goal = torch.cat(
             [
-                PLACE * marked * episode.goal,
-                OFFSET * marked * (episode.goal - tcp),
-                marked,
+                self._goal_place,
+                (OFFSET * self._marked) * (self._goal - tcp),
+                self._marked,
                 qpos[:, scene.drawer_qpos, None] / DRAWER_MAX,
                 PLACE * (self.handle(qpos) - tcp),
             ],
             dim=1,
         )
-        return {"proprio": proprio, "objects": objects, "goal": goal, "instruction": episode.words.clone()}
+        return {"proprio": proprio, "objects": objects, "goal": goal, "instruction": self._words}
+
+
+def _axes_of_products() -> Tensor:
+    """[16, 6] that turns the products q_i q_j of a unit quaternion into its matrix's x and y axes, row by row."""
+    basis = torch.eye(4)
+    weights = torch.zeros(4, 4, 6)
+    for i in range(4):
+        weights[i, i] = _quadratic(basis[i])
+        for j in range(i):
+            # Polarisation: the mixed part of the quadratic form, shared by q_i q_j and q_j q_i.
+            mixed = _quadratic(basis[i] + basis[j]) - _quadratic(basis[i]) - _quadratic(basis[j])
+            weights[i, j] = weights[j, i] = 0.5 * mixed
+    return weights.flatten(0, 1)
+
+
+def _quadratic(q: Tensor) -> Tensor:
+    """The x and y axes [6] as a homogeneous quadratic form of q, that is |q|^2 R(q / |q|)."""
+    square = (q * q).sum()
+    return (square * rotation_from_quaternion(q / square.sqrt()))[:, :2].flatten()

@@ -11,6 +11,7 @@ the task is solved is worth exactly 1. The sparse reward is 1 in such a step and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ OPEN_AT, CLOSED_AT = 0.10, 0.012
 class View:
     """What success and reward are computed from, for B copies; a and b are the first and second object meant.
 
-    Example: cube at rest under an open gripper 10 cm above: a_position [[0, 0, 0.02]], a_height [0.0],
+    Example: cube at rest under an open gripper 10 cm above: a_position [[0, 0, 0.02]], a_half_height [0.02],
     tcp [[0, 0, 0.12]], held [False], gripper_open [True].
     """
 
@@ -42,20 +43,16 @@ class View:
     """[B] bool, the fingers are commanded to and do not press on anything."""
     a_position: Tensor
     """[B, 3] centre of a."""
-    a_top: Tensor
-    """[B, 3] middle of a's upper side."""
-    a_height: Tensor
-    """[B] of a above its resting height on the table."""
-    a_speed: Tensor
-    """[B] m/s."""
     a_half_height: Tensor
     """[B]"""
+    a_speed: Tensor
+    """[B] m/s."""
     b_position: Tensor
     """[B, 3] centre of b."""
     b_half_height: Tensor
     """[B]"""
-    b_moved: Tensor
-    """[B] horizontal distance of b from where it started."""
+    b_start: Tensor
+    """[B, 2] where b's centre was at the start."""
     goal: Tensor
     """[B, 3] the marked goal on the table."""
     relation_on: Tensor
@@ -64,6 +61,31 @@ class View:
     """[B, 3] middle of the drawer's handle."""
     drawer: Tensor
     """[B] opening, 0 when closed."""
+
+    @cached_property
+    def a_height(self) -> Tensor:
+        """[B] of a's centre above where it is when a stands on the table."""
+        return self.a_position[:, 2] - self.a_half_height
+
+    @cached_property
+    def a_top(self) -> Tensor:
+        """[B, 3] middle of a's upper side when a stands upright."""
+        return self.a_position + torch.nn.functional.pad(self.a_half_height[:, None], (2, 0))
+
+    @cached_property
+    def tcp_to_a(self) -> Tensor:
+        """[B] distance from the TCP to a's centre."""
+        return distance(self.tcp, self.a_position)
+
+    @cached_property
+    def a_to_b(self) -> Tensor:
+        """[B] horizontal distance of the centres of a and b."""
+        return distance(self.a_position[:, :2], self.b_position[:, :2])
+
+    @cached_property
+    def b_moved(self) -> Tensor:
+        """[B] horizontal distance of b from where it started."""
+        return distance(self.b_position[:, :2], self.b_start)
 
 
 class Task:
@@ -129,7 +151,7 @@ class Push(Task):
         """Closeness of the TCP to the object and of the object to the goal."""
         to_goal = distance(view.a_position[:, :2], view.goal[:, :2])
         return {
-            "reach": 0.3 * closeness(distance(view.tcp, view.a_position)),
+            "reach": 0.3 * closeness(view.tcp_to_a),
             "progress": 0.6 * closeness(to_goal),
         }
 
@@ -152,7 +174,7 @@ class Lift(Task):
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness, grasp, height."""
         return {
-            "reach": 0.25 * closeness(distance(view.tcp, view.a_position)),
+            "reach": 0.25 * closeness(view.tcp_to_a),
             "grasp": 0.25 * view.held,
             "progress": 0.4 * view.held * (view.a_height / LIFT_HEIGHT).clamp(0, 1),
         }
@@ -173,7 +195,7 @@ class Place(Task):
 
     def in_place(self, view: View) -> Tensor:
         """[B] bool, A stands where it is asked to, held or not."""
-        horizontal = distance(view.a_position[:, :2], view.b_position[:, :2])
+        horizontal = view.a_to_b
         on = (horizontal < 0.025) & (self.above(view).abs() < 0.008)
         beside = (horizontal > 0.03) & (horizontal < 0.09) & (view.a_height.abs() < 0.008)
         return torch.where(view.relation_on, on, beside) & (view.b_moved < 0.03)
@@ -188,13 +210,13 @@ class Place(Task):
 
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness, grasp, approach to the place, release."""
-        horizontal = distance(view.a_position[:, :2], view.b_position[:, :2])
+        horizontal = view.a_to_b
         on = distance_of(horizontal, self.above(view))
         beside = distance_of((horizontal - 0.065).abs(), view.a_height)
         done = self.in_place(view)
         carried = view.held | done
         return {
-            "reach": 0.15 * closeness(distance(view.tcp, view.a_position)),
+            "reach": 0.15 * closeness(view.tcp_to_a),
             "grasp": 0.15 * carried,
             "progress": 0.45 * carried * closeness(torch.where(view.relation_on, on, beside))
             + 0.15 * (done & view.gripper_open),
@@ -215,12 +237,12 @@ class Stack(Place):
 
     def in_place(self, view: View) -> Tensor:
         """[B] bool, A stands centred on B, held or not."""
-        horizontal = distance(view.a_position[:, :2], view.b_position[:, :2])
+        horizontal = view.a_to_b
         return (horizontal < 0.015) & (self.above(view).abs() < 0.008) & (view.b_moved < 0.03)
 
     def success(self, view: View) -> Tensor:
         """In place, released, at rest, gripper withdrawn."""
-        return super().success(view) & (distance(view.tcp, view.a_position) > 0.04)
+        return super().success(view) & (view.tcp_to_a > 0.04)
 
 
 class Open(Task):
@@ -270,6 +292,8 @@ class Close(Task):
         }
 
 
+TERMS = ("reach", "grasp", "progress")
+"""Names of the reward terms, the same for all tasks so that they can be logged side by side."""
 TASKS: dict[str, Task] = {task.name: task for task in (Reach(), Push(), Lift(), Place(), Stack(), Open(), Close())}
 
 
@@ -286,15 +310,16 @@ def judge(tasks: tuple[Task, ...], task: Tensor, view: View) -> tuple[Tensor, Te
         dense: [B] float32 in [0, 1]; exactly 1 where `success`.
         terms: name -> [B] float32, the weighted terms before success overrules them; 0 where a task lacks one.
     """
-    success = torch.zeros_like(view.held)
-    terms = {name: torch.zeros_like(view.drawer) for name in ("reach", "grasp", "progress")}
-    for i, one in enumerate(tasks):
-        mine = task == i
-        success = torch.where(mine, one.success(view), success)
-        for name, value in one.terms(view).items():
-            terms[name] = torch.where(mine, value, terms[name])
-    dense = (terms["reach"] + terms["grasp"] + terms["progress"]).masked_fill(success, 1.0)
-    return success, dense, terms
+    none = torch.zeros_like(view.drawer)
+    rows = []
+    for one in tasks:
+        values = one.terms(view)
+        rows += [one.success(view).float(), *(values.get(name, none) for name in TERMS)]
+    table = torch.stack(rows).unflatten(0, (len(tasks), 1 + len(TERMS)))
+    mine = table.gather(0, task.expand(1, 1 + len(TERMS), -1))[0]
+    success = mine[0] > 0
+    dense = mine[1:].sum(dim=0).masked_fill(success, 1.0)
+    return success, dense, dict(zip(TERMS, mine[1:], strict=True))
 
 
 def distance(p: Tensor, q: Tensor) -> Tensor:
