@@ -1,6 +1,6 @@
 """A multi-layer perceptron for vectors, object slots and instruction words; Gaussian or categorical actions.
 
-    words  -> embedding, mean over words ------------------------+
+    words  -> embedding, sum over words -------------------------+
     slots  -> attention: the words ask, the objects answer ------+--> concat -> hidden layers -> action distribution
     vectors -> running normalisation ----------------------------+                          \\-> value
 
@@ -170,14 +170,15 @@ class Encoder(nn.Module):
         if ids.ndim == 1:
             return vectors
         present = (ids != 0).unsqueeze(-1).to(vectors.dtype)
-        return (vectors * present).sum(1) / present.sum(1).clamp(min=1)
+        # The sum, not the mean: in a mean the one word that tells objects apart drowns among the others.
+        return (vectors * present).sum(1)
 
     def _attend(self, name: str, words: Tensor, slots: Tensor) -> Tensor:
         """[N, heads * D]: for each head the slots [N, M, D] averaged by how well they answer the words."""
         n, m, _ = slots.shape
         query = self.query[name](words).view(n, self.heads, 1, 32)
         key = self.key[name](slots).view(n, m, self.heads, 32).transpose(1, 2)
-        weight = torch.softmax((query * key).sum(-1) / 32**0.5, dim=-1)
+        weight = torch.softmax((query * key).sum(-1) / 4, dim=-1)
         return torch.einsum("nhm,nmd->nhd", weight, slots).flatten(1)
 
 
