@@ -154,7 +154,7 @@ def scene_xml(timestep: float = TIMESTEP) -> str:
   <option timestep="{timestep}" integrator="Euler" cone="elliptic" impratio="10" solver="Newton"
           iterations="30" ls_iterations="20"/>
   <size memory="2M"/>
-  <visual><headlight ambient=".45 .45 .45" diffuse=".45 .45 .45" specular=".1 .1 .1"/>
+  <visual><headlight ambient=".38 .38 .39" diffuse=".2 .2 .2" specular=".05 .05 .05"/>
     <map znear=".005" zfar="10"/><global offwidth="1280" offheight="960"/></visual>
   <default>
     <geom solref=".02 1" friction="1 .02 .001"/>
@@ -166,8 +166,9 @@ def scene_xml(timestep: float = TIMESTEP) -> str:
     <default class="finger"><joint type="slide" axis="0 1 0" range="0 {FINGER_MAX}" armature=".3"/></default>
   </default>
   <worldbody>
-    <light name="top" pos=".3 .3 1.6" dir="-.2 -.2 -1" directional="true" diffuse=".5 .5 .5" castshadow="true"/>
-    <geom name="table" class="table" type="plane" size=".75 .6 .01" rgba=".78 .76 .72 1"/>
+    <light name="top" pos=".5 .6 1.6" dir="-.35 -.4 -1" directional="true" diffuse=".56 .55 .52" specular=".15 .15 .15"
+           castshadow="true"/>
+    <geom name="table" class="table" type="plane" size=".75 .6 .01" rgba=".74 .71 .66 1"/>
     {_cameras()}
     {_arm()}
     {_objects()}
@@ -198,9 +199,9 @@ def _look_at(name: str, position: tuple[float, ...], target: tuple[float, ...], 
 
 
 def _cameras() -> str:
-    # The wrist camera belongs to the hand, see _hand.
-    return _look_at("front", (0.62, 0.0, 0.5), (-0.02, -0.02, 0.04), 42, (0, 0, 1)) + _look_at(
-        "overhead", (0.0, -0.02, 0.9), (0.0, -0.02, 0.0), 42, (1, 0, 0)
+    # The wrist camera belongs to the hand, see _hand. The overhead one leans back so that the arm does not hide the table.
+    return _look_at("front", (0.70, 0.38, 0.56), (-0.02, -0.07, 0.12), 47, (0, 0, 1)) + _look_at(
+        "overhead", (0.40, -0.05, 0.92), (-0.02, -0.05, 0.03), 45, (0, 0, 1)
     )
 
 
@@ -226,7 +227,7 @@ def _hand() -> str:
       <inertial mass=".73" pos="-.01 0 .03" diaginertia=".001 .0025 .0017"/>
       <geom name="palm" class="gripper" type="box" size=".03 .1 .031" pos="0 0 .031" rgba=".93 .93 .95 1"/>
       <site name="tcp" pos="0 0 .1034" size=".004" rgba="0 0 0 0"/>
-      <camera name="wrist" pos=".075 0 .01" xyaxes="0 1 0 1 0 .25" fovy="80"/>
+      <camera name="wrist" pos=".08 0 .03" xyaxes="0 1 0 1 0 .3" fovy="75"/>
       <body name="finger_left" pos="0 0 .0584" gravcomp="1">{inertial}
         <joint name="finger_left" class="finger"/>{pad.format(side="left")}</body>
       <body name="finger_right" pos="0 0 .0584" quat="0 0 0 1" gravcomp="1">{inertial}

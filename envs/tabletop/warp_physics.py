@@ -1,0 +1,181 @@
+"""The second physics engine: MuJoCo Warp, for any device Warp knows (CUDA in practice, "cpu" for tests).
+
+How it relates to `physics.NativePhysics`: both step the model that `scene.py` compiles, with the same integrator,
+cone and solver, and both start the constraint solver cold at each control step, so that positions and velocities are
+the whole state. They differ in precision (Warp computes in float32, the native engine in float64) and in the contact
+points they choose between touching shapes. Without contacts of moving bodies they therefore agree to float32
+rounding; with them single trajectories part, as they do between any two float precisions, while the statistics of
+tasks stay alike. The test `tests/sim/test_warp_physics.py` states the tolerance.
+
+On "cpu" Warp runs single-threaded, tens of times slower than the native engine: use it to test, not to train.
+"""
+
+from __future__ import annotations
+
+import mujoco
+import mujoco_warp as mjw
+import torch
+import warp as wp
+from torch import Tensor
+
+from embodied_rl.envs.tabletop.warp_runtime import start_warp
+from embodied_rl.errors import CapabilityError, CheckpointError
+from embodied_rl.types import State
+
+CONTACTS = 64
+"""Contacts per copy that there is room for (a pool shared by all copies); piles of all objects inside the gripper and
+against the drawer were seen to make 34."""
+CONVEX_PAIRS = 32
+"""Pairs per copy whose contacts need the general convex algorithm (cylinders, capsule against box)."""
+CONSTRAINT_ROWS = 256
+"""Constraint rows of each copy, four per contact; the same piles were seen to make 138."""
+CHECK_EVERY = 64
+"""Control steps between looks at the overflow flags on CUDA, where each look waits for the device."""
+
+_DROPPED = (
+    mjw.OverflowType.NEFC
+    | mjw.OverflowType.NJMAX_NNZ
+    | mjw.OverflowType.BROADPHASE
+    | mjw.OverflowType.NARROWPHASE
+    | mjw.OverflowType.CCD
+)
+"""Flags that mean lost contacts. The others (iteration limits) mean lower accuracy, as in the native engine."""
+
+
+class WarpPhysics:
+    """B copies stepped by MuJoCo Warp in float32; see `embodied_rl.envs.tabletop.physics.Physics`.
+
+    Its arrays are shared with torch, so nothing is copied or moved to the host between policy and physics. On CUDA a
+    control step is one launch of a recorded graph. Sums are made in a fixed order (`deterministic`), so that a
+    restored state continues bit for bit.
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        num_envs: int,
+        device: torch.device,
+        *,
+        contacts: int = CONTACTS,
+        constraint_rows: int = CONSTRAINT_ROWS,
+    ) -> None:
+        """Allocate the copies.
+
+        Args:
+            model: Compiled model, shared by all copies; without activations.
+            num_envs: Number of copies B.
+            device: Torch device whose memory is used.
+            contacts: Contacts per copy that there is room for.
+            constraint_rows: Constraint rows of each copy that there is room for.
+
+        Raises:
+            NotFoundError: Warp cannot use the device.
+        """
+        assert model.na == 0, "the scene must not have activations"
+        self.model = model
+        self.num_envs = num_envs
+        self.device = device
+        self._room = (contacts, constraint_rows)
+        self._warp_device = start_warp(device)
+        with wp.ScopedDevice(self._warp_device):
+            self._model = mjw.put_model(model)
+            # Warp would print overflows to stdout and go on; `_check` raises instead.
+            self._model.opt.warn_overflow = 0
+            self._model.opt.deterministic = mjw.DeterminismType.ALL
+            self._data = mjw.make_data(
+                model, nworld=num_envs, nconmax=contacts, nccdmax=min(CONVEX_PAIRS, contacts), njmax=constraint_rows
+            )
+        self._qpos = wp.to_torch(self._data.qpos)
+        self._qvel = wp.to_torch(self._data.qvel)
+        self._ctrl = wp.to_torch(self._data.ctrl)
+        self._warmstart = wp.to_torch(self._data.qacc_warmstart)
+        self._overflow = wp.to_torch(self._data.overflow)
+        self._graphs: dict[int, wp.Graph] = {}
+        self._steps = 0
+
+    @property
+    def qpos(self) -> Tensor:
+        """[B, nq] float32."""
+        return self._qpos
+
+    @property
+    def qvel(self) -> Tensor:
+        """[B, nv] float32."""
+        return self._qvel
+
+    def place(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
+        """Set positions [B, nq] and velocities [B, nv] of the masked copies."""
+        rows = mask[:, None]
+        torch.where(rows, qpos.float(), self._qpos, out=self._qpos)
+        torch.where(rows, qvel.float(), self._qvel, out=self._qvel)
+
+    def step(self, ctrl: Tensor, substeps: int) -> None:
+        """Advance all copies by `substeps` physics steps under constant controls [B, nu].
+
+        Raises:
+            CapabilityError: A copy had more contacts than there is room for; on CUDA this is told up to
+                `CHECK_EVERY` control steps late.
+        """
+        self._ctrl.copy_(ctrl)
+        self._warmstart.zero_()
+        if self._warp_device.is_cuda:
+            graph = self._graphs.get(substeps) or self._record(substeps)
+            wp.capture_launch(graph, stream=wp.stream_from_torch(torch.cuda.current_stream(self.device)))
+        else:
+            self._advance(substeps)
+        self._steps += 1
+        if not self._warp_device.is_cuda or self._steps % CHECK_EVERY == 0:
+            self._check()
+
+    def get_state(self) -> State:
+        """{"warp": [B, nq + nv] float32: positions, velocities}."""
+        self._check()
+        return {"warp": torch.cat([self._qpos, self._qvel], dim=1)}
+
+    def set_state(self, state: State) -> None:
+        """Restore `get_state`'s result.
+
+        Raises:
+            CheckpointError: The state comes from another engine, scene or number of copies.
+        """
+        shape = (self.num_envs, self.model.nq + self.model.nv)
+        saved = state.get("warp")
+        if saved is None or tuple(saved.shape) != shape:
+            found = f"shape {list(saved.shape)}" if saved is not None else f"entries {sorted(state)}"
+            raise CheckpointError(
+                f"physics state: found {found}, expected 'warp' of shape {list(shape)}; "
+                "restore it with the same physics engine and number of copies"
+            )
+        self._qpos.copy_(saved[:, : self.model.nq])
+        self._qvel.copy_(saved[:, self.model.nq :])
+
+    def close(self) -> None:
+        """Drop the recorded graphs; the arrays go with the object."""
+        self._graphs.clear()
+
+    def _advance(self, substeps: int) -> None:
+        with wp.ScopedDevice(self._warp_device):
+            for _ in range(substeps):
+                mjw.step(self._model, self._data)
+
+    def _record(self, substeps: int) -> wp.Graph:
+        """Record a control step as a CUDA graph. Written for CUDA and not yet run on one."""
+        saved = self.get_state()
+        self._advance(1)  # compiles and loads every kernel, which a recording cannot
+        wp.synchronize_device(self._warp_device)
+        with wp.ScopedCapture(device=self._warp_device) as capture:
+            self._advance(substeps)
+        self.set_state(saved)
+        self._graphs[substeps] = capture.graph
+        return capture.graph
+
+    def _check(self) -> None:
+        lost = (self._overflow & int(_DROPPED)) != 0
+        if bool(lost.any()):
+            copies = lost.nonzero().flatten().tolist()
+            more = f" and {len(copies) - 8} more" if len(copies) > 8 else ""
+            raise CapabilityError(
+                f"tabletop physics (warp): copies {copies[:8]}{more} had more contacts than there is room for, so their "
+                f"motion is wrong; found room for {self._room[0]} contacts and {self._room[1]} constraint rows per copy, "
+                "give WarpPhysics more of both (contacts=, constraint_rows=) or take physics: native"
+            )
