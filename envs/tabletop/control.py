@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,8 @@ MAX_TURN = 0.1
 """rad the wanted rotation turns per control step about each world axis (2 rad/s)."""
 WORKSPACE = ((-0.20, 0.20), (-0.36, 0.28), (0.008, 0.35))
 """Ranges of x, y, z of the wanted TCP, m."""
-MAX_TILT = 0.35
-"""Largest tilt of the gripper from straight down, rad."""
+SIN_TILT = 0.34
+"""Sine of the largest tilt of the gripper from straight down, about each horizontal axis (20 degrees)."""
 MAX_YAW = 1.75
 """Largest turn of the gripper about the vertical from its rest pose, rad."""
 LEASH = 0.06
@@ -48,6 +46,7 @@ class PoseController:
         self.finger = torch.full((num_envs,), FINGER_MAX, device=device)
         """[B] target of each finger joint, m."""
         self._low, self._high = torch.tensor(WORKSPACE, device=device).unbind(1)
+        self._lean = torch.tensor([1.0, -1.0], device=device)
 
     def hold(self, mask: Tensor, pose: Pose) -> None:
         """Want the present pose with an open gripper in the masked copies."""
@@ -77,16 +76,12 @@ class PoseController:
 
     def _turn(self, turn: Tensor, rotation: Tensor) -> Tensor:
         """Cut a rotation vector [B, 3] so that the wanted frame keeps within tilt and yaw limits."""
-        # The tool's z axis tilts from straight down about the horizontal axis (z_y, -z_x); its length is sin(tilt).
-        tilt = torch.stack([self.rotation[:, 1, 2], -self.rotation[:, 0, 2]], dim=1)
-        tilted = tilt + turn[:, :2]
-        size = torch.linalg.vector_norm(tilted, dim=1, keepdim=True)
-        tilted = tilted * (math.sin(MAX_TILT) / size.clamp_min(math.sin(MAX_TILT)))
+        # The tool's z axis leans from straight down about the horizontal axis (z_y, -z_x), by the sine of the tilt.
+        tilt = self.rotation[:, :2, 2].flip(1) * self._lean
+        tilted = (tilt + turn[:, :2]).clamp(-SIN_TILT, SIN_TILT)
         wanted = torch.atan2(self.rotation[:, 1, 0], self.rotation[:, 0, 0])
         actual = torch.atan2(rotation[:, 1, 0], rotation[:, 0, 0])
-        low = (actual - YAW_LEASH).clamp_min(-MAX_YAW)
-        high = (actual + YAW_LEASH).clamp_max(MAX_YAW)
-        yaw = torch.minimum(torch.maximum(wanted + turn[:, 2], low), high)
+        yaw = torch.clamp(wanted + turn[:, 2], actual - YAW_LEASH, actual + YAW_LEASH).clamp(-MAX_YAW, MAX_YAW)
         return torch.cat([tilted - tilt, (yaw - wanted)[:, None]], dim=1)
 
     def get_state(self) -> State:

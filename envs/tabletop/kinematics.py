@@ -18,7 +18,7 @@ POSTURE_GAIN = 0.1
 
 
 Pose = tuple[Tensor, Tensor, Tensor]
-"""TCP position [B, 3], TCP rotation [B, 3, 3] and joint frames [B, 7, 4, 4], as `ArmKinematics.forward` returns them."""
+"""TCP position [B, 3], TCP rotation [B, 3, 3], joint frames [B, 7, 4, 4], as `ArmKinematics.forward` returns them."""
 
 
 class ArmKinematics:
@@ -99,7 +99,7 @@ class ArmKinematics:
             pose: `forward(joints)`.
             target: [B, 3] wanted TCP position, m.
             target_rotation: [B, 3, 3] wanted TCP frame.
-            max_step: Largest change of any joint, rad; a longer step is shortened without changing its direction.
+            max_step: Largest change of each joint, rad.
 
         Returns:
             joint_target: [B, 7] rad, inside the joint limits.
@@ -108,15 +108,13 @@ class ArmKinematics:
         """
         position, rotation, frames = pose
         jacobian = self.jacobian(frames, position)
-        error = torch.cat([target - position, rotation_error(target_rotation, rotation)], dim=1)
-        posture = POSTURE_GAIN * (self._rest - joints)
-        residual = error - (jacobian @ posture[:, :, None]).squeeze(2)
-        square = jacobian @ jacobian.transpose(1, 2) + self._damping
-        weights = torch.linalg.solve(square, residual)
-        step = (jacobian.transpose(1, 2) @ weights[:, :, None]).squeeze(2) + posture
-        longest = step.abs().amax(dim=1, keepdim=True)
-        step = step * (max_step / longest.clamp_min(max_step))
-        return torch.minimum(torch.maximum(joints + step, self._low), self._high)
+        error = torch.cat([target - position, rotation_error(target_rotation, rotation)], dim=1)[:, :, None]
+        posture = (POSTURE_GAIN * (self._rest - joints))[:, :, None]
+        residual = torch.baddbmm(error, jacobian, posture, alpha=-1)
+        across = jacobian.transpose(1, 2)
+        weights = torch.linalg.solve(torch.baddbmm(self._damping, jacobian, across), residual)
+        step = torch.baddbmm(posture, across, weights)[:, :, 0].clamp(-max_step, max_step)
+        return torch.clamp(joints + step, self._low, self._high)
 
 
 def rotation_error(target: Tensor, actual: Tensor) -> Tensor:
