@@ -1,0 +1,39 @@
+"""What several kinds of tests share: a recipe that trains in about a second, and one finished run of it."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = f"""\
+name: toy
+env: {{type: {ROOT}/tests/toys/point.py}}
+policy: {{type: mlp, hidden: [8], word_dim: 4}}
+algorithm:
+  type: ppo
+  update: {{epochs: 1, minibatches: 1}}
+collect: {{copies: 4, decisions: 10}}
+train: {{env_steps: 120}}
+evaluate: {{episodes: 8, episodes_during: 4, copies: 4, videos: 0}}
+checkpoint: {{every: 1}}
+log: {{tensorboard: false}}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Working folder with `toy.yaml`: three updates on a point in the plane; runs go to its `runs/`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.yaml").write_text(TOY)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory):
+    """A finished run of the toy recipe, shared by all tests: read it, never write into it."""
+    from embodied_rl.cli import main
+
+    folder = tmp_path_factory.mktemp("toy_run")
+    (folder / "toy.yaml").write_text(TOY)
+    assert main(["train", str(folder / "toy.yaml"), f"log.folder={folder}"]) == 0
+    return folder / "toy"
