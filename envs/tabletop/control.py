@@ -13,7 +13,7 @@ MAX_MOVE = 0.03
 """m the wanted position moves per control step for an action of 1 on each axis (0.6 m/s)."""
 MAX_TURN = 0.1
 """rad the wanted rotation turns per control step about each world axis (2 rad/s)."""
-WORKSPACE = ((-0.20, 0.20), (-0.36, 0.28), (0.008, 0.35))
+WORKSPACE = ((-0.20, 0.20), (-0.38, 0.28), (0.008, 0.35))
 """Ranges of x, y, z of the wanted TCP, m."""
 SIN_TILT = 0.34
 """Sine of the largest tilt of the gripper from straight down, about each horizontal axis (20 degrees)."""

@@ -11,9 +11,9 @@ from embodied_rl.envs.tabletop.scene import FINGER_MAX, HALF_SIZE, HIDDEN, HOME,
 from embodied_rl.envs.tabletop.tasks import Task
 from embodied_rl.seeding import numpy_rng
 
-AREA = np.array([[-0.11, -0.11], [0.11, 0.21]])
+AREA = np.array([[-0.11, -0.10], [0.11, 0.21]])
 """Lowest and highest x and y of the objects' centres at the start, m."""
-GOAL_AREA = np.array([[-0.13, -0.13], [0.13, 0.23]])
+GOAL_AREA = np.array([[-0.13, -0.12], [0.13, 0.23]])
 """Lowest and highest x and y of marked goals, m."""
 SEPARATION = 0.10
 """Smallest distance between centres of objects, m: room for an open gripper around each."""
@@ -23,7 +23,7 @@ GOAL_CLEARANCE = 0.08
 """From the other objects to the marked goal, m."""
 YAW = 0.4
 """rad to either side; keeps each object graspable without turning the wrist, though not always well."""
-JOINT_NOISE = 0.06
+JOINT_NOISE = 0.04
 """Initial joint angles are within this of HOME, rad."""
 
 _TRIES = 24
