@@ -1,0 +1,216 @@
+"""The envpool env: the same numbers as the pool itself, explicit resets, subsets, send and recv."""
+
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from embodied_rl import registry
+from embodied_rl.errors import CapabilityError, ConfigError, MissingExtraError, NotFoundError, ShapeError
+
+envpool = pytest.importorskip("envpool")
+from embodied_rl.envs.envpool import Config, build  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def make(id, copies=4, seed=7, **settings):
+    return build(Config(id=id, **settings), num_envs=copies, device=CPU, split="train", seed=seed)
+
+
+def raw_pool(id, copies=4, seed=7, **settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # envpool makes Box spaces that warn about their own precision
+        pool = envpool.make_gymnasium(id, num_envs=copies, seed=seed, **settings)
+        assert pool.observation_space is not None
+    return pool
+
+
+def reset(env, mask=None):
+    b = env.spec.num_envs
+    mask = torch.ones(b, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    return env.reset(mask, torch.zeros(b, dtype=torch.int64), torch.zeros(b, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_continuous_copies_give_what_the_pool_gives(threads):
+    env, pool = make("HalfCheetah-v4", threads=threads), raw_pool("HalfCheetah-v4", num_threads=1)
+    assert np.array_equal(reset(env)["state"].numpy(), pool.reset()[0].astype(np.float32))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        a = torch.rand(4, 6, generator=g) * 4 - 2
+        step = env.step(a)
+        obs, reward, terminated, truncated, _ = pool.step(a.clamp(-1, 1).double().numpy())
+        assert np.array_equal(step.obs["state"].numpy(), obs.astype(np.float32))
+        assert np.array_equal(step.reward.numpy(), reward)
+        assert np.array_equal(step.terminated.numpy(), terminated) and np.array_equal(step.truncated.numpy(), truncated)
+    env.close()
+
+
+def test_bounded_actions_are_mapped_to_the_box():
+    env, pool = make("Pendulum-v1"), raw_pool("Pendulum-v1")
+    reset(env), pool.reset()
+    a = torch.tensor([[-3.0], [-0.5], [0.25], [1.0]])
+    native = np.array([[-2.0], [-1.0], [0.5], [2.0]], np.float32)
+    assert np.array_equal(env.step(a).obs["state"].numpy(), pool.step(native)[0])
+
+
+def test_a_finished_copy_keeps_its_last_observation_and_starts_where_a_reset_puts_it():
+    env, pool = make("CartPole-v1", threads=2), raw_pool("CartPole-v1")
+    before = torch.from_numpy(pool.reset()[0])
+    assert torch.equal(reset(env)["state"], before)
+    lengths, age = [], np.zeros(4, int)
+    for _ in range(120):
+        push = np.ones(4, np.int32)
+        step = env.step(torch.ones(4, dtype=torch.int64))
+        obs, reward, terminated, truncated, info = pool.step(push)
+        assert np.array_equal(step.obs["state"].numpy(), obs)
+        assert np.array_equal(step.terminated.numpy(), terminated) and not truncated.any()
+        age += 1
+        ids = np.flatnonzero(terminated).astype(np.int32)
+        if len(ids):
+            lengths += age[ids].tolist()
+            age[ids] = 0
+            assert (step.obs["state"][ids, 2].abs() > 0.2).all(), "the fallen pole, not a fresh start"
+            fresh = reset(env, terminated.tolist())["state"]
+            assert np.array_equal(fresh[ids].numpy(), pool.reset(ids)[0])
+            assert (fresh[ids].abs() < 0.05).all()
+            kept = np.setdiff1d(np.arange(4), ids)
+            assert torch.equal(fresh[kept], step.obs["state"][kept])
+    assert min(lengths) >= 7 and max(lengths) <= 11, "no step is lost to a hidden reset"
+
+
+def test_a_time_limit_truncates_with_the_true_last_observation():
+    env, endless = make("HalfCheetah-v4", max_steps=5), make("HalfCheetah-v4")
+    assert env.spec.max_steps == 5 and endless.spec.max_steps == 1000
+    reset(env), reset(endless)
+    for t in range(5):
+        a = torch.full((4, 6), 0.1 * t)
+        step, other = env.step(a), endless.step(a)
+        assert torch.equal(step.obs["state"], other.obs["state"])
+        assert step.truncated.tolist() == [t == 4] * 4 and not step.terminated.any()
+
+
+def test_copies_keep_their_rows_with_many_threads():
+    env, alone = make("CartPole-v1", copies=64, threads=8), make("CartPole-v1", copies=64, threads=1)
+    assert torch.equal(reset(env)["state"], reset(alone)["state"])
+    g = torch.Generator().manual_seed(0)
+    for t in range(200):
+        a = torch.randint(2, (64,), generator=g)
+        x, y = env.step(a), alone.step(a)
+        assert torch.equal(x.obs["state"], y.obs["state"]) and torch.equal(x.terminated, y.terminated), t
+        if x.terminated.any():
+            assert torch.equal(reset(env, x.terminated.tolist())["state"], reset(alone, x.terminated.tolist())["state"])
+
+
+def test_only_active_copies_advance():
+    env, other = make("HalfCheetah-v4"), make("HalfCheetah-v4")
+    start = reset(env)["state"]
+    reset(other)
+    a = torch.full((4, 6), 0.5)
+    step, whole = env.step(a, torch.tensor([True, False, True, False])), other.step(a)
+    assert torch.equal(step.obs["state"][[1, 3]], start[[1, 3]]) and step.reward[[1, 3]].tolist() == [0, 0]
+    assert torch.equal(step.obs["state"][[0, 2]], whole.obs["state"][[0, 2]])
+    later = env.step(a, torch.tensor([False, True, False, True]))
+    assert torch.equal(later.obs["state"], whole.obs["state"])
+    assert torch.equal(env.step(a, torch.zeros(4, dtype=torch.bool)).obs["state"], whole.obs["state"])
+
+
+def test_results_stay_as_they_were_when_the_pool_moves_on():
+    for id in ("HalfCheetah-v4", "CartPole-v1"):
+        env = make(id)
+        kept = [reset(env)["state"]]
+        zero = torch.zeros(4, *env.spec.action.shape, dtype=env.spec.action.dtype)
+        copies = [kept[0].clone()]
+        for _ in range(50):
+            step = env.step(zero)
+            kept += [step.obs["state"], step.reward]
+            copies += [step.obs["state"].clone(), step.reward.clone()]
+        assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_send_and_recv_are_a_step_in_two_halves():
+    env, other = make("HalfCheetah-v4"), make("HalfCheetah-v4")
+    reset(env), reset(other)
+    for _ in range(5):
+        a = torch.full((4, 6), -0.3)
+        env.send(a)
+        x, y = env.recv(), other.step(a)
+        assert torch.equal(x.obs["state"], y.obs["state"]) and torch.equal(x.reward, y.reward)
+
+
+def test_dictionaries_categories_images_and_success_are_understood():
+    env = make("BabyAI-GoToObj-v0", copies=2)
+    obs = reset(env)
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in obs.items()} == {
+        "direction": (torch.int64, (2,)), "image": (torch.uint8, (2, 7, 7, 3)), "mission": (torch.uint8, (2, 512)),
+    }  # fmt: skip
+    env = make("FetchReach-v4", copies=2)
+    assert set(reset(env)) == {"observation", "achieved_goal", "desired_goal"} and env.spec.has_success
+    step = env.step(torch.zeros(2, 4))
+    distance = (step.obs["achieved_goal"] - step.obs["desired_goal"]).norm(dim=-1)
+    assert step.success.dtype == torch.bool and torch.equal(step.success, distance < 0.05)
+
+
+def test_reward_terms_are_reported_when_asked_for_and_add_up():
+    env = make("HalfCheetah-v4", reward_terms=True)
+    reset(env)
+    step = env.step(torch.full((4, 6), 0.7))
+    assert set(step.metrics) == {"run", "ctrl"}
+    torch.testing.assert_close(step.metrics["run"] + step.metrics["ctrl"], step.reward)
+    plain = make("HalfCheetah-v4")
+    reset(plain)
+    assert plain.step(torch.zeros(4, 6)).metrics == {}
+
+
+def test_what_envpool_cannot_do_is_said():
+    env = make("CartPole-v1")
+    assert env.spec.seedable is False and env.spec.has_state is False and env.spec.cameras == ()
+    for call in (env.get_state, lambda: env.set_state({})):
+        with pytest.raises(CapabilityError, match="envpool gives no access to it.*use env.type: gymnasium"):
+            call()
+    with pytest.raises(NotFoundError, match="camera 'front' does not exist"):
+        env.render(torch.tensor([0]), "front", 8, 8)
+    env.close()
+    env.close()
+
+
+def test_wrong_actions_are_refused_with_the_copies_named():
+    env = make("HalfCheetah-v4")
+    start = reset(env)["state"]
+    bad = torch.zeros(4, 6)
+    bad[2, 3] = float("nan")
+    with pytest.raises(ShapeError, match=r"not finite in copies \[2\]"):
+        env.step(bad)
+    with pytest.raises(ShapeError, match=r"found shape \[4\], torch.float32 on cpu, expected \[4, 6\]"):
+        env.step(torch.zeros(4))
+    # A refused action leaves the pool ready for the next one.
+    assert env.step(torch.zeros(4, 6)).obs["state"].shape == start.shape
+    env = make("CartPole-v1")
+    reset(env)
+    with pytest.raises(ShapeError, match=r"copies \[1\] got -1, expected 0 to 1"):
+        env.step(torch.tensor([0, -1, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"id": "HalfChetah-v4"}, NotFoundError, "env envpool: 'HalfChetah-v4' does not exist; did you mean 'HalfCheetah-v4'?"),
+        ({"id": "@@@@"}, NotFoundError, r"does not exist; envpool.list_all_envs\(\) returns all"),
+        ({"id": "CartPole-v1", "kwargs": {"reward_treshold": 1}}, ConfigError, "no setting 'reward_treshold' in kwargs; did you mean 'reward_threshold'?"),
+        ({"id": "CartPole-v1", "kwargs": {"seed": 1}}, ConfigError, "no setting 'seed' in kwargs"),
+        ({"id": "HalfCheetah-v4", "kwargs": {"frame_skip": "many"}}, ConfigError, "cannot be made"),
+    ],
+)
+def test_what_cannot_be_made_is_told_in_a_sentence(settings, error, message):
+    with pytest.raises(error, match=message):
+        make(**settings)
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    monkeypatch.delitem(sys.modules, "embodied_rl.envs.envpool")
+    with pytest.raises(MissingExtraError, match=r"pip install 'embodied-rl\[envpool\]'"):
+        registry.load("env", "envpool")
