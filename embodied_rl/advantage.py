@@ -55,6 +55,8 @@ class Credit(Section):
                 f"returns ({self.returns}) and baseline ({self.baseline}) do not fit: gae goes with critic, "
                 "return_to_go and trajectory with none, batch_mean, group_mean or leave_one_out"
             )
+        if self.returns == "gae" and self.scale != "none":
+            raise ValueError(f"scale ({self.scale}) does nothing with returns gae: set scale: none (and whiten: true)")
         return self
 
     @property
@@ -177,7 +179,10 @@ def subtract_baseline(score: Tensor, group: Tensor, valid: Tensor, kind: Baselin
     if kind == "none":
         return score
     if kind == "batch_mean":
-        return score - score[valid].mean()
+        chosen = score[valid]
+        # The mean of equal numbers rounds, and a scale would blow the rest up.
+        equal = chosen.numel() == 0 or bool((chosen == chosen[0]).all())
+        return torch.zeros_like(score) if equal else score - chosen.mean()
     total, count = group_sums(score, group)
     if kind == "leave_one_out":
         if bool((count < 2).any()):
@@ -259,7 +264,7 @@ class CreditChain:
         # An infinite or NaN number in a masked decision must not reach the sums.
         discount: Tensor | float = c.gamma if rollout.chunk == 1 else c.gamma ** rollout.steps.to(reward.dtype)
         if c.reward_scale != "none":
-            reward = reward / self._reward_std(reward, rollout.done, discount)
+            reward = reward / self._reward_std(reward, rollout, discount)
         target = None
         metrics: dict[str, tuple[float, float]] = {}
         if c.returns == "gae":
@@ -271,12 +276,13 @@ class CreditChain:
             metrics = fit_metrics(value, target, rollout.valid)
             score = raw
         else:
-            score = return_to_go(reward, rollout.done, discount=discount)
+            score, counted = return_to_go(reward, rollout.done, discount=discount), rollout.valid
             if c.returns == "trajectory":
-                score = score[:1].expand_as(score).contiguous()
+                # One row: an episode counts once in a mean over the batch, however many decisions it took.
+                score, counted = score[:1], counted[:1]
             group = rollout.group[0]
-            raw = subtract_baseline(score, group, rollout.valid, c.baseline)
-            raw = scale(raw, score, group, rollout.valid, c.scale, c.scale_floor)
+            raw = subtract_baseline(score, group, counted, c.baseline)
+            raw = scale(raw, score, group, counted, c.scale, c.scale_floor).expand_as(reward)
             if c.needs_groups:
                 equal = equal_in_group(score[:1], group)[0]
                 metrics["rollout/zero_advantage_groups"] = (float(equal.sum()), float(equal.numel()))
@@ -292,8 +298,8 @@ class CreditChain:
             x = torch.where(x > 0, c.positive_weight * x, c.negative_weight * x)
         return torch.where(valid, x, torch.zeros_like(x))
 
-    def _reward_std(self, reward: Tensor, done: Tensor, discount: Tensor | float) -> float:
-        """Standard deviation of the running discounted return R <- discount R + r over all steps seen so far.
+    def _reward_std(self, reward: Tensor, rollout: Rollout, discount: Tensor | float) -> float:
+        """Standard deviation of the running discounted return R <- discount R + r over all decisions seen so far.
 
         Source: Engstrom et al. 2020, appendix A.2 (arXiv:2005.12729); R is not reset at rollout borders, only at
         the end of an episode.
@@ -304,9 +310,11 @@ class CreditChain:
             d = discount[t] if isinstance(discount, Tensor) else discount
             running = running * d + reward[t]
             series[t] = running
-            running = torch.where(done[t], torch.zeros_like(running), running)
+            running = torch.where(rollout.done[t], torch.zeros_like(running), running)
         self._running = running
-        n, mean, m2 = float(series.numel()), float(series.double().mean()), float(series.double().var(unbiased=False)) * series.numel()
+        series = series[rollout.valid].double()
+        n, mean = float(series.numel()), float(series.mean())
+        m2 = float(series.var(unbiased=False)) * n
         total = self._count + n
         delta = mean - self._mean
         self._m2 += m2 + delta**2 * self._count * n / total
