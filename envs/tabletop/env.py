@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
 from embodied_rl.errors import CheckpointError, NotFoundError, ShapeError, nearest
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step
+
+if TYPE_CHECKING:
+    from embodied_rl.envs.tabletop.camera import BatchCamera
 
 ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))
 
@@ -66,7 +69,7 @@ class TabletopEnv:
         self._observer.begin(self.episode)
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=inner)
         self._texts = [""] * num_envs
-        self._cameras: dict[tuple[int, int], Any] = {}
+        self._camera: BatchCamera | None = None
         self._read()
 
     # ---- the protocol ------------------------------------------------------------------------------------------
@@ -139,12 +142,20 @@ class TabletopEnv:
         """
         if camera not in CAMERAS:
             raise NotFoundError(f"camera '{camera}' does not exist in the tabletop scene{nearest(camera, CAMERAS)}")
-        raise NotImplementedError
+        # Only those who ask for pictures pay for importing and compiling the ray tracer.
+        from embodied_rl.envs.tabletop.camera import BatchCamera, paint
+
+        if self._camera is None:
+            self._camera = BatchCamera(self.scene.model, self.physics.device)
+        rows = copies.to(self.physics.device)
+        goal_marker, colors = paint(self.scene, self.episode.colors[rows], self.episode.goal[rows])
+        pictures = self._camera.render(self._qpos[rows], (camera,), height, width, goal_marker, colors)
+        return pictures[camera].to(self.device)
 
     def close(self) -> None:
-        """Stop the physics threads and drop the cameras."""
+        """Stop the physics threads and drop the camera."""
         self.physics.close()
-        self._cameras.clear()
+        self._camera = None
 
     # ---- for experts, tools and tests ---------------------------------------------------------------------------
 
