@@ -13,8 +13,10 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test lint types unit docs setup setup-dev clean
 
+# A run folder is never overwritten, so a second demo gets a name of its own.
 demo: $(VENV)/.ready
-	$(BIN)/embodied-rl train tabletop_demo
+	@name=tabletop_demo; n=2; while test -e runs/$$name; do name=tabletop_demo-$$n; n=$$((n + 1)); done; \
+	$(BIN)/embodied-rl train tabletop_demo name=$$name
 
 test: lint types unit
 

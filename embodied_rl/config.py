@@ -120,6 +120,7 @@ def display(path: Path) -> str:
 def _read(path: Path, chain: tuple[Path, ...], problems: Problems, *, extends: bool = True) -> Node:
     name = display(path)
     empty = Node({}, f"{name}:1")
+    root: Node | None
     try:
         root = yaml_strict.parse(path.read_text(encoding="utf-8"), name)
     except YamlError as error:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from embodied_rl.registry import EXTRAS
 
@@ -175,7 +176,7 @@ def check_vulkan() -> str:
     return f"{count.value} Vulkan device(s)"
 
 
-def _warp_scene() -> tuple[str, object, object]:
+def _warp_scene() -> tuple[str, Any, Any]:
     """The scene after the fall, on the device that `device: auto` takes: (device, model, data)."""
     import mujoco
     import mujoco_warp
@@ -201,7 +202,7 @@ def _apt(packages: str) -> str:
 
 def _pip(name: str) -> str:
     """The command that installs a dependency anew, in a version that this project accepts."""
-    wanted = [r for r in importlib.metadata.requires("embodied-rl") or [] if re.match(r"[\w.-]+", r)[0] == name]
+    wanted = [r for r in importlib.metadata.requires("embodied-rl") or [] if re.match(rf"{name}(?![\w.-])", r)]
     return f"pip install --force-reinstall '{(wanted or [name])[0]}'"
 
 

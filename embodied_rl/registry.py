@@ -18,7 +18,7 @@ import pkgutil
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NoReturn
 
 from embodied_rl.errors import MissingExtraError, NotFoundError, nearest
 
@@ -59,7 +59,10 @@ def load(kind: Kind, name: str) -> ModuleType:
         MissingExtraError: The file exists but an optional dependency of it is not installed.
     """
     if name.endswith(".py"):
-        module = _load_file(kind, Path(name))
+        try:
+            module = _load_file(kind, Path(name))
+        except ModuleNotFoundError as error:
+            _tell_what_to_install(kind, name, error)
     elif "." in name:
         module = _import(kind, name, name)
     elif name in names(kind):
@@ -79,15 +82,21 @@ def load(kind: Kind, name: str) -> ModuleType:
 def _import(kind: Kind, name: str, path: str) -> ModuleType:
     try:
         return importlib.import_module(path)
-    except MissingExtraError:
-        raise
     except ModuleNotFoundError as error:
-        top = (error.name or "").split(".")[0]
         if error.name and (path == error.name or path.startswith(error.name + ".")):
             raise NotFoundError(f"{kind} '{name}': there is no module '{error.name}'") from None
-        extra = EXTRAS.get(top)
-        cure = f"pip install 'embodied-rl[{extra}]'" if extra else f"pip install {top}"
-        raise MissingExtraError(f"{kind} '{name}' needs the package '{top}', which is not installed; run: {cure}") from None
+        _tell_what_to_install(kind, name, error)
+
+
+def _tell_what_to_install(kind: Kind, name: str, error: ModuleNotFoundError) -> NoReturn:
+    top = (error.name or "").split(".")[0]
+    if top == "embodied_rl":
+        raise error  # a wrong import in the file, nothing to install
+    extra = EXTRAS.get(top)
+    cure = f"pip install 'embodied-rl[{extra}]'" if extra else f"pip install {top}"
+    raise MissingExtraError(
+        f"{kind} '{name}' needs the package '{top}', which is not installed; run: {cure}"
+    ) from error
 
 
 def _load_file(kind: Kind, path: Path) -> ModuleType:

@@ -163,6 +163,19 @@ def _locate(loc: Sequence[str | int], root: Node, *, absent: bool) -> tuple[str,
     return path, node
 
 
+_WORDS = {
+    "Value error, ": "",
+    "Input should be": "expected",
+    "a valid array": "a list",
+    "a valid tuple": "a list",
+    "a valid list": "a list",
+    "a valid string": "text",
+    "String should match pattern": "expected text of the pattern",
+    "an object": "a section",
+}
+"""Pydantic's words -> the words of a recipe."""
+
+
 def _message(item: Any, path: str, node: Node, schema: type[Section]) -> str:
     if item["type"] == "extra_forbidden":
         known = _known_keys(schema, item["loc"][:-1])
@@ -171,7 +184,9 @@ def _message(item: Any, path: str, node: Node, schema: type[Section]) -> str:
         return f"unknown key{nested}"
     if item["type"] == "missing":
         return "missing; it has no default"
-    text = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    text = item["msg"]
+    for old, new in _WORDS.items():
+        text = text.replace(old, new, 1)
     value = node.plain()
     if item["type"] == "value_error" or isinstance(value, dict):
         return text if item["type"] == "value_error" else f"{text}, got a section"
