@@ -34,7 +34,7 @@ _SLOTS = len(SHAPES)
 class Starts:
     """R drawn starts.
 
-    Example, R = 1, lift: texts ["lift the red cube"], a [0], colors [[0, 3, 2]] (red cube, yellow cylinder, blue brick).
+    Example, R = 1: texts ["lift the red cube"], a [0], colors [[0, 3, 2]] (red cube, yellow cylinder, blue brick).
     """
 
     qpos: np.ndarray

@@ -59,7 +59,7 @@ _TORQUE = (87, 87, 87, 87, 12, 12, 12)
 _STIFFNESS = (1800, 1800, 1200, 1200, 500, 500, 500)
 _DAMPING = (100, 100, 65, 65, 32, 32, 32)
 
-# pos, quat of the joint frame in its parent; mass; centre of mass; inertia (xx yy zz xy xz yz); capsules (fromto, radius)
+# Joint frame in its parent (pos, quat), mass, centre of mass, inertia (xx yy zz xy xz yz), capsules (fromto, radius).
 _LINKS = [
     ("0 0 .333", "1 0 0 0", 4.970684, ".003875 .002081 -.04762",
      ".70337 .70661 .009117 -.000139 .006772 .019169", [("0 0 -.19 0 0 0", .058)]),
@@ -76,6 +76,9 @@ _LINKS = [
     ("0.088 0 0", "1 1 0 0", 0.735522, ".010517 -.004252 .061597",
      ".012516 .010027 .004815 -.000428 -.001196 -.000741", [("0 0 -.02 0 0 .075", .042)]),
 ]  # fmt: skip
+
+
+Point = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,10 @@ def scene_xml(timestep: float = TIMESTEP) -> str:
     <default class="table"><geom contype="2" conaffinity="0"/></default>
     <default class="drawer"><geom contype="4" conaffinity="0" rgba=".55 .42 .3 1"/></default>
     <default class="gripper"><geom contype="8" conaffinity="6" rgba=".35 .36 .4 1"/></default>
-    <default class="finger"><joint type="slide" axis="0 1 0" range="0 {FINGER_MAX}" armature=".3"/></default>
+    <default class="finger"><joint type="slide" axis="0 1 0" range="0 {FINGER_MAX}" armature=".3"/>
+      <geom contype="8" conaffinity="6" rgba=".35 .36 .4 1" type="box" size=".0105 .007 .0265" pos="0 .007 .0265"
+            condim="4" friction="1.5 .05 .001"/>
+      <position kp="400" kv="28" ctrlrange="-.01 {FINGER_MAX}" forcerange="-15 15"/></default>
   </default>
   <worldbody>
     <light name="top" pos=".5 .6 1.6" dir="-.35 -.4 -1" directional="true" diffuse=".56 .55 .52" specular=".15 .15 .15"
@@ -179,11 +185,13 @@ def scene_xml(timestep: float = TIMESTEP) -> str:
     <body name="goal" mocap="true" pos="{_text(HIDDEN)}">
       <geom name="goal" class="visual" type="cylinder" size="{GOAL_RADIUS} .001" rgba=".95 .2 .75 1"/></body>
   </worldbody>
-  <equality><joint name="fingers" joint1="finger_left" joint2="finger_right" solref=".02 1" solimp=".95 .99 .001"/></equality>
+  <equality>
+    <joint name="fingers" joint1="finger_left" joint2="finger_right" solref=".02 1" solimp=".95 .99 .001"/>
+  </equality>
   <actuator>
     {_actuators()}
-    <position name="finger_left" joint="finger_left" kp="400" kv="28" ctrlrange="-.01 {FINGER_MAX}" forcerange="-15 15"/>
-    <position name="finger_right" joint="finger_right" kp="400" kv="28" ctrlrange="-.01 {FINGER_MAX}" forcerange="-15 15"/>
+    <position name="finger_left" joint="finger_left" class="finger"/>
+    <position name="finger_right" joint="finger_right" class="finger"/>
   </actuator>
 </mujoco>"""
 
@@ -192,7 +200,7 @@ def _text(values: np.ndarray) -> str:
     return " ".join(f"{v:.6g}" for v in values)
 
 
-def _look_at(name: str, position: tuple[float, ...], target: tuple[float, ...], fovy: float, up: tuple[float, ...]) -> str:
+def _look_at(name: str, position: Point, target: Point, fovy: float, up: Point) -> str:
     backward = np.subtract(position, target)
     backward /= np.linalg.norm(backward)
     right = np.cross(up, backward)
@@ -209,7 +217,8 @@ def _cameras() -> str:
 
 
 def _arm() -> str:
-    text = f'<body name="link0" pos="{BASE_X} 0 0"><geom class="visual" type="capsule" fromto="-.03 0 .05 0 0 .12" size=".07"/>'
+    base = '<geom class="visual" type="capsule" fromto="-.03 0 .05 0 0 .12" size=".07"/>'
+    text = f'<body name="link0" pos="{BASE_X} 0 0">{base}'
     for i, (position, quat, mass, com, inertia, capsules) in enumerate(_LINKS):
         low, high = _LIMITS[i]
         text += (
@@ -224,7 +233,6 @@ def _arm() -> str:
 
 def _hand() -> str:
     inertial = '<inertial mass=".015" pos="0 .007 .027" diaginertia="2.4e-6 2.4e-6 7.5e-7"/>'
-    pad = '<geom name="pad_{side}" class="gripper" type="box" size=".0105 .007 .0265" pos="0 .007 .0265" condim="4" friction="1.5 .05 .001"/>'
     return f"""
     <body name="hand" pos="0 0 .107" quat=".9238795 0 0 -.3826834" gravcomp="1">
       <inertial mass=".73" pos="-.01 0 .03" diaginertia=".001 .0025 .0017"/>
@@ -232,9 +240,9 @@ def _hand() -> str:
       <site name="tcp" pos="0 0 .1034" size=".004" rgba="0 0 0 0"/>
       <camera name="wrist" pos=".08 0 .03" xyaxes="0 1 0 1 0 .3" fovy="75"/>
       <body name="finger_left" pos="0 0 .0584" gravcomp="1">{inertial}
-        <joint name="finger_left" class="finger"/>{pad.format(side="left")}</body>
+        <joint name="finger_left" class="finger"/><geom name="pad_left" class="finger"/></body>
       <body name="finger_right" pos="0 0 .0584" quat="0 0 0 1" gravcomp="1">{inertial}
-        <joint name="finger_right" class="finger"/>{pad.format(side="right")}</body>
+        <joint name="finger_right" class="finger"/><geom name="pad_right" class="finger"/></body>
     </body>"""
 
 
@@ -245,7 +253,8 @@ def _objects() -> str:
         half = HALF_SIZE[i]
         kind, size = ("cylinder", half[1:]) if shape == "cylinder" else ("box", half)
         text += (
-            f'<body name="{shape}" pos="0 {0.1 * i} {half[2]}"><joint name="{shape}" type="free" damping="{_SPIN_DAMPING}"/>'
+            f'<body name="{shape}" pos="0 {0.1 * i} {half[2]}">'
+            f'<joint name="{shape}" type="free" damping="{_SPIN_DAMPING}"/>'
             f'<geom name="{shape}" class="object" type="{kind}" size="{_text(size)}" rgba=".5 .5 .5 1"/></body>'
         )
     return text
@@ -262,8 +271,10 @@ def _drawer() -> str:
       <geom class="drawer" type="box" size=".09 .004 .0385" pos=".09 -.086 .0385"/>
       <geom class="drawer" type="box" size=".004 .082 .0385" pos=".176 0 .0385"/>
       <body name="drawer">
-        <joint name="drawer" type="slide" axis="-1 0 0" range="0 {DRAWER_MAX}" damping="6" frictionloss=".6" armature=".1"/>
-        <geom name="drawer_front" class="drawer" type="box" size=".006 .08 .036" pos="-.004 0 .039" mass=".3" rgba=".72 .58 .42 1"/>
+        <joint name="drawer" type="slide" axis="-1 0 0" range="0 {DRAWER_MAX}" damping="6" frictionloss=".6"
+               armature=".1"/>
+        <geom name="drawer_front" class="drawer" type="box" size=".006 .08 .036" pos="-.004 0 .039" mass=".3"
+              rgba=".72 .58 .42 1"/>
         <geom class="drawer" type="box" size=".08 .076 .003" pos=".082 0 .008" mass=".2" rgba=".8 .72 .6 1"/>
         <geom name="handle" class="drawer" type="capsule" fromto="{dx} -.045 {dz} {dx} .045 {dz}" size=".007" mass=".05"
               rgba=".25 .25 .28 1" friction="1.2 .02 .001"/>
@@ -275,6 +286,7 @@ def _drawer() -> str:
 
 def _actuators() -> str:
     return "".join(
-        f'<position name="{joint}" joint="{joint}" kp="{kp}" kv="{kv}" ctrlrange="{low} {high}" forcerange="-{force} {force}"/>'
+        f'<position name="{joint}" joint="{joint}" kp="{kp}" kv="{kv}" ctrlrange="{low} {high}" '
+        f'forcerange="-{force} {force}"/>'
         for joint, kp, kv, (low, high), force in zip(ARM_JOINTS, _STIFFNESS, _DAMPING, _LIMITS, _TORQUE, strict=True)
     )
