@@ -244,7 +244,8 @@ def _decode(x: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _write(folder: Path, tree: Any, tensors: dict[str, Tensor], update: int, score: float | None) -> None:
-    save_file(tensors, folder / TENSORS, metadata={"project": PROJECT, "format": str(FORMAT)})
+    # One entry only: the library writes several in random order, and equal states should give equal files.
+    save_file(tensors, folder / TENSORS, metadata={"format": f"{PROJECT} {FORMAT}"})
     _fsync(folder / TENSORS)
     document = {
         "project": PROJECT,
@@ -259,6 +260,7 @@ def _write(folder: Path, tree: Any, tensors: dict[str, Tensor], update: int, sco
         json.dump(document, file, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
+    shutil.copymode(folder / TREE, folder / TENSORS)  # the library makes files that only their owner can read
     _fsync(folder)
 
 
@@ -354,8 +356,9 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _unwritable(folder: Path, tensors: dict[str, Tensor], update: int, error: Exception) -> RunFolderError:
-    number = error.errno if isinstance(error, OSError) else None
-    full = number in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in str(error) or "No space left" in str(error)
+    inside = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors passes on the system's error
+    number = error.errno if isinstance(error, OSError) else int(inside[1]) if inside else None
+    full = number in (errno.ENOSPC, errno.EDQUOT)
     try:
         free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free"
     except OSError:

@@ -234,12 +234,15 @@ def _time(rows: Sequence[dict[str, Any]]) -> str:
             )
     speeds = sorted(r["perf/env_steps_per_s"] for r in rows if r.get("perf/env_steps_per_s"))
     memory = [r["perf/memory_mib"] for r in rows if r.get("perf/memory_mib")]
-    facts = [f"Median speed {speeds[len(speeds) // 2]:,.0f} control steps per second, updates included." if speeds else ""]
-    facts.append(f"Largest memory of the process {max(memory):,.0f} MiB." if memory else "")
+    facts = []
+    if speeds:
+        facts.append(f"Median speed {speeds[len(speeds) // 2]:,.0f} control steps per second, updates included.")
+    if memory:
+        facts.append(f"Largest memory of the process {max(memory):,.0f} MiB.")
     return (
         f"<section><h2>Where the time went</h2><div class=stack>{''.join(parts)}</div><div class=scroll><table>"
         f"<tr><th></th><th>time</th><th>share</th><th>per update</th></tr>{''.join(lines)}</table></div>"
-        f"<p class=note>{' '.join(filter(None, facts))}</p></section>"
+        f"<p class=note>{' '.join(facts)}</p></section>"
     )
 
 
@@ -299,7 +302,8 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
   margin-top: 18px; }
 .note { color: var(--faint); font-size: 13px; margin: 12px 0 0; }
 header .note { margin: 0 0 8px; }
-.badge { font-size: 12px; font-weight: 600; vertical-align: 5px; padding: 2px 9px; border-radius: 99px; letter-spacing: 0; }
+.badge { font-size: 12px; font-weight: 600; vertical-align: 5px; padding: 2px 9px; border-radius: 99px;
+  letter-spacing: 0; }
 .badge.done { background: #dff3e7; color: #1d6b40; }
 .badge.open { background: #fdf0d5; color: #855b00; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 16px; }
