@@ -263,7 +263,8 @@ def _python() -> Finding:
 def _in_a_process(name: str, check: Check) -> Finding:
     command = [sys.executable, "-W", "ignore", "-m", "embodied_rl.doctor", name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        with tempfile.TemporaryDirectory() as folder:  # MuJoCo logs into the working folder
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return Finding(name, False, f"no answer within {SECONDS} s", check.cure, check.core)
     last = (done.stdout.strip().splitlines() or [""])[-1]
