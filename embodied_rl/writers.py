@@ -6,6 +6,7 @@ Every writer takes one row per update, `name -> value`, with `progress/update` a
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -81,14 +82,15 @@ class JsonlWriter:
         """
         self.path = path
         with explained(path, "open it for writing"):
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+            self._file = self._opened()
 
     def write(self, row: Row) -> None:
         """Append one line and hand it to the operating system, so that a kill of the process loses nothing."""
         line = json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}, allow_nan=False)
+        rest = memoryview((line + "\n").encode())
         with explained(self.path, "write it"):
-            self._file.write(line + "\n")
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def flush(self) -> None:
         """Force the lines onto the disk."""
@@ -105,12 +107,15 @@ class JsonlWriter:
         rows = [r for r in read_rows(self.path) if r.get("progress/update", math.inf) <= update]
         write_text_atomic(self.path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
         with explained(self.path, "open it for writing"):
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = self._opened()
 
     def close(self) -> None:
         """Close the file."""
-        if not self._file.closed:
-            self._file.close()
+        self._file.close()
+
+    def _opened(self) -> io.FileIO:
+        # Unbuffered: what could not be written to a full disk must not come up again when the file is closed.
+        return io.FileIO(self.path, "a")
 
 
 class TensorBoardWriter:
