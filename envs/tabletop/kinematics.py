@@ -13,7 +13,7 @@ from embodied_rl.envs.tabletop.scene import ARM_JOINTS
 
 DAMPING = 0.05
 """Lambda of the damped least squares; larger is calmer near singular poses and slower to converge."""
-POSTURE_GAIN = 0.1
+POSTURE_GAIN = 0.05
 """Share of the distance to the rest posture that the spare degree of freedom closes per control step."""
 
 

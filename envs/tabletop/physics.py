@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import mujoco
@@ -127,6 +128,18 @@ class NativePhysics:
             sensordata=self._sensors,
             chunk_size=self._chunk,
         )
+        # MuJoCo stops a copy whose state has blown up, or starts it again from its reference pose: its clock tells.
+        clock = self._state[:, 0] + (substeps - 0.5) * self.model.opt.timestep
+        broken = ~(self._path[:, -1, 0] > clock)
+        if broken.any():
+            self._path[broken, -1] = self._state[broken]
+            self._path[broken, -1, 1 + self.model.nq :] = 0.0
+            warnings.warn(
+                f"tabletop physics: copies {np.flatnonzero(broken).tolist()} became unstable and were put back to rest "
+                "where they were one control step before",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._state[:] = self._path[:, -1]
 
     def get_state(self) -> State:
