@@ -175,7 +175,7 @@ class WarpPhysics:
             copies = lost.nonzero().flatten().tolist()
             more = f" and {len(copies) - 8} more" if len(copies) > 8 else ""
             raise CapabilityError(
-                f"tabletop physics (warp): copies {copies[:8]}{more} had more contacts than there is room for, so their "
-                f"motion is wrong; found room for {self._room[0]} contacts and {self._room[1]} constraint rows per copy, "
-                "give WarpPhysics more of both (contacts=, constraint_rows=) or take physics: native"
+                f"tabletop physics (warp): copies {copies[:8]}{more} had more contacts than there is room for, so what "
+                f"they did is wrong; found room for {self._room[0]} contacts and {self._room[1]} constraint rows per "
+                "copy; give WarpPhysics more (contacts=, constraint_rows=) or choose physics: native"
             )
