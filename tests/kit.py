@@ -151,3 +151,8 @@ def doubled(policy: Any) -> Any:
 def gradient(policy: Any) -> Tensor:
     """All gradients as one vector; zeros where there is none."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in policy.parameters()])
+
+
+def number(x: Tensor) -> float:
+    """The value of a scalar tensor, whether or not it carries a gradient."""
+    return float(x.detach())
