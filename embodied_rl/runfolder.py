@@ -53,6 +53,9 @@ class Result(TypedDict):
     success_once: NotRequired[Rate]
     success_at_end: NotRequired[Rate]
     return_mean: float
+    return_std: NotRequired[float]
+    """Between episodes."""
+    return_median: NotRequired[float]
     length_mean: float
     """Control steps."""
     episodes: int

@@ -45,7 +45,7 @@ def wilson(successes: int, episodes: int, confidence: float = 0.95) -> Interval:
     209-212.
     """
     if not 0 <= successes <= episodes or episodes == 0:
-        raise ValueError(f"wilson: {successes} successes in {episodes} episodes; expected 0 to episodes, and one episode")
+        raise ValueError(f"wilson: {successes} successes in {episodes} episodes; expected 0 to episodes, at least one")
     n, p, z = episodes, successes / episodes, _quantile(confidence)
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

@@ -1,0 +1,284 @@
+"""Trained policies by name: load a run or a checkpoint, evaluate it, and compare two of them on the same starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from embodied_rl import checkpoint
+from embodied_rl.config import load_resolved
+from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError
+from embodied_rl.evaluate import evaluate
+from embodied_rl.recipe import Recipe
+from embodied_rl.results import EvaluationResult
+from embodied_rl.session import build_env, build_policy, choose_device, load_weights
+from embodied_rl.stats import Interval, bootstrap, mcnemar, paired_difference, wilson
+from embodied_rl.types import Env, Policy
+
+Success = Literal["once", "at_end"]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Success of two policies on the same starts.
+
+    Example: both 250, only_a 32, only_b 8, neither 10: rates 0.940 and 0.860, difference 0.080, p = 0.0002.
+    """
+
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+
+    @property
+    def episodes(self) -> int:
+        """Starts."""
+        return self.both + self.only_a + self.only_b + self.neither
+
+    @property
+    def rate_a(self) -> Interval:
+        """Success rate of the first, 95 % Wilson interval."""
+        return wilson(self.both + self.only_a, self.episodes)
+
+    @property
+    def rate_b(self) -> Interval:
+        """Success rate of the second, 95 % Wilson interval."""
+        return wilson(self.both + self.only_b, self.episodes)
+
+    @property
+    def difference(self) -> Interval:
+        """rate_a - rate_b, Newcombe's paired 95 % interval."""
+        return paired_difference(self.both, self.only_a, self.only_b, self.neither)
+
+    @property
+    def p(self) -> float:
+        """Exact two-sided McNemar test of "equally good"."""
+        return mcnemar(self.only_a, self.only_b)
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Two evaluations on the same starts, first minus second."""
+
+    overall: Paired | None
+    """None when the env has no notion of success."""
+    tasks: dict[str, Paired]
+    """Per task; empty for an env of one task."""
+    returns: Interval
+    """Mean difference of the returns, 95 % bootstrap interval over the starts."""
+    success: Success
+    """Which success was compared."""
+
+
+def compare(a: EvaluationResult, b: EvaluationResult, *, success: Success = "once") -> PairedComparison:
+    """Compare two evaluations episode by episode.
+
+    Args:
+        a: Of the first policy.
+        b: Of the second, on the same starts.
+        success: once (the goal held at some step) or at_end (in the last state).
+
+    Returns:
+        comparison: Overall and per task.
+
+    Raises:
+        CapabilityError: They were made on different starts, or in an env that ignores seeds.
+    """
+    if not (a.seedable and b.seedable):
+        raise CapabilityError(
+            "this env does not start the same episode again for the same seed, so its evaluations cannot be compared "
+            "in pairs; compare their intervals instead"
+        )
+    if a.tasks != b.tasks or not torch.equal(a.seed, b.seed) or not torch.equal(a.task, b.task):
+        found = [f"{r.episodes} episodes of {', '.join(r.tasks)} with seed {r.run_seed}" for r in (a, b)]
+        raise CapabilityError(
+            f"the two evaluations were made on different starts ({found[0]}; {found[1]}); evaluate both with the same "
+            "env, seed and number of episodes, as `embodied-rl evaluate A B` does"
+        )
+    column = "success_once" if success == "once" else "success_at_end"
+    x, y = getattr(a, column), getattr(b, column)
+    overall, tasks = None, {}
+    if x is not None and y is not None:
+        overall = _paired(x, y)
+        present = [(name, a.task == i) for i, name in enumerate(a.tasks) if bool((a.task == i).any())]
+        tasks = {name: _paired(x[rows], y[rows]) for name, rows in present} if len(a.tasks) > 1 else {}
+    return PairedComparison(overall, tasks, bootstrap((a.returns - b.returns).numpy()), success)
+
+
+def _paired(x: Tensor, y: Tensor) -> Paired:
+    return Paired(int((x & y).sum()), int((x & ~y).sum()), int((~x & y).sum()), int((~x & ~y).sum()))
+
+
+@dataclass
+class Loaded:
+    """A trained policy, ready to act."""
+
+    policy: Policy
+    env: Env
+    """Evaluation copies; close it after use."""
+    recipe: Recipe
+    checkpoint: Path
+
+
+def load_policy(
+    target: str | Path, *, env: Env | None = None, copies: int | None = None, device: str | None = None
+) -> Loaded:
+    """Load a trained policy with an env to evaluate it in.
+
+    Args:
+        target: A run folder (its newest checkpoint) or one checkpoint of a run.
+        env: Use this env, on whose device the policy is then put; None builds the recipe's own.
+        copies: Copies of the env to build; None takes the recipe's evaluate.copies.
+        device: As in a recipe; None takes the recipe's.
+
+    Returns:
+        loaded: Policy, env, recipe and the checkpoint that was read.
+
+    Raises:
+        NotFoundError: There is no run or checkpoint, or it lies outside a run folder.
+        CheckpointError: It is damaged, or holds the weights of another policy.
+    """
+    path = checkpoint.resolve(Path(target))
+    recipe = load_resolved(_recipe_of(path)).recipe
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    state = checkpoint.load(path)
+    if not isinstance(state.get("policy"), dict):
+        raise CheckpointError(f"checkpoint {path} holds no policy; use one that `embodied-rl train` wrote")
+    own = env is None
+    if env is None:
+        where = choose_device(device or recipe.device)
+        env = build_env(recipe, num_envs=copies or recipe.evaluate.copies, device=where, split="eval")
+    try:
+        policy = build_policy(recipe, env=env.spec, device=env.device)
+        load_weights(policy, state["policy"], str(path))
+    except BaseException:
+        if own:
+            env.close()
+        raise
+    return Loaded(policy, env, recipe, path)
+
+
+def _recipe_of(path: Path) -> Path:
+    for folder in path.resolve().parents:
+        if (folder / "recipe.yaml").is_file():
+            return folder / "recipe.yaml"
+    raise NotFoundError(f"checkpoint {path} lies outside a run folder: no recipe.yaml above it; put it into its run")
+
+
+def evaluate_targets(
+    targets: Sequence[str | Path],
+    *,
+    episodes: int | None = None,
+    copies: int | None = None,
+    greedy: bool | None = None,
+    device: str | None = None,
+) -> list[EvaluationResult]:
+    """Evaluate runs or checkpoints on the same held-out starts, all in the env of the first.
+
+    Args:
+        targets: Run folders or checkpoints.
+        episodes: None takes the first recipe's evaluate.episodes.
+        copies: None takes the first recipe's evaluate.copies.
+        greedy: None takes the first recipe's evaluate.greedy.
+        device: None takes the first recipe's device.
+
+    Returns:
+        results: One per target.
+
+    Raises:
+        UserError: See `load_policy` and `evaluate`.
+    """
+    results: list[EvaluationResult] = []
+    first: Loaded | None = None
+    try:
+        for target in targets:
+            loaded = load_policy(target, env=first.env if first else None, copies=copies, device=device)
+            first = first or loaded
+            settings, seed = first.recipe.evaluate, first.recipe.seed
+            mode = settings.greedy if greedy is None else greedy
+            generator = None if mode else torch.Generator(loaded.env.device).manual_seed(seed)
+            # A recipe that skips the evaluation after training can still be evaluated by hand.
+            count = episodes or settings.episodes or settings.episodes_during
+            results.append(
+                evaluate(loaded.policy, loaded.env, episodes=count, run_seed=seed, greedy=mode, generator=generator)
+            )
+    finally:
+        if first is not None:
+            first.env.close()
+    return results
+
+
+def print_evaluation(name: str, result: EvaluationResult, console: Console | None = None) -> None:
+    """Print success with its interval, return and length, per task and overall.
+
+    Args:
+        name: What was evaluated.
+        result: Its evaluation.
+        console: Where to print; standard output when None.
+    """
+    suite = result.to_dict()
+    how = "greedy" if result.greedy else "sampled"
+    table = Table(title=Text(f"{name}: {result.episodes} held-out episodes, {how}"), title_justify="left")
+    table.add_column("task")
+    for column in ("success", "95 % interval", "at the end", "return", "length", "episodes"):
+        table.add_column(column, justify="right")
+    for task, r in [*suite["tasks"].items(), ("all", suite["overall"])]:
+        once, end = r.get("success_once"), r.get("success_at_end")
+        cells = (
+            f"{once['rate']:.3f}" if once else "–",
+            f"{once['low95']:.3f}–{once['high95']:.3f}" if once else "–",
+            f"{end['rate']:.3f}" if end else "–",
+            f"{r['return_mean']:.2f} ± {r['return_std']:.2f}",
+            f"{r['length_mean']:.1f}",
+            str(r["episodes"]),
+        )
+        table.add_row(Text(task), *cells, style="bold" if task == "all" else None)
+    (console or Console()).print(table)
+
+
+def print_comparison(comparison: PairedComparison, names: tuple[str, str], console: Console | None = None) -> None:
+    """Print the paired comparison of two evaluations, with a sentence that says what it shows.
+
+    Args:
+        comparison: First minus second.
+        names: Of the two.
+        console: Where to print; standard output when None.
+    """
+    out, (first, second) = console or Console(), names
+    r = comparison.returns
+    returns = f"mean difference of returns {r.value:+.3f} [{r.low:+.3f}, {r.high:+.3f}]"
+    if comparison.overall is None:
+        out.print(f"A = {first}, B = {second}: {returns} (A - B, same starts)", markup=False, soft_wrap=True)
+        return
+    table = Table(title=Text(f"A = {first}, B = {second}, on the same starts"), title_justify="left")
+    table.add_column("task")
+    for column in ("A", "B", "A - B", "95 % interval", "only A", "only B", "p (McNemar)", "starts"):
+        table.add_column(column, justify="right")
+    for task, paired in [*comparison.tasks.items(), ("all", comparison.overall)]:
+        d = paired.difference
+        cells = (
+            f"{paired.rate_a.value:.3f}", f"{paired.rate_b.value:.3f}", f"{d.value:+.3f}",
+            f"{d.low:+.3f} to {d.high:+.3f}", str(paired.only_a), str(paired.only_b), f"{paired.p:.2g}",
+            str(paired.episodes),
+        )  # fmt: skip
+        table.add_row(Text(task), *cells, style="bold" if task == "all" else None)
+    out.print(table)
+    out.print(f"{verdict(comparison.overall)}; {returns}", markup=False, soft_wrap=True)
+
+
+def verdict(paired: Paired) -> str:
+    """One sentence: which is better, or that these starts do not show it."""
+    d, p = paired.difference, paired.p
+    if p >= 0.05:
+        return f"{paired.episodes} starts do not show a difference between A and B (p = {p:.2g})"
+    better, size = ("A", d.value) if d.value > 0 else ("B", -d.value)
+    return f"{better} solves {100 * size:.1f} points more of the starts (p = {p:.2g})"
