@@ -35,8 +35,9 @@ class Critic(Section):
 
     kind: Literal["scalar", "hl_gauss", "none"] = "scalar"
     """scalar: one number; hl_gauss: a distribution over return bins (needs loss.value.kind hl_gauss); none."""
-    shared: bool = False
-    """Share the actor's hidden layers instead of having own ones."""
+    share: Literal["nothing", "encoder", "all"] = "encoder"
+    """What it shares with the actor: nothing, the words and the attention, or the hidden layers too. The value loss
+    teaches a shared encoder which object is meant much faster than the policy gradient does."""
     bins: int = Field(51, ge=3)
     """Bins of hl_gauss."""
     low: float = -1.0
@@ -237,9 +238,10 @@ class MlpPolicy(nn.Module):
         if not self.has_critic:
             return
         critic = config.critic
-        if not critic.shared:
+        if critic.share == "nothing":
             self.critic_encoder = Encoder(env, config)
-            self.critic = Tower((self.critic_encoder.size, *config.hidden), config.activation)
+        if critic.share != "all":
+            self.critic = Tower((self.encoder.size, *config.hidden), config.activation)
         bins = critic.bins if self.value_range else 1
         self.critic_head = linear(config.hidden[-1] if config.hidden else self.encoder.size, bins, 1.0)
         if self.value_range:
@@ -298,13 +300,15 @@ class MlpPolicy(nn.Module):
         if n < MIN_ROWS:
             obs = {k: _pad(v, MIN_ROWS) for k, v in obs.items()}
         obs = {k: self.norms[k](v) if k in self.norms else v for k, v in obs.items()}
-        shared = self.config.critic.shared
-        hidden = self.actor(self.encoder(obs)) if actor or shared else None
+        share = self.config.critic.share
+        features = self.encoder(obs) if actor or share != "nothing" else None
+        hidden = self.actor(features) if actor or share == "all" else None
         out = self.actor_head(hidden) if actor else torch.empty(0)
         if not critic or not self.has_critic:
             return out, None, None, n
-        features = hidden if shared else self.critic(self.critic_encoder(obs))
-        raw = self.critic_head(features)[:n]
+        if share != "all":
+            hidden = self.critic(self.critic_encoder(obs) if share == "nothing" else features)
+        raw = self.critic_head(hidden)[:n]
         if self.value_range is None:
             return out, raw.squeeze(-1), None, n
         return out, torch.softmax(raw, dim=-1) @ self.value_support, raw, n

@@ -1,0 +1,79 @@
+"""What one iteration tells about itself: partial sums over the rollout that was just used."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+import torch
+
+from embodied_rl.metrics import Partials
+from embodied_rl.types import Rollout
+
+
+def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
+    """Returns, lengths, success and reward terms of the episodes and steps of one rollout.
+
+    Args:
+        rollout: [T, B].
+        tasks: Names of the env's tasks; per-task keys only when there are several.
+
+    Returns:
+        metrics: Keys under rollout/ and sync/; what the rollout does not contain is absent.
+    """
+    out = Partials()
+    for name, (total, count) in rollout.metrics.items():
+        out.add(f"rollout/reward_{name}_mean", total, count)
+    lag = (rollout.policy_version.max() - rollout.policy_version.min()).item()
+    out.maximum("sync/policy_lag_max", float(lag))
+    ended = rollout.finished
+    if not ended:
+        return out
+    n = len(ended["return"])
+    out.add("rollout/return_mean", float(ended["return"].sum()), n)
+    if n > 1:
+        out.last("rollout/return_std", float(ended["return"].std()))
+    out.add("rollout/length_mean", float(ended["length"].sum()), n)
+    out.add("rollout/truncated_rate", float((rollout.truncated & rollout.valid).sum()), n)
+    out.last("rollout/episodes", float(n))
+    for kind in ("success_once", "success_at_end"):
+        if kind not in ended:
+            continue
+        hit = ended[kind].double()
+        out.add(f"rollout/{kind}_rate", float(hit.sum()), n)
+        for i, task in enumerate(tasks if len(tasks) > 1 else ()):
+            chosen = hit[ended["task"] == i]
+            if len(chosen):
+                out.add(f"rollout/{kind}_rate/{task}", float(chosen.sum()), len(chosen))
+    return out
+
+
+class Clock:
+    """Seconds spent in named phases since the last `take`."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`; waits for the GPU so that the time is real."""
+        start = perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase, then start anew."""
+        out, self.seconds = self.seconds, {}
+        return out
+
+
+def memory_mib() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

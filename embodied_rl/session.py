@@ -1,0 +1,213 @@
+"""Everything a recipe describes, built and wired: env parts, policy, credit, loss, optimizer, collector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from embodied_rl import registry
+from embodied_rl.advantage import CreditChain
+from embodied_rl.algorithms import AlgorithmConfig
+from embodied_rl.collect import Collector
+from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError
+from embodied_rl.loss import LossFunction
+from embodied_rl.recipe import Recipe
+from embodied_rl.seeding import seed_everything
+from embodied_rl.types import Env, EnvSpec, Policy, Split, State
+from embodied_rl.update import Updater
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn the recipe's `device` into a torch device.
+
+    Args:
+        name: auto, cpu, cuda or cuda:<index>.
+
+    Returns:
+        device: auto gives the first CUDA device when there is one, else the CPU.
+
+    Raises:
+        NotFoundError: The device does not exist on this machine; nothing is silently replaced.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    kind, _, index = name.partition(":")
+    if kind == "cpu" and not index:
+        return torch.device("cpu")
+    if kind == "cuda" and (index == "" or index.isdigit()) and int(index or 0) < count:
+        return torch.device(f"cuda:{int(index or 0)}")
+    available = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+    raise NotFoundError(f"device '{name}' is not there; this machine has: {available}. Set device to one of them, or to auto")
+
+
+def build_env(recipe: Recipe, *, num_envs: int, device: torch.device, split: Split, part: int = 0) -> Env:
+    """Build copies of the recipe's env.
+
+    Args:
+        recipe: The run.
+        num_envs: Copies.
+        device: Where its tensors live.
+        split: Training or evaluation starts and wordings.
+        part: Index of the part, so that envs that are only seeded once differ from each other.
+    """
+    module = registry.load("env", _type_of(recipe.env))
+    # Far apart, so that parts and splits of an env that derives per-copy seeds by counting up never overlap.
+    seed = recipe.seed * 1_000_003 + part * 10_007 + (500_000 if split == "eval" else 0)
+    return cast(Env, module.build(recipe.env, num_envs=num_envs, device=device, split=split, seed=seed % 2**31))
+
+
+def build_policy(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Policy:
+    """Build the recipe's policy for an env; its parameters depend on the recipe's seed only."""
+    module = registry.load("policy", _type_of(recipe.policy))
+    seed_everything(recipe.seed)
+    return cast(Policy, module.build(recipe.policy, env=env, device=device))
+
+
+def _type_of(section: Any) -> str:
+    return cast(str, section.type)
+
+
+def check_fit(recipe: Recipe, policy: Policy) -> None:
+    """Refuse parts of a recipe that cannot work together, each with a way out.
+
+    Raises:
+        CapabilityError: Says both values and what to change.
+    """
+    algorithm = cast(AlgorithmConfig, recipe.algorithm)
+    credit, loss, collect = algorithm.credit, algorithm.loss, recipe.collect
+    if credit.needs_critic and not policy.has_critic:
+        raise CapabilityError(
+            f"algorithm.credit.returns {credit.returns} needs a value head, and the policy has none: give the policy a critic, "
+            "or use algorithm: grpo or reinforce"
+        )
+    if credit.needs_groups and collect.group_size < 2:
+        raise CapabilityError(
+            f"algorithm.credit compares copies of one start (baseline {credit.baseline}, scale {credit.scale}) but collect.group_size is "
+            f"{collect.group_size}: set collect.group_size: 8 and collect.mode: episodes"
+        )
+    if not credit.needs_critic and collect.mode == "stream":
+        raise CapabilityError(
+            f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is stream: set collect.mode: episodes"
+        )
+    classifies = getattr(policy, "value_range", None) is not None
+    if loss.value.coef and policy.has_critic and (loss.value.kind == "hl_gauss") != classifies:
+        raise CapabilityError(
+            f"algorithm.loss.value.kind is {loss.value.kind} but the policy's critic is {'a classifier' if classifies else 'scalar'}: "
+            "set both to hl_gauss (policy.critic.kind) or neither"
+        )
+
+
+@dataclass
+class Session:
+    """One run in memory; `state_dict` is all that an exact resume needs."""
+
+    recipe: Recipe
+    device: torch.device
+    policy: Policy
+    credit: CreditChain
+    updater: Updater
+    collector: Collector
+    env_steps: int = 0
+    episodes: int = 0
+    decisions: int = 0
+    wall_s: float = 0.0
+
+    @classmethod
+    def build(cls, recipe: Recipe) -> Session:
+        """Build every part of a recipe.
+
+        Raises:
+            UserError: A part is missing, or parts do not fit together.
+        """
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        device = choose_device(recipe.device)
+        algorithm, c = cast(AlgorithmConfig, recipe.algorithm), recipe.collect
+        envs: list[Env] = []
+        try:
+            for part in range(c.pipeline):
+                envs.append(build_env(recipe, num_envs=c.copies // c.pipeline, device=device, split="train", part=part))
+            policy = build_policy(recipe, env=envs[0].spec, device=device)
+            check_fit(recipe, policy)
+            loss = LossFunction(algorithm.loss, policy.chunk, getattr(policy, "value_range", None))
+            updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=recipe.train.max_bad_updates)
+            generator = torch.Generator(device).manual_seed(recipe.seed)
+            collector = Collector(
+                envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, run_seed=recipe.seed, generator=generator
+            )
+        except BaseException:
+            for env in envs:
+                env.close()
+            raise
+        return cls(recipe, device, policy, CreditChain(algorithm.credit), updater, collector)
+
+    @property
+    def update(self) -> int:
+        """Finished updates."""
+        return self.updater.version
+
+    @property
+    def progress(self) -> float:
+        """Share of the training done, in [0, 1]."""
+        return min(1.0, self.env_steps / self.recipe.train.env_steps)
+
+    def state_dict(self) -> State:
+        """The state of every part."""
+        return {
+            "policy": dict(cast(nn.Module, self.policy).state_dict()),
+            "credit": self.credit.state_dict(),
+            "updater": self.updater.state_dict(),
+            "collector": self.collector.state_dict(),
+            "counters": {"env_steps": self.env_steps, "episodes": self.episodes, "decisions": self.decisions, "wall_s": self.wall_s},
+        }
+
+    def load_state_dict(self, state: State, where: str) -> bool:
+        """Restore `state_dict`.
+
+        Args:
+            state: From a checkpoint.
+            where: Its path, for messages.
+
+        Returns:
+            exact: Whether the run continues bit for bit (False for envs that cannot save their state).
+
+        Raises:
+            CheckpointError: Weights of another shape.
+        """
+        load_weights(self.policy, state["policy"], where)
+        self.credit.load_state_dict(state["credit"])
+        self.updater.load_state_dict(state["updater"])
+        exact = self.collector.load_state_dict(state["collector"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        return exact
+
+    def close(self) -> None:
+        """Close the env parts and their threads."""
+        self.collector.close()
+
+
+def load_weights(policy: Policy, weights: dict[str, Tensor], where: str) -> None:
+    """Copy weights into a policy after comparing names and shapes.
+
+    Raises:
+        CheckpointError: Names what is missing, left over or of another shape.
+    """
+    module = cast(nn.Module, policy)
+    own = module.state_dict()
+    problems = [f"{n} is missing" for n in own if n not in weights]
+    problems += [f"{n} is not part of this policy" for n in weights if n not in own]
+    problems += [
+        f"{n} is {list(weights[n].shape)}, the policy has {list(own[n].shape)}" for n in own if n in weights and weights[n].shape != own[n].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(
+            f"checkpoint {where} holds another policy: {'; '.join(problems[:4])}{more}. Use the recipe it was trained with "
+            "(recipe.yaml in its run folder)"
+        )
+    module.load_state_dict(weights)
