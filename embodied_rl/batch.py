@@ -83,6 +83,9 @@ def flatten(rollout: Rollout, advantage: Advantage) -> Flat:
     mask = rows(rollout.mask)
     if not bool(mask.all()):
         columns["mask"] = mask
+        # A policy's own backward pass would spread a NaN left in a masked unit to all its weights.
+        counts = mask.view(*mask.shape, *[1] * (columns["units"].ndim - 2))
+        columns["units"] = columns["units"].masked_fill(~counts, 0)
     return Flat({k: rows(v) for k, v in rollout.obs.items()}, rollout.constants, rows(rollout.episode), columns)
 
 
