@@ -103,7 +103,7 @@ def wire(
     return Run(policy, collector, CreditChain(method.credit), updater)
 
 
-def rollout_of(reward: Tensor, *, chunk: int = 1, units: int = 1, **given: Any) -> Rollout:
+def rollout_of(reward: Tensor, *, chunk: int = 1, num_units: int = 1, **given: Any) -> Rollout:
     """A rollout around rewards [T, B]; whatever is not given is the plainest choice.
 
     Episodes are numbered from `terminated | truncated`; copy b is its own group.
@@ -112,7 +112,7 @@ def rollout_of(reward: Tensor, *, chunk: int = 1, units: int = 1, **given: Any) 
     no = torch.zeros(t, b, dtype=torch.bool)
     fields: dict[str, Any] = {
         "obs": {"x": torch.zeros(t, b, 1, dtype=reward.dtype)}, "constants": {},
-        "units": torch.zeros(t, b, units, dtype=reward.dtype), "logp": torch.zeros(t, b, units, dtype=reward.dtype),
+        "units": torch.zeros(t, b, num_units, dtype=reward.dtype), "logp": torch.zeros(t, b, num_units, dtype=reward.dtype),
         "valid": ~no, "reward": reward, "steps": torch.full((t, b), chunk), "terminated": no, "truncated": no,
         "value": None, "next_value": None, "group": torch.arange(b).expand(t, b), "task": torch.zeros(t, b, dtype=torch.int64),
         "policy_version": torch.zeros(t, b, dtype=torch.int64), "chunk": chunk, "finished": {}, "metrics": {},
