@@ -203,7 +203,7 @@ def _limit(axes: Axes, lines: list[tuple[str, Points]]) -> None:
     """Keep a single spike from flattening the rest of a curve."""
     values = np.concatenate([y for _, (_, y) in lines])
     low, high = np.percentile(values, [1, 99])
-    size = np.abs(values).max()
+    size = np.abs(values).max() or 1.0  # all zeros still need an axis of some height
     if values.max() - values.min() <= 1e-6 * size:  # constant but for rounding: do not blow the rounding up
         axes.set_ylim(values.min() - 0.1 * size, values.max() + 0.1 * size)
     elif high > low and len(values) >= 50:

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,6 @@ import torch
 from embodied_rl import registry
 from embodied_rl.cli import main
 from embodied_rl.errors import NotFoundError, ShapeError
-from tests.kit import toy as toy_env
 
 
 def say(capsys, *argv: str) -> str:
@@ -27,10 +28,6 @@ def own_run(toy, toy_run):
     """A finished run that the test may damage."""
     shutil.copytree(toy_run, toy / "runs" / "toy")
     return toy / "runs" / "toy"
-
-
-def newest(run: Path) -> Path:
-    return sorted((run / "checkpoints").glob("update_*"))[-1]
 
 
 # ---- starting -------------------------------------------------------------------------------------------------------
@@ -83,7 +80,10 @@ def test_a_run_folder_that_another_process_uses(own_run, toy, capsys):
 
     other = open_run(own_run, resume=True)
     try:
-        assert say(capsys, "train", "toy.yaml", "--resume").startswith(f"error: runs/toy: another process (pid {os.getpid()} on ")
+        assert say(capsys, "train", "toy.yaml", "--resume") == (
+            f"error: runs/toy: another process (pid {os.getpid()} on {platform.node()}) is training into it; wait for it, "
+            "stop it, or choose another name=...\n"
+        )
     finally:
         other.release()
 
@@ -136,64 +136,87 @@ def test_a_run_that_does_not_exist(toy, capsys):
     assert say(capsys, "report", "runs/nothing") == "error: runs/nothing: no such run folder\n"
 
 
-def test_a_checkpoint_with_a_flipped_bit(own_run, capsys):
-    path = newest(own_run)
+LAST = Path("runs/toy/checkpoints/update_000003")
+INTACT = "use runs/toy/checkpoints/update_000002, which is intact"
+
+
+def flip_a_bit(path: Path) -> None:
     data = bytearray((path / "tensors.safetensors").read_bytes())
     data[-3] ^= 1
     (path / "tensors.safetensors").write_bytes(data)
-    err = say(capsys, "evaluate", str(path))
-    assert err.startswith(f"error: {path}: ")
-    assert "checksum" in err
-    assert f"use {sorted((own_run / 'checkpoints').glob('update_*'))[-2]}, which is intact" in err
 
 
-def test_a_checkpoint_that_was_cut_short(own_run, capsys):
-    path = newest(own_run)
-    os.truncate(path / "tensors.safetensors", 100)
-    assert say(capsys, "evaluate", str(path)).startswith(f"error: {path}: ")
+def edit_the_tree(path: Path) -> None:
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace('"env_steps": 120', '"env_steps": 121'))
 
 
-def test_a_checkpoint_without_its_tree(own_run, capsys):
-    path = newest(own_run)
-    (path / "state.json").unlink()
-    assert "state.json" in say(capsys, "evaluate", str(path))
+DAMAGES = {
+    "flipped bit": (flip_a_bit, f"{LAST}: is damaged: the checksum of tensors.safetensors is wrong; {INTACT}"),
+    "cut short": (
+        lambda path: os.truncate(path / "tensors.safetensors", 100),
+        f"{LAST}: is damaged: tensors.safetensors has 100 bytes instead of {{size}}; {INTACT}",
+    ),
+    "no tree": (
+        lambda path: (path / "state.json").unlink(),
+        f"{LAST}: is not a whole checkpoint: state.json missing, found tensors.safetensors; {INTACT}",
+    ),
+    "edited by hand": (edit_the_tree, f"{LAST}: is damaged: the checksum of state.json is wrong; {INTACT}"),
+    "another program's": (
+        lambda path: (path / "state.json").write_text('{"format": "pt"}'),
+        f"{LAST}: is foreign: state.json was not written by embodied_rl; {INTACT}",
+    ),
+}
 
 
-def test_a_foreign_checkpoint(own_run, capsys):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_foreign_checkpoint_names_the_damage_and_an_intact_one(damage, own_run, capsys):
+    change, message = DAMAGES[damage]
+    size = (LAST / "tensors.safetensors").stat().st_size
+    change(LAST)
+    assert say(capsys, "evaluate", str(LAST)) == f"error: {message.format(size=size)}\n"
 
-    path = newest(own_run)
-    save_file({"weight": torch.zeros(3)}, path / "tensors.safetensors")
-    assert say(capsys, "evaluate", str(path)).startswith(f"error: {path}: ")
 
-
-def test_a_pickle_is_no_checkpoint(own_run, toy, capsys):
-    torch.save({"weight": torch.zeros(3)}, toy / "model.pt")
-    assert say(capsys, "evaluate", "model.pt").startswith("error: model.pt: is a file; a checkpoint is a folder")
+def test_a_pickle_is_no_checkpoint(own_run, capsys):
+    torch.save({"weight": torch.zeros(3)}, own_run / "model.pt")
+    assert say(capsys, "evaluate", "runs/toy/model.pt") == (
+        "error: runs/toy/model.pt: is a file; a checkpoint is a folder that holds state.json and tensors.safetensors\n"
+    )
 
 
 def test_a_checkpoint_of_another_policy_shape(own_run, capsys):
     recipe = (own_run / "recipe.yaml").read_text()
     assert "hidden: [8]" in recipe
     (own_run / "recipe.yaml").write_text(recipe.replace("hidden: [8]", "hidden: [9]"))
-    err = say(capsys, "evaluate", str(own_run))
-    assert f"checkpoint {newest(own_run)} holds another policy: " in err
-    assert "[8, " in err and "the policy has [9, " in err
+    err = say(capsys, "evaluate", "runs/toy")
+    assert err.startswith(f"error: checkpoint {LAST} holds another policy: ")
+    assert re.search(r"[\w.]+ is \[8, \d+\], the policy has \[9, \d+\]; ", err)
     assert err.endswith("Use the recipe it was trained with (recipe.yaml in its run folder)\n")
 
 
-def test_two_runs_on_different_tasks_are_not_compared(own_run, toy, capsys):
-    other = toy / "runs" / "other"
-    shutil.copytree(own_run, other)
-    recipe = (other / "recipe.yaml").read_text()
-    (other / "recipe.yaml").write_text(recipe.replace("max_steps: 10", "max_steps: 11"))
-    err = say(capsys, "evaluate", "runs/toy", "runs/other")
-    assert "env.max_steps" in err
+def test_a_checkpoint_outside_a_run_folder(own_run, toy, capsys):
+    shutil.copytree(LAST, toy / "alone")
+    assert say(capsys, "evaluate", "alone") == (
+        "error: checkpoint alone lies outside a run folder: no recipe.yaml above it; put it into its run\n"
+    )
 
 
 def test_a_damaged_summary(own_run, capsys):
     (own_run / "summary.json").write_text("{")
-    assert say(capsys, "report", str(own_run)).startswith(f"error: {own_run}/summary.json: ")
+    assert say(capsys, "report", "runs/toy") == (
+        "error: runs/toy/summary.json: is damaged (Expecting property name enclosed in double quotes: line 1 column 2 "
+        "(char 1)); delete it and run `embodied-rl report` again\n"
+    )
+
+
+def test_a_folder_that_is_no_run(toy, capsys):
+    (toy / "empty").mkdir()
+    assert say(capsys, "report", "empty") == (
+        "error: empty: is not a run folder (it has neither recipe.yaml nor metrics.jsonl)\n"
+    )
+    assert say(capsys, "evaluate", "empty") == (
+        "error: empty: holds no checkpoint (expected empty/checkpoints/update_... or empty/state.json)\n"
+    )
 
 
 # ---- actions, for users of the library ------------------------------------------------------------------------------
@@ -247,11 +270,9 @@ def test_numbers_that_diverge_stop_the_run_and_name_the_input(toy, capsys):
     source = Path(registry.load("env", str(Path(__file__).parents[1] / "toys" / "point.py")).__file__).read_text()
     (toy / "nan.py").write_text(source.replace("1 - distance)", "distance * float('nan'))").replace("else 1 - distance", "else distance * float('nan')"))
     err = say(capsys, "train", "toy.yaml", "env.type=nan.py", "train.env_steps=10000", "train.max_bad_updates=2")
-    assert "2 optimizer steps in a row were not finite" in err
-    assert "advantage" in err
+    assert err.startswith(
+        "error: 2 optimizer steps in a row were not finite (loss nan); non-finite inputs: advantage, target; non-finite gradients: log_std, "
+    )
+    assert err.endswith("The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named\n")
     rows = [json.loads(line) for line in (toy / "runs/toy/metrics.jsonl").read_text().splitlines()]
     assert all("actor/skipped_updates" in row for row in rows)
-
-
-def test_the_toy_env_is_the_one_that_other_tests_use():
-    assert toy_env("point", 2).spec.action.size == 2

@@ -1,0 +1,273 @@
+"""The command line: `embodied-rl train | evaluate | report | check | show-config | list | doctor`.
+
+Each command parses, calls one function of the engine and prints. Heavy modules are imported inside the commands, so
+that `--help` answers at once. A `UserError` becomes one message and exit code 2; anything else is a defect of ours
+and keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from embodied_rl import __version__
+from embodied_rl.errors import UserError, nearest
+
+EPILOG = """\
+examples:
+  embodied-rl train tabletop_demo                        a packaged recipe
+  embodied-rl train my.yaml seed=1 collect.copies=128    your file, two settings changed
+  embodied-rl evaluate runs/tabletop_demo                success with its interval
+  embodied-rl show-config tabletop_demo                  every setting and where it comes from
+  embodied-rl doctor                                     what works on this machine
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse with one sentence per mistake instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"'{value}' does not exist{nearest(value, action.choices)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program name; None takes `sys.argv`.
+
+    Returns:
+        code: 0 for success, 2 for a mistake of the user, 128 + n after signal n; `check` and `doctor` return 1 when
+            something does not pass.
+    """
+    parser = _build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") for text in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unknown argument '{rest[0]}'")
+    if rest:  # argparse stops collecting a.b=c at the first option
+        args.overrides += rest
+    try:
+        return int(args.run(args) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `embodied-rl ... | head` is no failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="embodied-rl",
+        description="Reinforcement learning for robot policies: train, evaluate and inspect.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"embodied-rl {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (fill, run, help, examples) in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog="examples:\n" + "\n".join(f"  embodied-rl {name} {example}" for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        fill(sub)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe = "a YAML file, a run folder, or a packaged name (`embodied-rl list recipes`)"
+    parser.add_argument("recipe", metavar="RECIPE", help=recipe)
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", default=[], help="settings to change, as in seed=1")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run folder")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run folder or one of its checkpoints")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="a second one, evaluated on the same starts")
+    parser.add_argument("--episodes", type=_count, help="number of episodes (default: the recipe's evaluate.episodes)")
+    parser.add_argument("--copies", type=_count, help="copies of the env (default: the recipe's evaluate.copies)")
+    parser.add_argument("--sampled", action="store_true", help="sample as in training instead of taking the mode")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:<index> (default: the recipe's device)")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="a run folder")
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", choices=("env", "policy"))
+    parser.add_argument("name", metavar="NAME", help="a built-in name, a dotted module or a .py file")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", default=[], help="settings of the env or policy")
+
+
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("envs", "policies", "algorithms", "recipes"))
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", metavar="FOLDER", default="runs", help="where runs will be written (default: runs)")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from embodied_rl.config import load_recipe
+
+    resolved = load_recipe(args.recipe, args.overrides)  # a wrong recipe is told before anything is built
+    from rich.console import Console
+
+    from embodied_rl.console import summary_table
+    from embodied_rl.train import run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    finished = run(resolved.recipe, resume=args.resume)
+    if finished.interrupted:
+        number = signal.Signals[finished.reason]
+        print(f"stopped by {number.name} and saved; go on with: embodied-rl train {finished.folder} --resume")
+        return 128 + number
+    Console().print(summary_table(json.loads((finished.folder / "summary.json").read_text())))
+    print(f"report: {finished.folder / 'report.html'}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from embodied_rl.compare import compare, evaluate_targets, print_comparison, print_evaluation
+
+    targets = [args.target] if args.other is None else [args.target, args.other]
+    greedy = False if args.sampled else None
+    results = evaluate_targets(targets, episodes=args.episodes, copies=args.copies, greedy=greedy, device=args.device)
+    for target, result in zip(targets, results, strict=True):
+        print_evaluation(target, result)
+    if len(results) == 2:
+        print_comparison(compare(*results), (args.target, args.other))
+
+
+def _check(args: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+def _report(args: argparse.Namespace) -> None:
+    from embodied_rl.report import write_report
+
+    print(write_report(Path(args.run_folder)))
+
+
+def _show_config(args: argparse.Namespace) -> None:
+    from embodied_rl.config import display, find_recipe, load_recipe
+    from embodied_rl.schema import flatten, show
+
+    resolved = load_recipe(args.recipe, args.overrides)
+    values = flatten(resolved.recipe.dump())
+    rows = [(key, show(value, limit=None), resolved.sources[key]) for key, value in values.items()]
+    _print_table(("setting", "value", "from"), rows, title=display(find_recipe(args.recipe)))
+
+
+def _list(args: argparse.Namespace) -> None:
+    from embodied_rl.catalog import describe
+
+    _print_table((args.what, "what it is", ""), describe(args.what), title="")
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    """A rich table on a terminal; aligned plain lines, one a row, in a pipe."""
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*head, box=box.SIMPLE, title=title or None, title_justify="left")
+        for row in rows:
+            table.add_row(*(_escape(cell) for cell in row))
+        Console().print(table)
+        return
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("[", r"\[")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from embodied_rl.doctor import examine, print_findings
+
+    return print_findings(examine(Path(args.runs)))
+
+
+Fill = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace], int | None]
+COMMANDS: dict[str, tuple[Fill, Run, str, tuple[str, ...]]] = {
+    "train": (
+        _train_arguments,
+        _train,
+        "Train a recipe to its end; writes runs/<name>/.",
+        (
+            "tabletop_demo",
+            "my.yaml name=second seed=1 env.tasks=[reach,push]",
+            "runs/second --resume                    go on after an interruption",
+        ),
+    ),
+    "evaluate": (
+        _evaluate_arguments,
+        _evaluate,
+        "Measure success on starts that training never saw; compare two runs on the same starts.",
+        (
+            "runs/tabletop_demo",
+            "runs/a runs/b --episodes 1000         paired comparison (McNemar)",
+            "runs/a/checkpoints/update_000040 --sampled",
+        ),
+    ),
+    "report": (
+        _report_arguments,
+        _report,
+        "Write report.html of a run: curves, success, timing, videos, the recipe.",
+        ("runs/tabletop_demo",),
+    ),
+    "check": (
+        _check_arguments,
+        _check,
+        "Run the contract tests on an env or a policy, also on a file of your own.",
+        ("env tabletop tasks=[reach]", "env ./pouring.py", "policy mlp hidden=[64,64]"),
+    ),
+    "show-config": (
+        _recipe_arguments,
+        _show_config,
+        "Print every setting of a recipe and where it comes from.",
+        ("tabletop_demo", "my.yaml seed=1 | grep algorithm"),
+    ),
+    "list": (_list_arguments, _list, "List what a recipe can name.", ("envs", "recipes")),
+    "doctor": (
+        _doctor_arguments,
+        _doctor,
+        "Say what works on this machine, what does not, and the command that would mend it.",
+        ("", "--runs /data/runs        also check the disk of that folder"),
+    ),
+}
+"""Name -> its arguments, what it runs, one sentence, and examples."""
