@@ -46,6 +46,8 @@ class PoseController:
         self.finger = torch.full((num_envs,), FINGER_MAX, device=device)
         """[B] target of each finger joint, m."""
         self._low, self._high = torch.tensor(WORKSPACE, device=device).unbind(1)
+        half_stroke = 0.5 * (FINGER_MAX - FINGER_CLOSED)
+        self._scale = torch.tensor([MAX_MOVE] * 3 + [MAX_TURN] * 3 + [half_stroke], device=device)
         self._lean = torch.tensor([1.0, -1.0], device=device)
 
     def hold(self, mask: Tensor, pose: Pose) -> None:
@@ -66,11 +68,12 @@ class PoseController:
             ctrl: [B, 9] joint and finger targets.
         """
         position, rotation, _ = pose
-        wanted = self.position + MAX_MOVE * action[:, :3]
+        change = action * self._scale
+        wanted = self.position + change[:, :3]
         wanted = torch.clamp(wanted, position - LEASH, position + LEASH)
         self.position = torch.clamp(wanted, self._low, self._high)
-        self.rotation = turned(self.rotation, self._turn(MAX_TURN * action[:, 3:6], rotation))
-        self.finger = 0.5 * (FINGER_MAX + FINGER_CLOSED) + 0.5 * (FINGER_MAX - FINGER_CLOSED) * action[:, 6]
+        self.rotation = turned(self.rotation, self._turn(change[:, 3:6], rotation))
+        self.finger = change[:, 6] + 0.5 * (FINGER_MAX + FINGER_CLOSED)
         target = self._kinematics.solve(joints, pose, self.position, self.rotation, MAX_JOINT_STEP)
         return torch.cat([target, self.finger[:, None].expand(-1, 2)], dim=1)
 

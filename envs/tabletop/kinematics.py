@@ -67,12 +67,11 @@ class ArmKinematics:
         """
         angle = joints[:, :, None, None]
         local = self._constant + self._cosine * angle.cos() + self._sine * angle.sin()
-        frame = local[:, 0]
-        frames = [frame]
-        for i in range(1, 7):
-            frame = frame @ local[:, i]
-            frames.append(frame)
-        tcp = frame @ self._tool
+        first, *others = local.unbind(1)
+        frames = [first]
+        for frame in others:
+            frames.append(torch.bmm(frames[-1], frame))
+        tcp = torch.bmm(frames[-1], self._tool.expand(len(joints), -1, -1))
         return tcp[:, :3, 3], tcp[:, :3, :3], torch.stack(frames, dim=1)
 
     def jacobian(self, frames: Tensor, position: Tensor) -> Tensor:
@@ -137,8 +136,9 @@ def turned(rotation: Tensor, vector: Tensor) -> Tensor:
     angle = torch.linalg.vector_norm(vector, dim=1).clamp_min(1e-12)[:, None, None]
     axis = vector[:, :, None] / angle
     cosine = angle.cos()
-    along = (1 - cosine) * (axis.transpose(1, 2) @ rotation)
-    return cosine * rotation + angle.sin() * torch.cross(axis.expand(-1, -1, 3), rotation, dim=1) + axis * along
+    across = torch.cross(axis.expand(-1, -1, 3), rotation, dim=1)
+    along = axis * torch.bmm(axis.transpose(1, 2), rotation)
+    return cosine * (rotation - along) + angle.sin() * across + along
 
 
 def rotation_from_quaternion(quaternion: Tensor) -> Tensor:

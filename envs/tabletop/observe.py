@@ -107,12 +107,20 @@ class Observer:
         assert scene.objects_qvel == tuple(velocity + 6 * i for i in range(NUM_SLOTS))
         self._poses = slice(first, first + 7 * NUM_SLOTS)
         self._velocities = slice(velocity, velocity + 6 * NUM_SLOTS)
-        self._home = torch.from_numpy(HOME).float().to(device)
         self._half = torch.from_numpy(HALF_SIZE).float().to(device)
         self._handle_closed = torch.from_numpy(CABINET_FRONT + HANDLE_OFFSET).float().to(device)
         self._forward = torch.tensor([1.0, 0.0, 0.0], device=device)
+        self._grip = torch.tensor([0.022, 0.012, 0.024], device=device)
         self._seven, self._three = torch.arange(7, device=device), torch.arange(3, device=device)
         self._shapes, self._palette = torch.eye(NUM_SLOTS, device=device), torch.eye(len(COLORS), device=device)
+        half_open = 0.5 * FINGER_MAX
+        self._proprio_rest = torch.tensor([*HOME, *[0.0] * 16, half_open, half_open, *[0.0] * 6]).float().to(device)
+        scale = [1.0] * 14 + [PLACE] * 3 + [1.0] * 6 + [1 / half_open] * 2 + [1 / LEASH] * 3 + [1 / YAW_LEASH] * 3
+        self._proprio_scale = torch.tensor(scale, device=device)
+        scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0] * 6 + [SPEED] * 3 + [1.0] * (len(COLORS) + NUM_SLOTS) + [SIZE] * 3
+        self._objects_scale = torch.tensor(scale, device=device)
+        scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0, 1 / DRAWER_MAX] + [PLACE] * 3
+        self._goal_scale = torch.tensor(scale, device=device)
         # The first two columns of a rotation matrix are linear in the products of the quaternion's entries.
         self._axes = _axes_of_products().to(device)
 
@@ -126,8 +134,8 @@ class Observer:
         self._on = episode.relation == 0
         self._goal, self._b_start, self._words = episode.goal.clone(), episode.b_start.clone(), episode.words.clone()
         self._marked = (episode.goal[:, 2:] > -0.5).float()
-        self._goal_place = PLACE * self._marked * self._goal
-        fixed = torch.cat([self._shapes, SIZE * self._half], dim=1).expand(len(a), -1, -1)
+        self._goal_or_zero = self._marked * self._goal
+        fixed = torch.cat([self._shapes, self._half], dim=1).expand(len(a), -1, -1)
         self._looks = torch.cat([self._palette[episode.colors], fixed], dim=2)
 
     def handle(self, qpos: Tensor) -> Tensor:
@@ -148,11 +156,11 @@ class Observer:
         tcp, rotation, _ = pose
         meant = qpos.gather(1, self._index)
         a_position = meant[:, :3]
-        within = ((a_position - tcp)[:, None] @ rotation).squeeze(1).abs()
+        within = torch.bmm((a_position - tcp)[:, None], rotation)[:, 0].abs()
         opening = qpos[:, scene.fingers_qpos].mean(dim=1)
         still = qvel[:, scene.fingers_qvel].abs().amax(dim=1) < 0.03
         pressing = (opening - finger_target > 0.002) & (opening > 0.012) & still
-        between = (within < within.new_tensor([0.022, 0.012, 0.024])).all(dim=1)
+        between = (within < self._grip).all(dim=1)
         return View(
             tcp=tcp,
             held=pressing & between,
@@ -173,17 +181,16 @@ class Observer:
         """What a policy sees; which object is meant is in the instruction only."""
         scene = self._scene
         tcp, rotation, _ = pose
-        opening = qpos[:, scene.fingers_qpos].mean(dim=1)
-        fingers = torch.stack([opening, control.finger], dim=1) / (0.5 * FINGER_MAX) - 1
         proprio = torch.cat(
             [
-                qpos[:, scene.arm_qpos] - self._home,
+                qpos[:, scene.arm_qpos],
                 qvel[:, scene.arm_qvel],
-                PLACE * tcp,
+                tcp,
                 rotation[:, :, :2].flatten(1),
-                fingers,
-                (control.position - tcp) / LEASH,
-                rotation_error(control.rotation, rotation) / YAW_LEASH,
+                qpos[:, scene.fingers_qpos].mean(dim=1, keepdim=True),
+                control.finger[:, None],
+                control.position - tcp,
+                rotation_error(control.rotation, rotation),
             ],
             dim=1,
         )
@@ -191,27 +198,24 @@ class Observer:
         position, quaternion = poses[:, :, :3], poses[:, :, 3:]
         products = (quaternion[..., :, None] * quaternion[..., None, :]).flatten(2)
         velocity = qvel[:, self._velocities].unflatten(1, (NUM_SLOTS, 6))[:, :, :3]
-        objects = torch.cat(
-            [
-                PLACE * position,
-                OFFSET * (position - tcp[:, None]),
-                products @ self._axes,
-                SPEED * velocity,
-                self._looks,
-            ],
-            dim=2,
-        )
+        axes = products @ self._axes
+        objects = torch.cat([position, position - tcp[:, None], axes, velocity, self._looks], dim=2)
         goal = torch.cat(
             [
-                self._goal_place,
-                (OFFSET * self._marked) * (self._goal - tcp),
+                self._goal_or_zero,
+                self._marked * (self._goal - tcp),
                 self._marked,
-                qpos[:, scene.drawer_qpos, None] / DRAWER_MAX,
-                PLACE * (self.handle(qpos) - tcp),
+                qpos[:, scene.drawer_qpos, None],
+                self.handle(qpos) - tcp,
             ],
             dim=1,
         )
-        return {"proprio": proprio, "objects": objects, "goal": goal, "instruction": self._words}
+        return {
+            "proprio": (proprio - self._proprio_rest) * self._proprio_scale,
+            "objects": objects * self._objects_scale,
+            "goal": goal * self._goal_scale,
+            "instruction": self._words,
+        }
 
 
 def _axes_of_products() -> Tensor:

@@ -89,6 +89,7 @@ class NativePhysics:
         self._state = np.zeros((num_envs, size))
         self._state[:, 1 : 1 + model.nq] = model.qpos0
         self._tensor = torch.from_numpy(self._state)
+        self._rounded: Tensor | None = None
         self._path = np.zeros((num_envs, 0, size))
         self._ctrl = np.zeros((num_envs, 0, model.nu))
         self._sensors = np.zeros((num_envs, 0, model.nsensordata))
@@ -98,16 +99,22 @@ class NativePhysics:
     @property
     def qpos(self) -> Tensor:
         """[B, nq] float32."""
-        return self._tensor[:, 1 : 1 + self.model.nq].float()
+        return self._single()[:, 1 : 1 + self.model.nq]
 
     @property
     def qvel(self) -> Tensor:
         """[B, nv] float32."""
-        return self._tensor[:, 1 + self.model.nq :].float()
+        return self._single()[:, 1 + self.model.nq :]
+
+    def _single(self) -> Tensor:
+        if self._rounded is None:
+            self._rounded = self._tensor.float()
+        return self._rounded
 
     def place(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
         """Set positions [B, nq] and velocities [B, nv] of the masked copies and their clocks to zero."""
         self._tensor[mask] = torch.cat([torch.zeros(self.num_envs, 1), qpos, qvel], dim=1)[mask].double()
+        self._rounded = None
 
     def step(self, ctrl: Tensor, substeps: int) -> None:
         """Advance all copies by `substeps` physics steps under constant controls [B, nu]."""
@@ -141,6 +148,7 @@ class NativePhysics:
                 stacklevel=2,
             )
         self._state[:] = self._path[:, -1]
+        self._rounded = None
 
     def get_state(self) -> State:
         """{"native": [B, 1 + nq + nv] float64: time (s), positions, velocities}."""
@@ -160,6 +168,7 @@ class NativePhysics:
                 "restore it with the same physics engine and number of copies"
             )
         self._tensor.copy_(saved)
+        self._rounded = None
 
     def close(self) -> None:
         """Stop the threads."""
