@@ -1,7 +1,7 @@
 """From a rollout [T, B] to minibatches [N]: flatten, shuffle, weigh, slice.
 
 The weights of an optimizer step are counted here, over all its rows, before the first micro-batch is cut from it.
-Whole trajectories stay together where the ratio covers a trajectory; otherwise decisions are shuffled one by one.
+Trajectories stay whole where the ratio or the mean covers a trajectory; otherwise decisions are shuffled one by one.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def minibatches(flat: Flat, count: int, loss: LossFunction, generator: torch.Gen
     Yields:
         batch: With weights that add up to 1 over the batch.
     """
-    order, borders = _shuffle(flat.episode, count, loss.config.ratio == "trajectory", generator)
+    order, borders = _shuffle(flat.episode, count, loss.whole_trajectories, generator)
     lazy = sum(v.nbytes for v in flat.obs.values()) > LAZY_BYTES
     shuffled = None if lazy else flat.take(order)
     for start, stop in zip(borders[:-1], borders[1:], strict=True):

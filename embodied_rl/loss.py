@@ -292,6 +292,14 @@ class LossFunction:
         """Whether a gradient flows through the entropy, so the policy has to compute it."""
         return self.config.entropy_coef != 0
 
+    @property
+    def whole_trajectories(self) -> bool:
+        """Whether an optimizer step must hold its trajectories whole.
+
+        A mean over trajectories that were torn apart would weigh a long one in every step and a short one in few.
+        """
+        return self.config.ratio == "trajectory" or self.config.aggregate in ("trajectory_mean", "constant")
+
     def weights(self, mask: Tensor | None, trajectory: Tensor, num_units: int) -> Tensor:
         """`cell_weights` with this loss's level and aggregation."""
         c = self.config
