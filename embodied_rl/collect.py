@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from embodied_rl.errors import CapabilityError
+from embodied_rl.record import Record
 from embodied_rl.seeding import start_seeds
-from embodied_rl.types import Env, Obs, Policy, PolicyOutput, Rollout, State
+from embodied_rl.types import Env, Obs, Policy, Rollout, State
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ class Collector:
 
     def collect(self) -> Rollout:
         """Gather one rollout of at most `decisions` decisions per copy."""
-        record = _Record(self)
+        record = Record(self)
         if self.mode == "episodes" or not self._begun:
             self._restart(torch.ones(self.num_envs, dtype=torch.bool), record)
             self._begun = True
@@ -213,14 +214,14 @@ class Collector:
                 break
         return record.close(t + 1, active)
 
-    def _decide(self, part: Part, t: int, active: Tensor, record: _Record) -> None:
+    def _decide(self, part: Part, t: int, active: Tensor, record: Record) -> None:
         output = self.policy.act(part.obs, generator=self.generator)
         here = active[part.columns]
         everyone = self.mode == "stream" or bool(here.all())
         record.decision(t, part, output)
         part.start(output.action, None if everyone else here)
 
-    def _receive(self, part: Part, t: int, active: Tensor, record: _Record) -> None:
+    def _receive(self, part: Part, t: int, active: Tensor, record: Record) -> None:
         if part.pending is None:
             return
         executed = part.finish()
@@ -236,7 +237,7 @@ class Collector:
             mask[part.columns] = done.cpu()
             self._restart(mask, record, [part])
 
-    def _restart(self, mask: Tensor, record: _Record, parts: Sequence[Part] | None = None) -> None:
+    def _restart(self, mask: Tensor, record: Record, parts: Sequence[Part] | None = None) -> None:
         """Begin new episodes in the masked copies: seeds and tasks depend on (run seed, group, how many before)."""
         where = mask.nonzero().squeeze(-1)
         group, index = self.group_of[where], self.starts[where]
@@ -287,163 +288,3 @@ class Collector:
             if part.worker is not None:
                 part.worker.shutdown(wait=True)
             part.env.close()
-
-
-class _Record:
-    """The rollout while it is being written."""
-
-    def __init__(self, collector: Collector) -> None:
-        self.c = collector
-        spec = collector.spec
-        self.constant_names = [n for n, s in spec.observation.items() if s.constant]
-        self.bank: dict[str, list[Tensor]] = {n: [] for n in self.constant_names}
-        self.episodes = 0
-        self.current = torch.zeros(collector.num_envs, dtype=torch.int64)
-        self.finals: list[tuple[int, Tensor, Obs]] = []
-        self.metrics: dict[str, tuple[float, float]] = {}
-        self.opened = False
-        self.data: dict[str, Tensor] = {}
-        self.obs: Obs = {}
-        self.success: dict[str, Tensor] = {}
-
-    def open(self) -> None:
-        """Allocate [T, B] storage and note the episodes that are already running."""
-        c = self.c
-        t, b, a, device = c.decisions, c.num_envs, c.policy.num_units, c.device
-        self.opened = True
-        self.begin_episodes(torch.arange(b))
-        for n, s in c.spec.observation.items():
-            if not s.constant:
-                self.obs[n] = torch.empty((t, b, *s.shape), dtype=s.dtype, device=device)
-        self.data["logp"] = torch.empty((t, b, a), device=device)
-        self.data["mask"] = torch.ones((t, b, a), dtype=torch.bool, device=device)
-        self.data["valid"] = torch.ones((t, b), dtype=torch.bool, device=device)
-        self.data["reward"] = torch.zeros((t, b), device=device)
-        self.data["steps"] = torch.zeros((t, b), dtype=torch.int64, device=device)
-        for n in ("terminated", "truncated"):
-            self.data[n] = torch.zeros((t, b), dtype=torch.bool, device=device)
-        if c.spec.has_success:
-            self.success = {n: torch.zeros((t, b), dtype=torch.bool, device=device) for n in ("once", "end")}
-        if c.policy.has_critic:
-            self.data["value"] = torch.zeros((t, b), device=device)
-        for n in ("episode", "task", "group", "seed"):
-            self.data[n] = torch.zeros((t, b), dtype=torch.int64, device=device)
-
-    def begin_episodes(self, copies: Tensor) -> None:
-        """Give the copies a new row in the bank of per-episode entries."""
-        if not self.opened:
-            return
-        self.current[copies] = torch.arange(self.episodes, self.episodes + len(copies))
-        self.episodes += len(copies)
-        for n in self.constant_names:
-            everyone = torch.cat([p.obs[n] for p in self.c.parts]) if len(self.c.parts) > 1 else self.c.parts[0].obs[n]
-            self.bank[n].append(everyone[copies.to(everyone.device)].clone())
-
-    def decision(self, t: int, part: Part, output: PolicyOutput) -> None:
-        """Write what the policy saw and emitted at decision t."""
-        cols, d = part.columns, self.data
-        for n, x in self.obs.items():
-            x[t, cols] = part.obs[n]
-        if "units" not in d:
-            shape = (self.c.decisions, self.c.num_envs, *output.units.shape[1:])
-            d["units"] = torch.zeros(shape, dtype=output.units.dtype, device=self.c.device)
-        d["units"][t, cols] = output.units
-        d["logp"][t, cols] = output.logp
-        if output.mask is not None:
-            d["mask"][t, cols] = output.mask
-        if output.value is not None:
-            d["value"][t, cols] = output.value
-        for n, x in (("episode", self.current), ("task", self.c.task), ("seed", self.c.seed)):
-            d[n][t, cols] = x[cols].to(self.c.device)
-
-    def outcome(self, t: int, part: Part, executed: Executed) -> Tensor:
-        """Write what came of decision t; returns done [b]."""
-        cols, d = part.columns, self.data
-        d["reward"][t, cols] = executed.reward
-        d["steps"][t, cols] = executed.steps
-        d["terminated"][t, cols] = executed.terminated
-        d["truncated"][t, cols] = executed.truncated
-        if self.success:
-            assert executed.success is not None and executed.success_once is not None
-            self.success["once"][t, cols] = executed.success_once
-            self.success["end"][t, cols] = executed.success
-        for n, (s, k) in executed.metrics.items():
-            s0, k0 = self.metrics.get(n, (0.0, 0.0))
-            self.metrics[n] = (s0 + s, k0 + k)
-        return executed.terminated | executed.truncated
-
-    def final_obs(self, t: int, part: Part, truncated: Tensor) -> None:
-        """Keep what truncated copies saw last: their value is asked for at the end, all at once."""
-        if not self.c.policy.has_critic or not bool(truncated.any()):
-            return
-        rows = truncated.nonzero().squeeze(-1)
-        self.finals.append((t, rows + part.columns.start, {k: v.index_select(0, rows) for k, v in part.obs.items()}))
-
-    def close(self, t: int, active: Tensor) -> Rollout:
-        """Cut to the decisions made, fill in next values, and sum up the finished episodes."""
-        c, d = self.c, {k: v[:t] for k, v in self.data.items()}
-        if c.mode == "episodes":
-            # Whoever has not finished after the last decision is cut there, like at a time limit.
-            d["truncated"][t - 1] |= active
-            d["valid"][1:] = ~(d["terminated"] | d["truncated"])[:-1].cummax(0).values
-            d["mask"] &= d["valid"].unsqueeze(-1)
-        next_value = self._next_value(d, t) if c.policy.has_critic else None
-        finished = self._finished(d, t)
-        return Rollout(
-            obs={k: v[:t] for k, v in self.obs.items()},
-            constants={k: torch.cat(v) for k, v in self.bank.items()},
-            episode=d["episode"], units=d["units"], logp=d["logp"], mask=d["mask"], valid=d["valid"],
-            reward=d["reward"], steps=d["steps"], terminated=d["terminated"], truncated=d["truncated"],
-            value=d.get("value"), next_value=next_value, group=c.group_of.to(c.device).expand(t, -1), task=d["task"],
-            policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
-            chunk=c.policy.chunk, finished=finished, metrics=self.metrics,
-        )  # fmt: skip
-
-    def _next_value(self, d: dict[str, Tensor], t: int) -> Tensor:
-        """[T, B]: the next decision's value, the final state's where truncated, 0 where terminated."""
-        c = self.c
-        last = {k: torch.cat([p.obs[k] for p in c.parts]) if len(c.parts) > 1 else c.parts[0].obs[k] for k in c.spec.observation}
-        pieces = [last, *(o for _, _, o in self.finals)]
-        values = c.policy.value({k: torch.cat([p[k] for p in pieces]) if len(pieces) > 1 else last[k] for k in last})
-        out = torch.empty_like(d["value"])
-        out[:-1] = d["value"][1:]
-        out[-1] = values[: c.num_envs]
-        start = c.num_envs
-        for step, copies, obs in self.finals:
-            stop = start + len(next(iter(obs.values())))
-            out[step, copies] = values[start:stop]
-            start = stop
-        return torch.where(d["terminated"] | ~d["valid"], torch.zeros_like(out), out)
-
-    def _finished(self, d: dict[str, Tensor], t: int) -> dict[str, Tensor]:
-        """One row per episode that ended here; sums start with what earlier rollouts left behind."""
-        c = self.c
-        done = ((d["terminated"] | d["truncated"]) & d["valid"]).cpu()
-        reward, steps = d["reward"].double().cpu(), d["steps"].cpu()
-        once = self.success["once"][:t].cpu() if self.success else None
-        columns: dict[str, list[Tensor]] = {k: [] for k in ("return", "length", "success_once", "success_at_end", "when", "copy")}
-        total, length, success = c.episode_return, c.episode_length, c.episode_success
-        for i in range(t):
-            total += reward[i]
-            length += steps[i]
-            if once is not None:
-                success |= once[i]
-            if not bool(done[i].any()):
-                continue
-            who = done[i].nonzero().squeeze(-1)
-            columns["return"].append(total[who])
-            columns["length"].append(length[who])
-            columns["success_once"].append(success[who])
-            columns["when"].append(torch.full_like(who, i))
-            columns["copy"].append(who)
-            total[who], length[who], success[who] = 0.0, 0, False
-        out = {k: torch.cat(v) for k, v in columns.items() if v}
-        if not out:
-            return {}
-        when, copy = out.pop("when"), out["copy"]
-        out["task"], out["seed"] = d["task"].cpu()[when, copy], d["seed"].cpu()[when, copy]
-        if once is None:
-            del out["success_once"]
-        else:
-            out["success_at_end"] = self.success["end"][:t].cpu()[when, copy]
-        return out
