@@ -22,32 +22,29 @@ def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
         tasks: Names of the env's tasks; per-task keys only when there are several.
 
     Returns:
-        metrics: Keys under rollout/ and sync/; what the rollout does not contain is absent.
+        metrics: Keys under rollout/; what the rollout does not contain is absent.
     """
     out = Partials()
     for name, (total, count) in rollout.metrics.items():
         out.add(f"rollout/reward_{name}_mean", total, count)
-    lag = (rollout.policy_version.max() - rollout.policy_version.min()).item()
-    out.maximum("sync/policy_lag_max", float(lag))
     ended = rollout.finished
     if not ended:
         return out
     n = len(ended["return"])
-    out.add("rollout/return_mean", float(ended["return"].sum()), n)
     if n > 1:
         out.last("rollout/return_std", float(ended["return"].std()))
     out.add("rollout/length_mean", float(ended["length"].sum()), n)
     out.add("rollout/truncated_rate", float((rollout.truncated & rollout.valid).sum()), n)
     out.last("rollout/episodes", float(n))
-    for kind in ("success_once", "success_at_end"):
-        if kind not in ended:
+    for name, column in (("return_mean", "return"), ("success_once_rate", "success_once"), ("success_at_end_rate", "success_at_end")):
+        if column not in ended:
             continue
-        hit = ended[kind].double()
-        out.add(f"rollout/{kind}_rate", float(hit.sum()), n)
+        values = ended[column].double()
+        out.add(f"rollout/{name}", float(values.sum()), n)
         for i, task in enumerate(tasks if len(tasks) > 1 else ()):
-            chosen = hit[ended["task"] == i]
+            chosen = values[ended["task"] == i]
             if len(chosen):
-                out.add(f"rollout/{kind}_rate/{task}", float(chosen.sum()), len(chosen))
+                out.add(f"rollout/{name}/{task}", float(chosen.sum()), len(chosen))
     return out
 
 

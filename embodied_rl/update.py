@@ -18,6 +18,9 @@ from embodied_rl.metrics import Partials
 from embodied_rl.section import Section
 from embodied_rl.types import Advantage, Batch, Policy, Rollout, State
 
+OF_EVERY_EPOCH = ("actor/skipped_updates", "sync/logp_gap_mean")
+"""Metrics that are added up over the epochs of an update; the others are those of its last epoch."""
+
 
 class Update(Section):
     """How the weights are moved."""
@@ -90,7 +93,7 @@ class Updater:
             loss: The recipe's loss.
             config: The recipe's update section.
             seed: Of the shuffle.
-            max_bad_updates: Skipped steps in a row after which `step` raises.
+            max_bad_updates: Updates in a row without one finite step after which `update` raises.
         """
         self.policy, self.loss, self.config = policy, loss, config
         self.max_bad_updates = max_bad_updates
@@ -103,6 +106,8 @@ class Updater:
         self.lr = config.lr
         self.version = 0
         self.bad_in_a_row = 0
+        self._stepped = False
+        self._problem = ""
 
     def update(self, rollout: Rollout, advantage: Advantage, *, progress: float) -> Partials:
         """Improve the policy with one rollout.
@@ -116,40 +121,43 @@ class Updater:
             metrics: Partial sums; the actor and critic diagnostics are those of the last epoch made.
 
         Raises:
-            DivergenceError: `max_bad_updates` non-finite steps in a row.
+            DivergenceError: Not one step was finite in `max_bad_updates` updates in a row.
         """
         c = self.config
         if c.lr_schedule == "linear":
             self.lr = c.lr * (1 - progress)
         self.optimizer.param_groups[0]["lr"] = self.lr
         metrics = Partials()
+        metrics.maximum("sync/policy_lag_max", float(self.version - rollout.policy_version.min()))
         flat = flatten(rollout, advantage)
         if len(flat) == 0:
             return metrics
         self._add_reference(flat)
+        self._stepped = False
         for epoch in range(c.epochs):
             diagnose = epoch == c.epochs - 1 or c.target_kl is not None
-            epoch_metrics, kl = self._epoch(flat, diagnose)
+            epoch_metrics, kl = self._epoch(flat, diagnose, first=epoch == 0)
             if diagnose:
                 metrics_of_epoch = epoch_metrics
-            metrics.merge(epoch_metrics.only("actor/skipped_updates"))
+            metrics.merge(epoch_metrics.only(*OF_EVERY_EPOCH))
             if c.target_kl is not None and kl is not None:
                 if c.lr_schedule == "adaptive_kl":
                     self._adapt(kl)
                 elif kl > 1.5 * c.target_kl:
                     break
-        metrics.merge(metrics_of_epoch.without("actor/skipped_updates"))
+        metrics.merge(metrics_of_epoch.without(*OF_EVERY_EPOCH))
         metrics.last("actor/lr", self.lr)
+        self._count_bad()
         self.version += 1
         return metrics
 
-    def _epoch(self, flat: Flat, diagnose: bool) -> tuple[Partials, float | None]:
+    def _epoch(self, flat: Flat, diagnose: bool, *, first: bool) -> tuple[Partials, float | None]:
         metrics = Partials()
-        for batch in minibatches(flat, self.config.minibatches, self.loss, self.generator):
-            self._step(batch, metrics, diagnose)
+        for i, batch in enumerate(minibatches(flat, self.config.minibatches, self.loss, self.generator)):
+            self._step(batch, metrics, diagnose, untouched=first and i == 0)
         return metrics, metrics.value("actor/kl_k3") if diagnose else None
 
-    def _step(self, batch: Batch, metrics: Partials, diagnose: bool) -> None:
+    def _step(self, batch: Batch, metrics: Partials, diagnose: bool, *, untouched: bool) -> None:
         """One optimizer step on one minibatch, in micro-batches."""
         flat, c = self.parameters, self.config
         flat.grad.zero_()
@@ -161,11 +169,14 @@ class Updater:
             result.total.backward()
             loss = loss + result.total.detach()
             parts.append(result.metrics)
+            if untouched:  # the weights are still those that sampled
+                parts.append({"sync/logp_gap_mean": logp_gap(evaluation.logp.detach(), piece)})
         norm = float(flat.grad.norm())
         if not math.isfinite(norm) or not math.isfinite(float(loss)):
-            self._skip(batch, loss, metrics)
+            metrics.add("actor/skipped_updates", 1.0, 0.0)
+            self._problem = self._describe(batch, loss)
             return
-        self.bad_in_a_row = 0
+        self._stepped = True
         if norm > c.max_grad_norm:
             flat.grad.mul_(c.max_grad_norm / norm)
         self.optimizer.step()
@@ -175,21 +186,26 @@ class Updater:
             metrics.add("actor/grad_norm", norm, 1.0)
             metrics.add("actor/loss", float(loss), 1.0)
 
-    def _skip(self, batch: Batch, loss: Tensor, metrics: Partials) -> None:
-        metrics.add("actor/skipped_updates", 1.0, 0.0)
-        self.bad_in_a_row += 1
-        if self.bad_in_a_row < self.max_bad_updates:
-            return
+    def _describe(self, batch: Batch, loss: Tensor) -> str:
+        """What is not finite in a step: the loss, inputs and gradients by name."""
         inputs: dict[str, Tensor | None] = {
             **{f"obs.{k}": v for k, v in batch.obs.items()},
             "units": batch.units, "logp": batch.logp, "advantage": batch.advantage, "target": batch.target,
         }  # fmt: skip
         bad = [k for k, v in inputs.items() if v is not None and v.is_floating_point() and not bool(torch.isfinite(v).all())]
-        raise DivergenceError(
-            f"{self.bad_in_a_row} optimizer steps in a row were not finite (loss {float(loss):.3g}); non-finite inputs: "
-            f"{', '.join(bad) or 'none'}; non-finite gradients: {', '.join(self.parameters.non_finite_gradients()[:8]) or 'none'}. "
-            "The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named"
+        return (
+            f"loss {float(loss):.3g}; non-finite inputs: {', '.join(bad) or 'none'}; "
+            f"non-finite gradients: {', '.join(self.parameters.non_finite_gradients()[:8]) or 'none'}"
         )
+
+    def _count_bad(self) -> None:
+        """Count updates in a row that changed nothing; one finite step begins the count anew."""
+        self.bad_in_a_row = 0 if self._stepped else self.bad_in_a_row + 1
+        if self.bad_in_a_row >= self.max_bad_updates:
+            raise DivergenceError(
+                f"not one optimizer step of the last {self.bad_in_a_row} updates was finite ({self._problem}). "
+                "The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named"
+            )
 
     def _adapt(self, kl: float) -> None:
         """Raise or lower the step size so that an update moves the policy by about target_kl.
@@ -234,7 +250,26 @@ class Updater:
                 # The fused kernel keeps its step counter in float32 on the parameter's device.
                 k: v.to(self.parameters.vector.device).clone() for k, v in state["moments"].items()
             }
+        else:
+            self.optimizer.state.pop(self.parameters.vector, None)
         self.generator.set_state(state["generator"])
         self.lr, self.version, self.bad_in_a_row = state["lr"], state["version"], state["bad_in_a_row"]
         if self.reference is not None:
             cast(nn.Module, self.reference).load_state_dict(state["reference"])
+
+
+def logp_gap(logp: Tensor, batch: Batch) -> tuple[Tensor, float]:
+    """Sum and count of |logp_sampled - logp| over the units that count.
+
+    Args:
+        logp: [N, A] as the learner computes it, by the weights that sampled.
+        batch: The same decisions with their log-probabilities at sampling.
+
+    Returns:
+        total: Scalar sum.
+        count: Number of units.
+    """
+    gap = (logp - batch.logp).abs()
+    if batch.mask is not None:
+        gap = gap[batch.mask]
+    return gap.sum(), float(gap.numel())

@@ -271,8 +271,8 @@ def test_numbers_that_diverge_stop_the_run_and_name_the_input(toy, capsys):
     (toy / "nan.py").write_text(source.replace("1 - distance)", "distance * float('nan'))").replace("else 1 - distance", "else distance * float('nan')"))
     err = say(capsys, "train", "toy.yaml", "env.type=nan.py", "train.env_steps=10000", "train.max_bad_updates=2")
     assert err.startswith(
-        "error: 2 optimizer steps in a row were not finite (loss nan); non-finite inputs: advantage, target; non-finite gradients: log_std, "
+        "error: not one optimizer step of the last 2 updates was finite (loss nan; non-finite inputs: advantage, target; non-finite gradients: log_std, "
     )
-    assert err.endswith("The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named\n")
+    assert err.endswith("). The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named\n")
     rows = [json.loads(line) for line in (toy / "runs/toy/metrics.jsonl").read_text().splitlines()]
     assert all("actor/skipped_updates" in row for row in rows)
