@@ -15,10 +15,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from embodied_rl import __version__
 from embodied_rl.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EPILOG = """\
 examples:
@@ -140,8 +143,6 @@ def _train(args: argparse.Namespace) -> int:
     from embodied_rl.config import load_recipe
 
     resolved = load_recipe(args.recipe, args.overrides)  # a wrong recipe is told before anything is built
-    from rich.console import Console
-
     from embodied_rl.console import summary_table
     from embodied_rl.train import run
 
@@ -151,7 +152,7 @@ def _train(args: argparse.Namespace) -> int:
         number = signal.Signals[finished.reason]
         print(f"stopped by {number.name} and saved; go on with: embodied-rl train {finished.folder} --resume")
         return 128 + number
-    Console().print(summary_table(json.loads((finished.folder / "summary.json").read_text())))
+    _console().print(summary_table(json.loads((finished.folder / "summary.json").read_text())))
     print(f"report: {finished.folder / 'report.html'}")
     return 0
 
@@ -163,13 +164,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     greedy = False if args.sampled else None
     results = evaluate_targets(targets, episodes=args.episodes, copies=args.copies, greedy=greedy, device=args.device)
     for target, result in zip(targets, results, strict=True):
-        print_evaluation(target, result)
+        print_evaluation(target, result, _console())
     if len(results) == 2:
-        print_comparison(compare(*results), (args.target, args.other))
+        print_comparison(compare(*results), (args.target, args.other), _console())
 
 
 def _check(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from embodied_rl.check import run_check
+
+    return run_check(args.kind, args.name, args.overrides)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -194,17 +197,22 @@ def _list(args: argparse.Namespace) -> None:
     _print_table((args.what, "what it is", ""), describe(args.what), title="")
 
 
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)  # in a pipe rich would cut tables at 80 characters
+
+
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
     """A rich table on a terminal; aligned plain lines, one a row, in a pipe."""
     if sys.stdout.isatty():
         from rich import box
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(*head, box=box.SIMPLE, title=title or None, title_justify="left")
         for row in rows:
             table.add_row(*(_escape(cell) for cell in row))
-        Console().print(table)
+        _console().print(table)
         return
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in rows:

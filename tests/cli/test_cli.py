@@ -141,3 +141,88 @@ def test_an_interrupted_run_saves_and_is_resumed_by_its_folder(toy):
     done = int(json.loads(rows.read_text().splitlines()[-1])["progress/env_steps"])
     assert run("train", "runs/toy", f"train.env_steps={done + 40}", "--resume", cwd=toy).returncode == 0
     assert json.loads(rows.read_text().splitlines()[-1])["progress/env_steps"] == done + 40
+
+
+def test_evaluate_prints_success_with_its_interval(toy_run, capsys):
+    assert main(["evaluate", str(toy_run), "--episodes", "6", "--copies", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "6 held-out episodes, greedy" in out
+    assert re.search(r"│ all +│ +[01]\.\d{3} +│ +[01]\.\d{3}–[01]\.\d{3} ", out)
+
+
+def test_evaluate_compares_two_checkpoints_on_the_same_starts(toy_run, capsys):
+    run, first = os.path.relpath(toy_run), os.path.relpath(toy_run / "checkpoints" / "update_000002")
+    assert main(["evaluate", run, first, "--episodes", "6", "--copies", "3", "--sampled"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("held-out") == 2 and "sampled" in out
+    assert "p (McNemar)" in out
+    assert "starts do not show a difference" in out or "points more of the starts" in out
+
+
+def test_report_prints_the_path_of_the_page(toy_run, capsys):
+    assert main(["report", str(toy_run)]) == 0
+    assert capsys.readouterr().out == f"{toy_run}/report.html\n"
+
+
+def test_check_accepts_a_good_env_and_refuses_a_broken_one(toy, capsys):
+    source = (Path(__file__).parents[1] / "toys" / "point.py").read_text()
+    (toy / "mine.py").write_text(source)
+    assert main(["check", "env", "mine.py", "max_steps=5"]) == 0
+    assert re.search(r"\d+ passed, 0 failed", capsys.readouterr().out)
+    (toy / "worse.py").write_text(source.replace('numpy_rng(int(seeds[i]), "point")', "__import__('numpy').random.default_rng()"))
+    assert main(["check", "env", "worse.py"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_check_tells_a_wrong_setting_like_a_recipe_does(capsys):
+    assert main(["check", "policy", "mlp", "hiden=[8]"]) == 2
+    assert capsys.readouterr().err == (
+        "error: 1 problem in the settings of policy mlp:\n  command line: hiden=[8]: hiden: unknown key; did you mean 'hidden'?\n"
+    )
+
+
+def test_doctor_tries_the_parts_and_the_disk(tmp_path, monkeypatch, capsys):
+    from embodied_rl import doctor
+
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("torch", "MuJoCo", "video")})
+    assert main(["doctor", "--runs", str(tmp_path / "new" / "runs")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("Python", "torch", "MuJoCo", "video", "run folder"):
+        assert any(line.startswith(f"works     {name} ") for line in lines), name
+    assert lines[-1] == "ready to train: embodied-rl train tabletop_demo"
+
+
+@pytest.mark.slow  # MuJoCo Warp compiles for a minute on a fresh machine; .ci/run calls doctor as well
+def test_doctor_finds_the_core_working(tmp_path):
+    done = run("doctor", "--runs", str(tmp_path / "new" / "runs"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("Python", "torch", "MuJoCo", "MuJoCo Warp", "cameras", "video", "run folder"):
+        assert f"works     {name} " in done.stdout
+    assert done.stdout.splitlines()[-1] == "ready to train: embodied-rl train tabletop_demo"
+
+
+def test_doctor_says_what_would_mend_a_broken_part(monkeypatch, capsys, tmp_path):
+    from embodied_rl import doctor
+
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "CHECKS", {"torch": doctor.CHECKS["torch"]})
+    assert doctor.print_findings(doctor.examine(tmp_path)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "BROKEN    torch        OSError: libcudart.so.13: cannot open shared object file" in lines
+    assert any(line.strip().startswith("mend it with: pip install --force-reinstall 'torch>=") for line in lines)
+    assert lines[-1] == "1 part(s) that training needs do not work"
+
+
+def test_doctor_survives_a_check_that_crashes_or_hangs(monkeypatch, tmp_path):
+    from embodied_rl import doctor
+
+    check = doctor.Check(doctor.check_torch, "reinstall it")
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    finding = doctor._in_a_process("torch", check)
+    assert not finding.works
+    assert "its process ended with code -11" in finding.detail
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(doctor, "SECONDS", 1)
+    assert doctor._in_a_process("torch", check).detail == "no answer within 1 s"

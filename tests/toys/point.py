@@ -58,8 +58,8 @@ class Point:
         return self._obs()
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
-        if action.shape != (self.spec.num_envs, 2):
-            raise ShapeError(f"action must be [{self.spec.num_envs}, 2], got {list(action.shape)}")
+        if action.shape != (self.spec.num_envs, 2) or action.dtype != torch.float32:
+            raise ShapeError(f"action must be [{self.spec.num_envs}, 2] float32, got {list(action.shape)} {action.dtype}")
         if not bool(torch.isfinite(action).all()):
             raise ShapeError(f"action is not finite in copies {(~torch.isfinite(action)).any(1).nonzero().flatten().tolist()}")
         self.position = (self.position + 0.3 * action.clamp(-1, 1)).clamp(-1.5, 1.5)
@@ -73,7 +73,7 @@ class Point:
         return Step(self._obs(), reward, terminated, truncated, success, {"distance": distance})
 
     def get_state(self) -> State:
-        return {"position": self.position, "goals": self.goals, "word": self.word, "t": self.t}
+        return {k: getattr(self, k).clone() for k in ("position", "goals", "word", "t")}
 
     def set_state(self, state: State) -> Obs:
         self.position, self.goals, self.word, self.t = (state[k].clone() for k in ("position", "goals", "word", "t"))
