@@ -279,6 +279,14 @@ def value_loss(evaluation: Evaluation, batch: Batch, config: ValueLoss, value_ra
     return error
 
 
+def value_clipped(evaluation: Evaluation, batch: Batch, clip: float) -> Tensor:
+    """[N] bool, decisions to which the clipped value loss gives no gradient: the clipped error is the larger one."""
+    assert evaluation.value is not None and batch.value is not None and batch.target is not None
+    move = evaluation.value - batch.value
+    near = batch.value + move.clamp(-clip, clip)
+    return (move.abs() > clip) & ((near - batch.target).abs() > (evaluation.value - batch.target).abs())
+
+
 @dataclass(frozen=True)
 class LossFunction:
     """The loss of a recipe, ready to be called on micro-batches."""
@@ -355,12 +363,19 @@ class LossFunction:
                 "actor/clip_fraction": (weighted_sum(clipped.to(weight.dtype), weight), share),
                 "actor/ratio_max": (torch.where(weight > 0, ratio, 1.0).amax(), float("nan")),
             }
+            if c.trust == "clip" and c.dual_clip is not None:
+                cut = (advantage < 0) & (ratio > c.dual_clip)
+                metrics["actor/dual_clip_fraction"] = (weighted_sum(cut.to(weight.dtype), weight), share)
             if entropy is not None:
                 metrics["actor/entropy"] = (entropy.detach(), share)
             if kl_ref is not None:
                 metrics["actor/kl_to_reference"] = (kl_ref.detach(), share)
             if critic is not None:
-                metrics["critic/loss"] = (critic.detach(), batch.row_weight.sum())
+                rows = batch.row_weight.sum()
+                metrics["critic/loss"] = (critic.detach(), rows)
+                if c.value.kind == "clipped":
+                    cut = value_clipped(evaluation, batch, c.value.clip).to(weight.dtype)
+                    metrics["critic/clip_fraction"] = (weighted_sum(cut, batch.row_weight), rows)
         return LossResult(total, k3, metrics)
 
 
