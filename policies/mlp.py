@@ -11,7 +11,7 @@ object slots lets one network follow "push the red cube" whichever slot the red 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,11 +21,15 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError
 from embodied_rl.section import Section
-from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
+from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput, TensorSpec
 
 MIN_ROWS = 16
 """Smaller batches are padded to this many rows: matrix kernels change their summation order below it, and then the
 log-probability of a decision would depend on the size of the batch it is evaluated in."""
+MIN_COLUMNS = 16
+"""Narrower layers are padded to this many outputs for the same reason, where the kernels need it (see `affine`)."""
+KEY_DIM = 32
+"""Width of the attention's questions and answers."""
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu, "elu": F.elu, "silu": F.silu}
 
@@ -73,7 +77,7 @@ class Config(Section):
     word_dim: int = Field(32, ge=1)
     """Width of the word embedding."""
     attention_heads: int = Field(2, ge=0)
-    """Questions the instruction asks the object slots; 0 only concatenates the slots."""
+    """Questions the instruction asks the object slots; 0 concatenates the slots instead."""
     chunk: int = Field(1, ge=1)
     """Control steps per decision."""
     critic: Critic = Critic()
@@ -120,50 +124,69 @@ class RunningNorm(nn.Module):
 
 
 class Encoder(nn.Module):
-    """From an observation dict to one vector per row."""
+    """From an observation dict to one vector per row.
+
+    Slot entries with the same number of slots describe the same things. Where there are words and attention heads, the
+    slots reach the network only as what the words pick out of them: the raw slots beside it would mostly add noise to
+    every gradient. What does not change in an episode says what a thing is, so it makes the keys; what does change says
+    where it is, so it makes the values (an entry of either kind alone makes both).
+    """
 
     def __init__(self, env: EnvSpec, config: Config) -> None:
         """Choose a branch for each entry of the observation by its dtype and rank."""
         super().__init__()
         self.vectors: list[str] = []
-        self.slots: list[str] = []
+        self.slots: dict[int, list[str]] = {}
         self.ids: list[str] = []
         self.words = nn.ModuleDict()
-        size = 0
-        for name, spec in env.observation.items():
+        specs = env.observation
+        for name, spec in specs.items():
             if not spec.dtype.is_floating_point:
-                if spec.low is None or spec.high is None or spec.dtype == torch.uint8 or len(spec.shape) > 1:
-                    raise CapabilityError(
-                        f"policy mlp cannot read observation '{name}' ({spec.dtype}, shape {spec.shape}): it takes vectors, object "
-                        "slots and bounded integers; for images choose a policy with an image encoder"
-                    )
-                self.ids.append(name)
-                self.words[name] = nn.Embedding(int(spec.high) + 1, config.word_dim, padding_idx=0 if spec.shape else None)
-                size += config.word_dim
+                self._add_words(name, spec, config)
             elif len(spec.shape) == 1:
                 self.vectors.append(name)
-                size += spec.shape[0]
             elif len(spec.shape) == 2:
-                self.slots.append(name)
-                size += spec.shape[0] * spec.shape[1]
+                self.slots.setdefault(spec.shape[0], []).append(name)
             else:
-                raise CapabilityError(f"policy mlp cannot read observation '{name}' of shape {spec.shape}: at most 2 axes")
+                raise CapabilityError(
+                    f"policy mlp cannot read observation '{name}' of shape {spec.shape}: it takes at most 2 axes"
+                )
+        self.size = sum(specs[n].shape[0] for n in self.vectors) + config.word_dim * len(self.ids)
         self.heads = config.attention_heads if self.ids else 0
         self.query, self.key = nn.ModuleDict(), nn.ModuleDict()
-        for name in self.slots if self.heads else []:
-            width = env.observation[name].shape[1]
-            self.query[name] = nn.Linear(config.word_dim * len(self.ids), self.heads * 32)
-            self.key[name] = nn.Linear(width, self.heads * 32)
-            size += self.heads * width
-        self.size = size
+        self.keys: dict[int, list[str]] = {}
+        self.values: dict[int, list[str]] = {}
+        for m, group in self.slots.items():
+            width = sum(specs[n].shape[1] for n in group)
+            if not self.heads:
+                self.size += m * width
+                continue
+            self.keys[m] = [n for n in group if specs[n].constant] or group
+            self.values[m] = [n for n in group if not specs[n].constant] or group
+            self.query[str(m)] = nn.Linear(config.word_dim * len(self.ids), self.heads * KEY_DIM)
+            self.key[str(m)] = nn.Linear(sum(specs[n].shape[1] for n in self.keys[m]), self.heads * KEY_DIM)
+            self.size += self.heads * sum(specs[n].shape[1] for n in self.values[m])
+
+    def _add_words(self, name: str, spec: TensorSpec, config: Config) -> None:
+        if spec.low is None or spec.high is None or spec.dtype == torch.uint8 or len(spec.shape) > 1:
+            raise CapabilityError(
+                f"policy mlp cannot read observation '{name}' ({spec.dtype}, shape {spec.shape}): it takes vectors, "
+                "object slots and bounded integers; for images choose a policy with an image encoder"
+            )
+        self.ids.append(name)
+        self.words[name] = nn.Embedding(int(spec.high) + 1, config.word_dim, padding_idx=0 if spec.shape else None)
 
     def forward(self, obs: Obs) -> Tensor:
         """[N, size] from normalised observations."""
-        parts = [obs[n] for n in self.vectors] + [obs[n].flatten(1) for n in self.slots]
+        parts = [obs[n] for n in self.vectors]
         if self.ids:
             words = torch.cat([self._embed(n, obs[n]) for n in self.ids], dim=-1)
             parts.append(words)
-            parts += [self._attend(n, words, obs[n]) for n in self.query]
+        for m, group in self.slots.items():
+            if self.heads:
+                parts.append(self._attend(m, words, obs))
+            else:
+                parts += [obs[n].flatten(1) for n in group]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _embed(self, name: str, ids: Tensor) -> Tensor:
@@ -174,13 +197,14 @@ class Encoder(nn.Module):
         # The sum, not the mean: in a mean the one word that tells objects apart drowns among the others.
         return (vectors * present).sum(1)
 
-    def _attend(self, name: str, words: Tensor, slots: Tensor) -> Tensor:
-        """[N, heads * D]: for each head the slots [N, M, D] averaged by how well they answer the words."""
-        n, m, _ = slots.shape
-        query = self.query[name](words).view(n, self.heads, 1, 32)
-        key = self.key[name](slots).view(n, m, self.heads, 32).transpose(1, 2)
+    def _attend(self, m: int, words: Tensor, obs: Obs) -> Tensor:
+        """[N, heads * D]: for each head the values [N, M, D] averaged by how well the keys answer the words."""
+        keys = torch.cat([obs[n] for n in self.keys[m]], dim=-1)
+        values = torch.cat([obs[n] for n in self.values[m]], dim=-1)
+        query = self.query[str(m)](words).view(-1, self.heads, 1, KEY_DIM)
+        key = self.key[str(m)](keys).view(-1, m, self.heads, KEY_DIM).transpose(1, 2)
         weight = torch.softmax((query * key).sum(-1) / 4, dim=-1)
-        return torch.einsum("nhm,nmd->nhd", weight, slots).flatten(1)
+        return torch.einsum("nhm,nmd->nhd", weight, values).flatten(1)
 
 
 class Tower(nn.Module):
@@ -195,8 +219,19 @@ class Tower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, sizes[-1]]"""
         for layer in self.layers:
-            x = self.activation(F.linear(x, layer.weight, layer.bias))
+            x = self.activation(affine(x, layer))
         return x
+
+
+def affine(x: Tensor, layer: Any) -> Tensor:
+    """W x + b, each row with the same bits whatever other rows stand beside it; `layer` is an `nn.Linear`."""
+    weight, bias = layer.weight, layer.bias
+    outputs, inputs = weight.shape
+    # Measured with MKL: one output, or few outputs of a number of inputs that no vector divides, go row by row.
+    if outputs >= MIN_COLUMNS or (outputs > 1 and inputs % 4 == 0):
+        return F.linear(x, weight, bias)
+    missing = MIN_COLUMNS - outputs
+    return F.linear(x, F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing)))[:, :outputs]
 
 
 def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
@@ -303,7 +338,7 @@ class MlpPolicy(nn.Module):
         share = self.config.critic.share
         features = self.encoder(obs) if actor or share != "nothing" else None
         hidden = self.actor(features) if actor or share == "all" else None
-        out = self.actor_head(hidden) if actor else torch.empty(0)
+        out = affine(hidden, self.actor_head) if actor else torch.empty(0)
         if not critic or not self.has_critic:
             return out, None, None, n
         if share != "all":
@@ -340,8 +375,9 @@ class MlpPolicy(nn.Module):
 
 
 def log_tanh_derivative(u: Tensor) -> Tensor:
-    """log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), without cancellation for large |u|; any shape."""
-    return 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
+    """log(1 - tanh(u)^2) = 2 (log 2 - u + log sigmoid(2u)), without cancellation for large |u|; any shape."""
+    # Not softplus: its last few elements are computed by another kernel than the rest.
+    return 2.0 * (math.log(2.0) - u + F.logsigmoid(2.0 * u))
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:
