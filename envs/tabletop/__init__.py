@@ -31,7 +31,7 @@ class Config(Section):
     reward: Literal["dense", "sparse"] = "dense"
     """dense: shaped, in [0, 1] per control step, 1 while solved; sparse: 1 while solved, else 0."""
     max_steps: int = Field(50, ge=1)
-    """Control steps (1/20 s each) after which an episode is truncated."""
+    """Control steps (1/20 s each) after which an episode is truncated; place and stack need about 80."""
     end_on_success: bool = False
     """End the episode (terminated) in the first control step in which the task is solved."""
     physics: Literal["auto", "native", "warp"] = "auto"

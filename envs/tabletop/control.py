@@ -9,8 +9,9 @@ from embodied_rl.envs.tabletop.kinematics import ArmKinematics, Pose, turned
 from embodied_rl.envs.tabletop.scene import FINGER_MAX
 from embodied_rl.types import State
 
-MAX_MOVE = 0.03
-"""m the wanted position moves per control step for an action of 1 on each axis (0.6 m/s)."""
+MAX_MOVE = 0.02
+"""m the wanted position moves per control step for an action of 1 on each axis (0.4 m/s); small enough that a policy's
+exploration noise does not shake objects out of reach of its fingers."""
 MAX_TURN = 0.1
 """rad the wanted rotation turns per control step about each world axis (2 rad/s)."""
 WORKSPACE = ((-0.20, 0.20), (-0.38, 0.28), (0.008, 0.35))

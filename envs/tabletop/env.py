@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -61,6 +61,7 @@ class TabletopEnv:
         )
         self._tasks = tuple(TASKS[name] for name in tasks)
         self._reward = reward
+        self._max_steps = max_steps
         self._end_on_success = end_on_success
         self.kinematics = ArmKinematics(scene.model, torch.from_numpy(HOME), inner)
         self.controller = PoseController(self.kinematics, num_envs, inner)
@@ -91,7 +92,7 @@ class TabletopEnv:
         success, reward, terms = judge(self._tasks, self.episode.task, self.view())
         if self._reward == "sparse":
             reward = success.float()
-        truncated = self._steps >= self.spec.max_steps
+        truncated = self._steps >= self._max_steps
         terminated = success.clone() if self._end_on_success else torch.zeros_like(success)
         return Step(
             obs=self._observe(),
@@ -107,7 +108,7 @@ class TabletopEnv:
         return {
             "physics": self.physics.get_state(),
             "controller": self.controller.get_state(),
-            "episode": {name: value.clone() for name, value in asdict(self.episode).items()},
+            "episode": {one.name: getattr(self.episode, one.name).clone() for one in fields(Episode)},
             "steps": self._steps.clone(),
             "texts": list(self._texts),
             "tasks": list(self.spec.tasks),

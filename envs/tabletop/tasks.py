@@ -136,7 +136,7 @@ class Push(Task):
 
     Randomisation: as reach, and the goal, 9 to 18 cm from the object in any direction.
     Success: the object's centre is horizontally within 3 cm of the goal and not more than 1.5 cm above its rest.
-    Reward terms: reach = 0.3 closeness(TCP, object), progress = 0.6 closeness(object, goal).
+    Reward terms: reach = 0.4 closeness(TCP, object), progress = 0.5 closeness(object, goal).
     """
 
     name = "push"
@@ -151,8 +151,8 @@ class Push(Task):
         """Closeness of the TCP to the object and of the object to the goal."""
         to_goal = distance(view.a_position[:, :2], view.goal[:, :2])
         return {
-            "reach": 0.3 * closeness(view.tcp_to_a),
-            "progress": 0.6 * closeness(to_goal),
+            "reach": 0.4 * closeness(view.tcp_to_a),
+            "progress": 0.5 * closeness(to_goal),
         }
 
 
@@ -161,7 +161,7 @@ class Lift(Task):
 
     Randomisation: as reach.
     Success: the object is held and at least 7 cm above its resting height.
-    Reward terms: reach = 0.25 closeness(TCP, object), grasp = 0.25 while held, progress = 0.4 height / 7 cm while held.
+    Reward terms: reach = 0.35 closeness(TCP, object), grasp = 0.25 while held, progress = 0.3 height / 7 cm while held.
     """
 
     name = "lift"
@@ -174,9 +174,9 @@ class Lift(Task):
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness, grasp, height."""
         return {
-            "reach": 0.25 * closeness(view.tcp_to_a),
+            "reach": 0.35 * closeness(view.tcp_to_a),
             "grasp": 0.25 * view.held,
-            "progress": 0.4 * view.held * (view.a_height / LIFT_HEIGHT).clamp(0, 1),
+            "progress": 0.3 * view.held * (view.a_height / LIFT_HEIGHT).clamp(0, 1),
         }
 
 
@@ -191,7 +191,7 @@ class Place(Task):
     """
 
     name = "place"
-    wordings = ("place on", "place beside")
+    wordings: tuple[str, ...] = ("place on", "place beside")
 
     def in_place(self, view: View) -> Tensor:
         """[B] bool, A stands where it is asked to, held or not."""

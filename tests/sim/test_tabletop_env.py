@@ -162,7 +162,7 @@ def test_an_episode_is_truncated_at_max_steps_and_not_before():
 def steer(env):
     """Bring every TCP to the top of the object meant."""
     offset = env.view().a_top - env.controller.position
-    return torch.cat([(offset / 0.03).clamp(-1, 1), torch.zeros(len(offset), 3), torch.ones(len(offset), 1)], dim=1)
+    return torch.cat([(offset / 0.02).clamp(-1, 1), torch.zeros(len(offset), 3), torch.ones(len(offset), 1)], dim=1)
 
 
 @pytest.mark.parametrize("end_on_success", [False, True])

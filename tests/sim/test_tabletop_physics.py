@@ -99,25 +99,25 @@ def test_every_shape_can_be_grasped_lifted_and_shaken_through_the_action_interfa
     assert set(env.episode.a.tolist()) == {0, 1, 2}
     generator = torch.Generator().manual_seed(0)
     held = []
-    for t in range(75):
+    for t in range(80):
         view = env.view()
         target = view.a_position.clone()
-        if t < 12:
+        if t < 14:
             target[:, 2] += 0.08
-        if t >= 27:
+        if t >= 29:
             target = env.controller.position.clone()
             target[:, 2] = 0.2
         pose = env.object_poses()[index, env.episode.a]
         turn = 2 * torch.atan2(pose[:, 6], pose[:, 3])
         turn -= torch.atan2(env.controller.rotation[:, 1, 0], env.controller.rotation[:, 0, 0])
         action = torch.zeros(copies, 7)
-        action[:, :3] = (target - env.controller.position) / 0.03
+        action[:, :3] = (target - env.controller.position) / 0.02
         action[:, 5] = turn / 0.1 * (t < 20)
-        action[:, 6] = 1.0 if t < 22 else -1.0
-        if t >= 45:
+        action[:, 6] = 1.0 if t < 24 else -1.0
+        if t >= 50:
             action[:, :6] = 0.7 * torch.randn(copies, 6, generator=generator)
         env.step(action)
         held.append(env.view().held)
-    assert int(held[44].sum()) >= copies - 1, "lifted"
+    assert int(held[49].sum()) >= copies - 1, "lifted"
     assert int(held[-1].sum()) >= copies - 2, "and still held after 1.5 s of shaking"
     env.close()

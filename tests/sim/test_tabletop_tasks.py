@@ -54,7 +54,7 @@ def test_reach_asks_for_the_top_of_the_object():
 def test_push_asks_for_the_object_on_the_goal_and_on_the_table():
     success, dense, terms = outcome("push")
     assert not success
-    assert terms == pytest.approx({"reach": 0.3 * close_to(0.18), "grasp": 0.0, "progress": 0.6 * close_to(0.1)})
+    assert terms == pytest.approx({"reach": 0.4 * close_to(0.18), "grasp": 0.0, "progress": 0.5 * close_to(0.1)})
     assert dense == pytest.approx(sum(terms.values()))
     assert outcome("push", a_position=[0.0, 0.075, 0.02])[:2] == (True, 1.0)
     assert not outcome("push", a_position=[0.0, 0.065, 0.02])[0]
@@ -67,7 +67,7 @@ def test_lift_asks_for_7_cm_and_a_hold():
     assert not outcome("lift", **up, held=False)[0], "thrown up is not lifted"
     assert not outcome("lift", a_position=[0.0, 0.0, 0.085], held=True)[0]
     terms = outcome("lift", a_position=[0.0, 0.0, 0.055], tcp=[0.0, 0.0, 0.055], held=True)[2]
-    assert terms == pytest.approx({"reach": 0.25, "grasp": 0.25, "progress": 0.4 * 0.5})
+    assert terms == pytest.approx({"reach": 0.35, "grasp": 0.25, "progress": 0.3 * 0.5})
     assert outcome("lift")[2]["progress"] == 0.0
 
 
