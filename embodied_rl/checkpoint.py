@@ -220,8 +220,7 @@ def _storable(x: Tensor, place: tuple[str, ...], seen: set[int]) -> Tensor:
     if x.layout is not torch.strided or x.is_quantized:
         raise CheckpointError(f"state at '{'/'.join(place)}' is a sparse or quantized tensor; store dense tensors")
     x = x.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-    storage = x.untyped_storage()
-    if storage.nbytes() != x.nbytes or storage.data_ptr() in seen:
+    if x.untyped_storage().data_ptr() in seen:
         x = x.clone()
     seen.add(x.untyped_storage().data_ptr())
     return x

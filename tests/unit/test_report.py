@@ -106,6 +106,12 @@ def page_of(run: Path) -> Page:
     return Page(write_report(run).read_text())
 
 
+@pytest.fixture
+def two_panels(monkeypatch) -> None:
+    """Draw only the first curves, where the test is about something else."""
+    monkeypatch.setattr(report, "CHARTS", CHARTS[:2])
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     run = make_run(tmp_path_factory.mktemp("runs") / "demo", given=summary(), clips=3)
@@ -158,7 +164,7 @@ def test_videos_of_successes_and_failures_are_inside_the_page(finished):
     assert "task1 failure · 4 steps do it" in page.text
 
 
-def test_the_page_stays_small_when_there_are_many_videos(tmp_path, monkeypatch):
+def test_the_page_stays_small_when_there_are_many_videos(tmp_path, monkeypatch, two_panels):
     run = make_run(tmp_path / "demo", updates=2, given=summary(), clips=3)
     monkeypatch.setattr(report, "VIDEO_BUDGET", (run / "videos" / "00_task0_success.mp4").stat().st_size + 10)
     page = page_of(run)
@@ -176,7 +182,7 @@ def test_equal_runs_give_equal_pages(finished):
     assert write_report(finished).read_text() == first
 
 
-def test_names_and_texts_cannot_break_the_page(tmp_path):
+def test_names_and_texts_cannot_break_the_page(tmp_path, two_panels):
     evil = "<script>alert(1)</script>&'\""
     tasks = {evil: result(9, 10), "reach": result(9, 10)}
     run = make_run(
@@ -194,7 +200,7 @@ def test_names_and_texts_cannot_break_the_page(tmp_path):
     assert page.text.count("<script>alert(1)</script>") >= 6
 
 
-def test_an_unfinished_run_says_so(tmp_path):
+def test_an_unfinished_run_says_so(tmp_path, two_panels):
     run = make_run(tmp_path / "demo", updates=25)
     page = page_of(run)
     assert "demo unfinished" in page.text and "the page shows its state after update 25." in page.text
@@ -202,25 +208,25 @@ def test_an_unfinished_run_says_so(tmp_path):
     assert "2,500 control steps" in page.text and "Learning curves" in page.text
 
 
-def test_a_run_before_its_first_update_has_a_page(tmp_path):
+def test_a_run_before_its_first_update_has_a_page(tmp_path, two_panels):
     page = page_of(make_run(tmp_path / "demo", updates=0))
     assert "before the first update" in page.text and "No update has finished yet." in page.text
 
 
-def test_a_stopped_run_tells_why_and_a_skipped_evaluation_is_named(tmp_path):
+def test_a_stopped_run_tells_why_and_a_skipped_evaluation_is_named(tmp_path, two_panels):
     page = page_of(make_run(tmp_path / "demo", updates=2, given=summary(finished=False, stop_reason="SIGINT", evaluation={})))
     assert "demo stopped" in page.text and "Ended because: SIGINT." in page.text
     assert "The final evaluation was skipped." in page.text
 
 
-def test_an_env_without_success_shows_its_return(tmp_path):
+def test_an_env_without_success_shows_its_return(tmp_path, two_panels):
     overall = {"return_mean": 1612.5, "length_mean": 1000.0, "episodes": 10}
     page = page_of(make_run(tmp_path / "demo", updates=2, given=summary(evaluation={"heldout": {"overall": overall, "tasks": {}}})))
     assert "return, heldout" in page.text and "heldout 1612.50 1000.0 10" in page.text
     assert "at the end 0" not in page.text
 
 
-def test_metrics_that_were_not_finite_leave_gaps(tmp_path):
+def test_metrics_that_were_not_finite_leave_gaps(tmp_path, two_panels):
     run = make_run(tmp_path / "demo", updates=5)
     writer = JsonlWriter(run / "metrics.jsonl")
     writer.write(metrics_row(6) | {"actor/kl_k3": float("nan"), "perf/env_steps_per_s": float("inf")})
@@ -243,7 +249,7 @@ def test_what_is_not_a_run_folder_is_refused(name, make, kind, message, tmp_path
     assert str(error.value) == f"{tmp_path / name}: {message}"
 
 
-def test_a_damaged_summary_is_named(tmp_path):
+def test_a_damaged_summary_is_named(tmp_path, two_panels):
     run = make_run(tmp_path / "demo", updates=1)
     (run / "summary.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"summary.json: is damaged \(.*\); delete it and run `embodied-rl report` again"):
