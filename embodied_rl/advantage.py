@@ -304,23 +304,26 @@ class CreditChain:
         Source: Engstrom et al. 2020, appendix A.2 (arXiv:2005.12729); R is not reset at rollout borders, only at
         the end of an episode.
         """
-        running = self._running if self._running is not None else torch.zeros_like(reward[0])
+        # A NaN would stay in the statistics for good; the update that it belongs to is skipped anyway.
+        reward = torch.where(torch.isfinite(reward), reward, torch.zeros_like(reward))
+        running = torch.zeros_like(reward[0]) if self._running is None else self._running.to(reward.device)
         series = torch.empty_like(reward)
         for t in range(len(reward)):
             d = discount[t] if isinstance(discount, Tensor) else discount
             running = running * d + reward[t]
             series[t] = running
-            running = torch.where(rollout.done[t], torch.zeros_like(running), running)
+            running = torch.where(rollout.done[t] | ~torch.isfinite(running), torch.zeros_like(running), running)
         self._running = running
-        series = series[rollout.valid].double()
-        n, mean = float(series.numel()), float(series.mean())
-        m2 = float(series.var(unbiased=False)) * n
-        total = self._count + n
-        delta = mean - self._mean
-        self._m2 += m2 + delta**2 * self._count * n / total
-        self._mean += delta * n / total
-        self._count = total
-        return max((self._m2 / self._count) ** 0.5, 1e-4)
+        series = series[rollout.valid & torch.isfinite(series)].double()
+        if series.numel():
+            n, mean = float(series.numel()), float(series.mean())
+            m2 = float(series.var(unbiased=False)) * n
+            total = self._count + n
+            delta = mean - self._mean
+            self._m2 += m2 + delta**2 * self._count * n / total
+            self._mean += delta * n / total
+            self._count = total
+        return max((self._m2 / self._count) ** 0.5, 1e-4) if self._count else 1.0
 
     def state_dict(self) -> State:
         """What a checkpoint keeps of it."""

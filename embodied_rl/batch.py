@@ -89,6 +89,29 @@ def flatten(rollout: Rollout, advantage: Advantage) -> Flat:
     return Flat({k: rows(v) for k, v in rollout.obs.items()}, rollout.constants, rows(rollout.episode), columns)
 
 
+def observed(rollout: Rollout) -> Obs | None:
+    """What `Policy.observe` may learn from: the observations of the valid decisions, where they are finite.
+
+    One NaN would stay in a running mean for good.
+
+    Args:
+        rollout: [T, B].
+
+    Returns:
+        obs: name -> [N, ...], per-episode entries put back; None when no row is left.
+    """
+    rows = {k: v.flatten(0, 1) for k, v in rollout.obs.items()}
+    rows |= {k: v.index_select(0, rollout.episode.flatten()) for k, v in rollout.constants.items()}
+    keep = rollout.valid.flatten()
+    for x in rows.values():
+        if x.is_floating_point():
+            finite = torch.isfinite(x)
+            keep = keep if bool(finite.all()) else keep & finite.reshape(len(x), -1).all(1)
+    if bool(keep.all()):
+        return rows
+    return {k: v[keep] for k, v in rows.items()} if bool(keep.any()) else None
+
+
 def minibatches(flat: Flat, count: int, loss: LossFunction, generator: torch.Generator) -> Iterator[Batch]:
     """One epoch: every row exactly once, in `count` optimizer steps of nearly equal size.
 

@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from embodied_rl.errors import CapabilityError
+from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
 from embodied_rl.record import Record
-from embodied_rl.seeding import start_seeds
+from embodied_rl.seeding import start_seed, start_seeds
 from embodied_rl.types import Env, Obs, Policy, Rollout, State
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
         mask = torch.ones_like(step.terminated) if active is None else active
         terminated, truncated, reward, success = step.terminated, step.truncated, step.reward, step.success
         if not everyone:
-            terminated, truncated, reward = terminated & mask, truncated & mask, torch.where(mask, reward, torch.zeros_like(reward))
+            terminated, truncated = terminated & mask, truncated & mask
+            reward = torch.where(mask, reward, torch.zeros_like(reward))
         for name, x in step.metrics.items():
             s, n = metrics.get(name, (0.0, 0.0))
             x = x if everyone else x[mask]
@@ -169,8 +170,8 @@ class Collector:
         self.decisions, self.generator = decisions, generator
         if group_size > 1 and not self.spec.seedable:
             raise CapabilityError(
-                f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, and this "
-                "one cannot; use group_size: 1 with a method that needs no groups, or the gymnasium env"
+                f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, "
+                "and this one cannot; use group_size: 1 with a method that needs no groups, or the gymnasium env"
             )
         self.parts: list[Part] = []
         start = 0
@@ -196,8 +197,18 @@ class Collector:
             yield self.collect()
 
     def collect(self) -> Rollout:
-        """Gather one rollout of at most `decisions` decisions per copy."""
-        record = Record(self)
+        """Gather one rollout of at most `decisions` decisions per copy.
+
+        Raises:
+            DivergenceError: An env returned an observation that is not finite, and the policy made a bad action of it.
+        """
+        try:
+            return self._collect(Record(self))
+        except ShapeError as error:
+            self._blame_observation(error)
+            raise
+
+    def _collect(self, record: Record) -> Rollout:
         if self.mode == "episodes" or not self._begun:
             self._restart(torch.ones(self.num_envs, dtype=torch.bool), record)
             self._begun = True
@@ -245,17 +256,36 @@ class Collector:
         self.task[where] = (group + index) % len(self.spec.tasks)
         self.starts[where] += 1
         for part in parts or self.parts:
-            here = mask[part.columns].to(self.device)
-            part.obs = part.env.reset(here, self.seed[part.columns].to(self.device), self.task[part.columns].to(self.device))
+            here, seeds, tasks = (x[part.columns].to(self.device) for x in (mask, self.seed, self.task))
+            part.obs = part.env.reset(here, seeds, tasks)
         record.begin_episodes(where)
+
+    def _blame_observation(self, error: ShapeError) -> None:
+        """Name the observation behind a refused action, when there is one: the policy is not to blame for it."""
+        for part in self.parts:
+            for name, x in part.obs.items():
+                rows = (~torch.isfinite(x)).reshape(len(x), -1).any(1)
+                if bool(rows.any()):
+                    copies = (rows.nonzero().squeeze(-1) + part.columns.start).tolist()
+                    raise DivergenceError(
+                        f"the env returned an observation that is not finite: '{name}' in copies {copies[:8]}, so no "
+                        "action could be chosen; mend the env, or end the episode there (terminated)"
+                    ) from error
+
+    @property
+    def _starts_anew(self) -> bool:
+        """Whether nothing of the env outlives a rollout: every copy is then restarted by its seed."""
+        return self.mode == "episodes" and self.spec.seedable
 
     def state_dict(self) -> State:
         """Everything collection needs to go on bit for bit, when the env has state."""
+        keep_envs = self._begun and self.spec.has_state and not self._starts_anew
+        generator = self.generator
         state: State = {
             "version": self.version,
             "begun": self._begun,
-            "generator": None if self.generator is None else self.generator.get_state(),
-            "envs": [p.env.get_state() for p in self.parts] if self.spec.has_state and self._begun else None,
+            "generator": generator and {"device": generator.device.type, "state": generator.get_state()},
+            "envs": [p.env.get_state() for p in self.parts] if keep_envs else None,
         }
         return state | {k: getattr(self, k) for k in self._COPY_FIELDS}
 
@@ -265,22 +295,45 @@ class Collector:
         """Restore `state_dict`.
 
         Returns:
-            exact: False when the env has no state: its episodes begin anew, on starts not used before.
+            exact: False when episodes begin anew (on starts not used before) because the env cannot restore its
+                state, or when samples are drawn anew because they were drawn on another kind of device.
+
+        Raises:
+            CheckpointError: It is of another number of copies.
         """
+        found = len(state["starts"])
+        if found != self.num_envs:
+            raise CheckpointError(f"it holds {found} copies of the env, collect.copies is {self.num_envs}")
         for k in self._COPY_FIELDS:
             getattr(self, k).copy_(state[k])
         self.version = state["version"]
-        if self.generator is not None:
-            self.generator.set_state(state["generator"])
+        same_samples = self._restore_generator(state["generator"])
+        if not state["begun"] or self._starts_anew:
+            return same_samples
         if state["envs"] is not None:
-            for part, env_state in zip(self.parts, state["envs"], strict=True):
-                part.obs = part.env.set_state(env_state)
-            self._begun = True
+            try:
+                for part, env_state in zip(self.parts, state["envs"], strict=True):
+                    part.obs = part.env.set_state(env_state)
+                self._begun = True
+                return same_samples
+            except CapabilityError as error:
+                log.warning("%s", error)
+        self.episode_return.zero_(), self.episode_length.zero_(), self.episode_success.zero_()
+        log.warning("this env cannot restore its state: episodes begin anew, so the resumed run is not bit-identical")
+        return False
+
+    def _restore_generator(self, saved: State | None) -> bool:
+        if self.generator is None or saved is None:
             return True
-        if state["begun"]:
-            self.episode_return.zero_(), self.episode_length.zero_(), self.episode_success.zero_()
-            log.warning("this env cannot save its state: episodes begin anew, so the resumed run is not bit-identical")
-        return not state["begun"]
+        if saved["device"] == self.generator.device.type:
+            self.generator.set_state(saved["state"])
+            return True
+        self.generator.manual_seed(start_seed(self.run_seed, "train", -1, self.version))
+        log.warning(
+            "the run was sampled on %s and goes on on %s: actions are drawn from a new sequence, so the resumed run is "
+            "not bit-identical", saved["device"], self.generator.device.type,
+        )  # fmt: skip
+        return False
 
     def close(self) -> None:
         """Stop the background threads and close the env parts."""

@@ -13,6 +13,9 @@ import torch
 from embodied_rl.metrics import Partials
 from embodied_rl.types import Rollout
 
+PER_TASK = {"return_mean": "return", "success_once_rate": "success_once", "success_at_end_rate": "success_at_end"}
+"""Metric under rollout/ -> column of `Rollout.finished`, averaged over all episodes and over those of each task."""
+
 
 def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
     """Returns, lengths, success and reward terms of the episodes and steps of one rollout.
@@ -36,7 +39,7 @@ def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
     out.add("rollout/length_mean", float(ended["length"].sum()), n)
     out.add("rollout/truncated_rate", float((rollout.truncated & rollout.valid).sum()), n)
     out.last("rollout/episodes", float(n))
-    for name, column in (("return_mean", "return"), ("success_once_rate", "success_once"), ("success_at_end_rate", "success_at_end")):
+    for name, column in PER_TASK.items():
         if column not in ended:
             continue
         values = ended[column].double()

@@ -127,7 +127,8 @@ class Record:
     def _next_value(self, d: dict[str, Tensor], t: int) -> Tensor:
         """[T, B]: the next decision's value, the final state's where truncated, 0 where terminated."""
         c = self.c
-        last = {k: torch.cat([p.obs[k] for p in c.parts]) if len(c.parts) > 1 else c.parts[0].obs[k] for k in c.spec.observation}
+        parts = [p.obs for p in c.parts]
+        last = {k: torch.cat([o[k] for o in parts]) if len(parts) > 1 else parts[0][k] for k in c.spec.observation}
         pieces = [last, *(o for _, _, o in self.finals)]
         values = c.policy.value({k: torch.cat([p[k] for p in pieces]) if len(pieces) > 1 else last[k] for k in last})
         out = torch.empty_like(d["value"])
@@ -146,7 +147,8 @@ class Record:
         done = ((d["terminated"] | d["truncated"]) & d["valid"]).cpu()
         reward, steps = d["reward"].double().cpu(), d["steps"].cpu()
         once = self.success["once"][:t].cpu() if self.success else None
-        columns: dict[str, list[Tensor]] = {k: [] for k in ("return", "length", "success_once", "success_at_end", "when", "copy")}
+        names = ("return", "length", "success_once", "success_at_end", "when", "copy")
+        columns: dict[str, list[Tensor]] = {k: [] for k in names}
         total, length, success = c.episode_return, c.episode_length, c.episode_success
         for i in range(t):
             total += reward[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,12 +13,14 @@ from embodied_rl import registry
 from embodied_rl.advantage import CreditChain
 from embodied_rl.algorithms import AlgorithmConfig
 from embodied_rl.collect import Collector
-from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError
+from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, UserError
 from embodied_rl.loss import LossFunction
 from embodied_rl.recipe import Recipe
-from embodied_rl.seeding import seed_everything
+from embodied_rl.seeding import global_rng_state, seed_everything, set_global_rng_state
 from embodied_rl.types import Env, EnvSpec, Policy, Split, State
 from embodied_rl.update import Updater
+
+log = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
@@ -41,7 +44,9 @@ def choose_device(name: str) -> torch.device:
     if kind == "cuda" and (index == "" or index.isdigit()) and int(index or 0) < count:
         return torch.device(f"cuda:{int(index or 0)}")
     available = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
-    raise NotFoundError(f"device '{name}' is not there; this machine has: {available}. Set device to one of them, or to auto")
+    raise NotFoundError(
+        f"device '{name}' is not there; this machine has: {available}. Set device to one of them, or to auto"
+    )
 
 
 def build_env(recipe: Recipe, *, num_envs: int, device: torch.device, split: Split, part: int = 0) -> Env:
@@ -81,23 +86,24 @@ def check_fit(recipe: Recipe, policy: Policy) -> None:
     credit, loss, collect = algorithm.credit, algorithm.loss, recipe.collect
     if credit.needs_critic and not policy.has_critic:
         raise CapabilityError(
-            f"algorithm.credit.returns {credit.returns} needs a value head, and the policy has none: give the policy a critic, "
-            "or use algorithm: grpo or reinforce"
+            f"algorithm.credit.returns {credit.returns} needs a value head, and the policy has none: give the policy a "
+            "critic, or use algorithm: grpo or reinforce"
         )
     if credit.needs_groups and collect.group_size < 2:
         raise CapabilityError(
-            f"algorithm.credit compares copies of one start (baseline {credit.baseline}, scale {credit.scale}) but collect.group_size is "
-            f"{collect.group_size}: set collect.group_size: 8 and collect.mode: episodes"
+            f"algorithm.credit compares copies of one start (baseline {credit.baseline}, scale {credit.scale}) but "
+            f"collect.group_size is {collect.group_size}: set collect.group_size: 8 and collect.mode: episodes"
         )
     if not credit.needs_critic and collect.mode == "stream":
         raise CapabilityError(
-            f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is stream: set collect.mode: episodes"
+            f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is stream: "
+            "set collect.mode: episodes"
         )
     classifies = getattr(policy, "value_range", None) is not None
     if loss.value.coef and policy.has_critic and (loss.value.kind == "hl_gauss") != classifies:
         raise CapabilityError(
-            f"algorithm.loss.value.kind is {loss.value.kind} but the policy's critic is {'a classifier' if classifies else 'scalar'}: "
-            "set both to hl_gauss (policy.critic.kind) or neither"
+            f"algorithm.loss.value.kind is {loss.value.kind} but the policy's critic is "
+            f"{'a classifier' if classifies else 'scalar'}: set both to hl_gauss (policy.critic.kind) or neither"
         )
 
 
@@ -115,6 +121,10 @@ class Session:
     episodes: int = 0
     decisions: int = 0
     wall_s: float = 0.0
+    score: float | None = None
+    """Of the evaluation after the latest update; None when there was none."""
+
+    _COUNTERS = ("env_steps", "episodes", "decisions", "wall_s", "score")
 
     @classmethod
     def build(cls, recipe: Recipe) -> Session:
@@ -134,11 +144,12 @@ class Session:
             policy = build_policy(recipe, env=envs[0].spec, device=device)
             check_fit(recipe, policy)
             loss = LossFunction(algorithm.loss, policy.chunk, getattr(policy, "value_range", None))
-            updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=recipe.train.max_bad_updates)
-            generator = torch.Generator(device).manual_seed(recipe.seed)
+            patience = recipe.train.max_bad_updates
+            updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience)
             collector = Collector(
-                envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, run_seed=recipe.seed, generator=generator
-            )
+                envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, run_seed=recipe.seed,
+                generator=torch.Generator(device).manual_seed(recipe.seed),
+            )  # fmt: skip
         except BaseException:
             for env in envs:
                 env.close()
@@ -162,8 +173,14 @@ class Session:
             "credit": self.credit.state_dict(),
             "updater": self.updater.state_dict(),
             "collector": self.collector.state_dict(),
-            "counters": {"env_steps": self.env_steps, "episodes": self.episodes, "decisions": self.decisions, "wall_s": self.wall_s},
+            "counters": {name: getattr(self, name) for name in self._COUNTERS},
+            "rng": global_rng_state(),
+            "machine": self._machine(),
         }
+
+    def _machine(self) -> dict[str, str]:
+        """What the last bits of a result depend on, beside the recipe."""
+        return {"device": self.device.type, "torch": str(torch.__version__), "threads": str(torch.get_num_threads())}
 
     def load_state_dict(self, state: State, where: str) -> bool:
         """Restore `state_dict`.
@@ -173,18 +190,34 @@ class Session:
             where: Its path, for messages.
 
         Returns:
-            exact: Whether the run continues bit for bit (False for envs that cannot save their state).
+            exact: Whether the run continues bit for bit; where not, the log says why.
 
         Raises:
-            CheckpointError: Weights of another shape.
+            CheckpointError: Weights of another shape, or a state that does not fit this recipe.
         """
+        try:
+            return self._restore(state, where)
+        except UserError as error:
+            raise type(error)(str(error) if where in str(error) else f"checkpoint {where}: {error}") from error
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {where} does not fit this run ({type(error).__name__}: {error}); use one that this recipe "
+                "wrote with this version, or start the run again under another name"
+            ) from error
+
+    def _restore(self, state: State, where: str) -> bool:
         load_weights(self.policy, state["policy"], where)
         self.credit.load_state_dict(state["credit"])
         self.updater.load_state_dict(state["updater"])
         exact = self.collector.load_state_dict(state["collector"])
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
-        return exact
+        for name in self._COUNTERS:
+            setattr(self, name, state["counters"][name])
+        set_global_rng_state(state["rng"])
+        before, now = state["machine"], self._machine()
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+        if changed:
+            log.warning("not the machine of before (%s): results may differ in the last bits", ", ".join(changed))
+        return exact and not changed
 
     def close(self) -> None:
         """Close the env parts and their threads."""
@@ -202,12 +235,14 @@ def load_weights(policy: Policy, weights: dict[str, Tensor], where: str) -> None
     problems = [f"{n} is missing" for n in own if n not in weights]
     problems += [f"{n} is not part of this policy" for n in weights if n not in own]
     problems += [
-        f"{n} is {list(weights[n].shape)}, the policy has {list(own[n].shape)}" for n in own if n in weights and weights[n].shape != own[n].shape
+        f"{n} is {list(weights[n].shape)}, the policy has {list(x.shape)}"
+        for n, x in own.items()
+        if n in weights and weights[n].shape != x.shape
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise CheckpointError(
-            f"checkpoint {where} holds another policy: {'; '.join(problems[:4])}{more}. Use the recipe it was trained with "
-            "(recipe.yaml in its run folder)"
+            f"checkpoint {where} holds another policy: {'; '.join(problems[:4])}{more}. Use the recipe it was trained "
+            "with (recipe.yaml in its run folder)"
         )
     module.load_state_dict(weights)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -15,22 +16,26 @@ from typing import Any
 import torch
 
 from embodied_rl import checkpoint
+from embodied_rl.batch import observed
 from embodied_rl.config import dump_recipe, load_resolved
-from embodied_rl.errors import ConfigError, RunFolderError
+from embodied_rl.errors import ConfigError, DivergenceError
 from embodied_rl.evaluate import evaluate, film
 from embodied_rl.measure import Clock, memory_mib, rollout_metrics
 from embodied_rl.recipe import Recipe
 from embodied_rl.report import write_report
 from embodied_rl.results import EvaluationResult
 from embodied_rl.runfolder import RunFolder, Summary, open_run
+from embodied_rl.seeding import global_rng_untouched
 from embodied_rl.session import Session, build_env
 from embodied_rl.types import Env
 from embodied_rl.writers import Writers, open_writers
 
 log = logging.getLogger(__name__)
 
-RESUMABLE = ("train", "evaluate", "checkpoint", "log", "device")
+RESUMABLE = ("name", "train", "evaluate", "checkpoint", "log", "device")
 """Sections that may differ between a run and its continuation: they do not change what the next update computes."""
+GOALS = ("finished", "time", "target")
+"""Reasons to stop that are an end of training; the others are a signal's name and "diverged"."""
 
 
 class StopRequest:
@@ -39,17 +44,33 @@ class StopRequest:
     def __init__(self) -> None:
         """Nothing asked yet."""
         self.signal: signal.Signals | None = None
+        self.at_once = False
+        """Nothing is left to be saved: the first signal already interrupts (KeyboardInterrupt)."""
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            os.write(2, b"\nsecond interrupt: stopping at once; the last checkpoint is intact\n")
+        second = self.signal is not None and number == signal.SIGINT
+        if second:
+            text = "second interrupt: stopping at once; the last checkpoint is intact"
+        elif self.at_once:
+            text = "stopping; the training is saved"
+        else:
+            text = "finishing the current update, then saving (interrupt again to stop at once)"
+        # Written past Python's buffers, which the interrupted code may just be using; the terminal may be gone.
+        with suppress(OSError):
+            show_cursor = "\x1b[?25h" if second and os.isatty(2) else ""
+            os.write(2, f"{show_cursor}\n{text}\n".encode())
+        if second:
             os._exit(130)
         self.signal = signal.Signals(number)
-        os.write(2, b"\nfinishing the current update, then saving (interrupt again to stop at once)\n")
+        if self.at_once:
+            raise KeyboardInterrupt
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle the two signals inside the block."""
+        """Handle the two signals inside the block; outside the main thread, where Python cannot, do nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
         old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -71,57 +92,61 @@ def train(session: Session, folder: RunFolder, writers: Writers, stop: StopReque
         reason: Why training ended: "finished", "time", "target", "SIGINT" or "SIGTERM".
     """
     s, r, clock = session, session.recipe, Clock()
-    suite = Suite(r)
     started, wall_before = perf_counter(), s.wall_s
-    reason = why_stop(s, stop, None)
-    while reason is None:
-        with clock.phase("rollout"):
-            rollout = s.collector.collect()
-        with clock.phase("advantage"):
-            advantage = s.credit(rollout)
-        with clock.phase("update"):
-            metrics = s.updater.update(rollout, advantage, progress=s.progress)
-            s.policy.observe({k: v[rollout.valid] for k, v in rollout.obs.items()})
-        s.collector.version = s.update
+    reason = why_stop(s, stop)
+    with closing(Suite(r)) as suite:
+        while reason is None:
+            with clock.phase("rollout"):
+                rollout = s.collector.collect()
+            with clock.phase("advantage"):
+                advantage = s.credit(rollout)
+            with clock.phase("update"):
+                metrics = s.updater.update(rollout, advantage, progress=s.progress)
+                if (seen := observed(rollout)) is not None:
+                    s.policy.observe(seen)
+            s.collector.version = s.update
 
-        steps = int(rollout.steps[rollout.valid].sum())
-        s.env_steps += steps
-        s.decisions += int(rollout.valid.sum())
-        s.episodes += len(rollout.finished.get("return", ()))
-        metrics.merge(rollout_metrics(rollout, s.collector.spec.tasks))
-        metrics.merge_pairs(advantage.metrics)
+            steps, decisions = int(rollout.steps[rollout.valid].sum()), int(rollout.valid.sum())
+            s.env_steps += steps
+            s.decisions += decisions
+            s.episodes += len(rollout.finished.get("return", ()))
+            metrics.merge(rollout_metrics(rollout, s.collector.spec.tasks))
+            metrics.merge_pairs(advantage.metrics)
 
-        score = None
-        if r.evaluate.every and s.update % r.evaluate.every == 0:
-            with clock.phase("evaluate"):
-                result = suite.run(s, r.evaluate.episodes_during)
-            metrics.merge(result.metrics(suite.name))
-            score = result.score
-        s.wall_s = wall_before + perf_counter() - started
-        seconds = clock.take()
-        row = metrics.reduce() | {f"time/{k}_s": v for k, v in seconds.items()} | {
-            "progress/update": s.update, "progress/env_steps": s.env_steps, "progress/decisions": s.decisions,
-            "progress/episodes": s.episodes, "time/total_s": s.wall_s, "perf/memory_mib": memory_mib(),
-            "perf/env_steps_per_s": steps / (seconds["rollout"] + seconds["advantage"] + seconds["update"]),
-        }  # fmt: skip
-        writers.write(row)
-        reason = why_stop(s, stop, score)
-        if reason or score is not None or s.update % r.checkpoint.every == 0:
-            with clock.phase("checkpoint"):
-                writers.flush()
-                checkpoint.save(folder.checkpoints, s.state_dict(), update=s.update, keep=r.checkpoint.keep, best_score=score)
-    suite.close()
+            s.score = None
+            if r.evaluate.every and s.update % r.evaluate.every == 0:
+                with clock.phase("evaluate"):
+                    result = suite.run(s, r.evaluate.episodes_during)
+                metrics.merge(result.metrics(suite.name))
+                s.score = result.score
+            s.wall_s = wall_before + perf_counter() - started
+            seconds = clock.take()
+            busy = seconds["rollout"] + seconds["advantage"] + seconds["update"]
+            row = metrics.reduce() | {f"time/{k}_s": v for k, v in seconds.items()} | {
+                "progress/update": s.update, "progress/env_steps": s.env_steps, "progress/decisions": s.decisions,
+                "progress/episodes": s.episodes, "time/total_s": s.wall_s, "perf/memory_mib": memory_mib(),
+                "perf/env_steps_per_s": steps / busy, "perf/decisions_per_s": decisions / busy,
+            }  # fmt: skip
+            writers.write(row)
+            reason = why_stop(s, stop)
+            # Nothing was learned since the last checkpoint while updates are skipped; it stays the last good one.
+            due = s.score is not None or s.update % r.checkpoint.every == 0
+            if reason or (due and not s.updater.bad_in_a_row):
+                with clock.phase("checkpoint"):
+                    writers.flush()
+                    keep = r.checkpoint.keep
+                    checkpoint.save(folder.checkpoints, s.state_dict(), update=s.update, keep=keep, best_score=s.score)
     return reason
 
 
-def why_stop(session: Session, stop: StopRequest, score: float | None) -> str | None:
+def why_stop(session: Session, stop: StopRequest) -> str | None:
     """Return the reason to stop now, or None to go on."""
     t = session.recipe.train
     if stop.signal is not None:
         return stop.signal.name
     if session.env_steps >= t.env_steps:
         return "finished"
-    if t.target_success is not None and score is not None and score >= t.target_success:
+    if t.target_success is not None and session.score is not None and session.score >= t.target_success:
         return "target"
     if t.max_seconds is not None and session.wall_s >= t.max_seconds:
         return "time"
@@ -140,12 +165,15 @@ class Suite:
 
     def run(self, session: Session, episodes: int) -> EvaluationResult:
         """Evaluate the session's policy on the first `episodes` held-out starts: the same ones every time."""
-        e = self.recipe.evaluate
-        if self.env is None:
-            self.env = build_env(self.recipe, num_envs=e.copies, device=session.device, split="eval")
-        # A generator of its own: evaluating must not move the one that training samples with.
-        generator = None if e.greedy else torch.Generator(session.device).manual_seed(self.recipe.seed)
-        return evaluate(session.policy, self.env, episodes=episodes, run_seed=self.recipe.seed, greedy=e.greedy, generator=generator)
+        e, seed = self.recipe.evaluate, self.recipe.seed
+        # Evaluating must not move what training draws from: a generator of its own, and the global ones put back.
+        generator = None if e.greedy else torch.Generator(session.device).manual_seed(seed)
+        with global_rng_untouched():
+            if self.env is None:
+                self.env = build_env(self.recipe, num_envs=e.copies, device=session.device, split="eval")
+            return evaluate(
+                session.policy, self.env, episodes=episodes, run_seed=seed, greedy=e.greedy, generator=generator
+            )
 
     def close(self) -> None:
         """Close the env."""
@@ -173,12 +201,13 @@ class Finished:
         return self.reason.startswith("SIG")
 
 
-def run(recipe: Recipe, *, resume: bool = False) -> Finished:
+def run(recipe: Recipe, *, resume: bool = False, folder: Path | None = None) -> Finished:
     """Train a recipe into its run folder, evaluate, film and report.
 
     Args:
         recipe: Complete.
         resume: Continue the run folder's last checkpoint instead of starting anew.
+        folder: The run folder; None for the recipe's `<log.folder>/<name>`.
 
     Returns:
         finished: The folder, why training ended, and the final evaluation.
@@ -186,16 +215,13 @@ def run(recipe: Recipe, *, resume: bool = False) -> Finished:
     Raises:
         UserError: Anything the user can mend; nothing in an existing run folder is lost.
     """
-    path = Path(recipe.log.folder) / recipe.name
     session = Session.build(recipe)
-    try:
-        folder = open_run(path, resume=resume)
+    with closing(session):
+        opened = open_run(folder or Path(recipe.log.folder) / recipe.name, resume=resume)
         try:
-            return _run_in(folder, session, resume)
+            return _run_in(opened, session, resume)
         finally:
-            folder.release()
-    finally:
-        session.close()
+            opened.release()
 
 
 def _run_in(folder: RunFolder, session: Session, resume: bool) -> Finished:
@@ -203,15 +229,21 @@ def _run_in(folder: RunFolder, session: Session, resume: bool) -> Finished:
     if resume:
         _restore(folder, session)
     folder.write_start(dump_recipe(recipe), device=session.device)
-    writers = open_writers(folder, recipe, device=session.device, update=session.update)
-    try:
-        with StopRequest().listening() as stop:
-            reason = train(session, folder, writers, stop)
-    finally:
-        writers.close()
-    result = None
-    if not reason.startswith("SIG"):
-        result = _conclude(folder, session)
+    with StopRequest().listening() as stop:
+        try:
+            with closing(open_writers(folder, recipe, device=session.device, update=session.update)) as writers:
+                reason = train(session, folder, writers, stop)
+        except DivergenceError:
+            folder.write_summary(_summary(session, "diverged", None))
+            raise
+        result, stop.at_once = None, True
+        try:
+            if stop.signal is None:
+                result = _conclude(folder, session)
+        except KeyboardInterrupt:
+            pass
+        if stop.signal is not None:
+            reason, result = stop.signal.name, None
     folder.write_summary(_summary(session, reason, result))
     write_report(folder.path)
     return Finished(folder.path, reason, result)
@@ -221,12 +253,13 @@ def _restore(folder: RunFolder, session: Session) -> None:
     """Load the newest intact checkpoint, after making sure that it belongs to this recipe."""
     stored = folder.path / "recipe.yaml"
     if stored.is_file():
-        differ = [k for k in differences(load_resolved(stored).recipe.dump(), session.recipe.dump()) if k.split(".")[0] not in RESUMABLE]
+        found = differences(load_resolved(stored).recipe.dump(), session.recipe.dump())
+        differ = [key for key in found if key.split(".")[0] not in RESUMABLE]
         if differ:
             raise ConfigError(
-                f"{folder.path} was started with other settings ({', '.join(differ[:6])}), so it cannot be continued with these; "
-                f"resume it with its own recipe: embodied-rl train {folder.path} --resume. Only train, evaluate, checkpoint, log "
-                "and device may differ"
+                f"{folder.path} was started with other settings ({', '.join(differ[:6])}), so it cannot be continued "
+                f"with these; resume it with its own recipe: embodied-rl train {folder.path} --resume. Only train, "
+                "evaluate, checkpoint, log and device may differ"
             )
     newest = checkpoint.latest(folder.checkpoints)
     if newest is None:
@@ -270,7 +303,7 @@ def _conclude(folder: RunFolder, session: Session) -> EvaluationResult | None:
 def _summary(session: Session, reason: str, result: EvaluationResult | None) -> Summary:
     return {
         "name": session.recipe.name,
-        "finished": not reason.startswith("SIG"),
+        "finished": reason in GOALS,
         "stop_reason": reason,
         "updates": session.update,
         "env_steps": session.env_steps,
