@@ -34,9 +34,13 @@ OBSERVATION: dict[str, TensorSpec] = {
         "gripper opening -1..1, finger target -1..1, wanted minus real TCP position 3 and rotation 3 (of their limits)",
     ),
     "objects": TensorSpec(
-        (NUM_SLOTS, 27),
-        meaning="per object: position (5/m) 3, relative to the TCP (10/m) 3, x and y axes 6, velocity (2 s/m) 3, "
-        "colour one-hot 6, shape one-hot 3, half extents (30/m) 3",
+        (NUM_SLOTS, 15),
+        meaning="per object: position (x5/m) 3, relative to the TCP (x10/m) 3, x and y axes 6, velocity (x2 s/m) 3",
+    ),
+    "looks": TensorSpec(
+        (NUM_SLOTS, 12),
+        constant=True,
+        meaning="what each object is: colour one-hot 6, shape one-hot 3, half extents (x30/m) 3",
     ),
     "goal": TensorSpec(
         (11,),
@@ -117,7 +121,7 @@ class Observer:
         self._proprio_rest = torch.tensor([*HOME, *[0.0] * 16, half_open, half_open, *[0.0] * 6]).float().to(device)
         scale = [1.0] * 14 + [PLACE] * 3 + [1.0] * 6 + [1 / half_open] * 2 + [1 / LEASH] * 3 + [1 / YAW_LEASH] * 3
         self._proprio_scale = torch.tensor(scale, device=device)
-        scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0] * 6 + [SPEED] * 3 + [1.0] * (len(COLORS) + NUM_SLOTS) + [SIZE] * 3
+        scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0] * 6 + [SPEED] * 3
         self._objects_scale = torch.tensor(scale, device=device)
         scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0, 1 / DRAWER_MAX] + [PLACE] * 3
         self._goal_scale = torch.tensor(scale, device=device)
@@ -135,7 +139,7 @@ class Observer:
         self._goal, self._b_start, self._words = episode.goal.clone(), episode.b_start.clone(), episode.words.clone()
         self._marked = (episode.goal[:, 2:] > -0.5).float()
         self._goal_or_zero = self._marked * self._goal
-        fixed = torch.cat([self._shapes, self._half], dim=1).expand(len(a), -1, -1)
+        fixed = torch.cat([self._shapes, SIZE * self._half], dim=1).expand(len(a), -1, -1)
         self._looks = torch.cat([self._palette[episode.colors], fixed], dim=2)
 
     def handle(self, qpos: Tensor) -> Tensor:
@@ -199,7 +203,7 @@ class Observer:
         products = (quaternion[..., :, None] * quaternion[..., None, :]).flatten(2)
         velocity = qvel[:, self._velocities].unflatten(1, (NUM_SLOTS, 6))[:, :, :3]
         axes = products @ self._axes
-        objects = torch.cat([position, position - tcp[:, None], axes, velocity, self._looks], dim=2)
+        objects = torch.cat([position, position - tcp[:, None], axes, velocity], dim=2)
         goal = torch.cat(
             [
                 self._goal_or_zero,
@@ -213,6 +217,7 @@ class Observer:
         return {
             "proprio": (proprio - self._proprio_rest) * self._proprio_scale,
             "objects": objects * self._objects_scale,
+            "looks": self._looks,
             "goal": goal * self._goal_scale,
             "instruction": self._words,
         }
