@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import gymnasium
+import mujoco
 import numpy as np
 import torch
 from gymnasium import error as gym_error
@@ -268,8 +271,8 @@ def _success_key(config: Config, info: dict[str, Any]) -> str | None:
     return next((key for key in SUCCESS_KEYS if key in info), None)
 
 
-def _make(config: Config) -> gymnasium.Env[Any, Any]:
-    """One copy; Gymnasium's errors become sentences and its warnings lines of the log."""
+def _make(config: Config, told: set[str]) -> gymnasium.Env[Any, Any]:
+    """One copy; errors become sentences, and warnings are added to `told`."""
     where = f"env gymnasium: '{config.id}'"
     clash = sorted({"id", "max_episode_steps", "render_mode", "disable_env_checker"} & config.kwargs.keys())
     if clash:
@@ -280,9 +283,8 @@ def _make(config: Config) -> gymnasium.Env[Any, Any]:
     if config.render:
         settings["render_mode"] = "rgb_array"
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            env = gymnasium.make(config.id, disable_env_checker=True, **settings)
+        with _warnings_into(told):
+            return gymnasium.make(config.id, disable_env_checker=True, **settings)
     except gym_error.UnregisteredEnv as error:
         hint = nearest(config.id, _ids(config.id))
         if isinstance(error, gym_error.NamespaceNotFound):
@@ -292,9 +294,20 @@ def _make(config: Config) -> gymnasium.Env[Any, Any]:
         raise MissingExtraError(f"{where} needs a package that is not installed: {error}") from None
     except (TypeError, gym_error.Error) as error:
         raise ConfigError(f"{where} cannot be made: {error}; look at env.kwargs") from None
-    for warning in caught:
-        log.info("%s: %s", where, warning.message)
-    return env
+
+
+@contextmanager
+def _warnings_into(told: set[str]) -> Iterator[None]:
+    """Collect what Python and MuJoCo warn of; the latter would print it and write a MUJOCO_LOG.TXT, once per copy."""
+    handler = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(told.add)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        mujoco.set_mju_user_warning(handler)
+        told |= {str(warning.message) for warning in caught}
 
 
 def _ids(wanted: str) -> list[str]:
@@ -322,8 +335,11 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
     """
     envs: list[gymnasium.Env[Any, Any]] = []
     try:
+        told: set[str] = set()
         for _ in range(num_envs):
-            envs.append(_make(config))
+            envs.append(_make(config, told))
+        for message in sorted(told):
+            log.info("env gymnasium: '%s': %s", config.id, message)
         return GymnasiumEnv(config, envs, device)
     except BaseException:
         for env in envs:

@@ -300,10 +300,12 @@ def test_an_action_space_that_is_not_understood_is_told():
         del gymnasium.registry["Buttons-v0"]
 
 
-def test_an_outdated_id_works_and_its_warning_goes_to_the_log(caplog):
+def test_warnings_of_an_outdated_id_and_of_its_model_go_to_the_log_once(caplog, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     caplog.set_level("INFO")
-    make("HalfCheetah-v4", copies=1).close()
-    assert "out of date" in caplog.text
+    make("HalfCheetah-v4", copies=3).close()
+    assert caplog.text.count("out of date") == 1 and caplog.text.count("settotalmass") == 1
+    assert capfd.readouterr().err == "" and list(tmp_path.iterdir()) == []
 
 
 def test_pictures_are_offered_only_when_asked_for_and_have_the_size_asked_for():
