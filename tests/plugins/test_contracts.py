@@ -1,0 +1,63 @@
+"""The contract over every file in envs/ and policies/: a new file is tried without being named here."""
+
+import pytest
+
+from embodied_rl import registry
+from embodied_rl.check import check_env, check_policy
+from embodied_rl.errors import MissingExtraError
+
+ENV_SETTINGS = {
+    "gymnasium": [["id=HalfCheetah-v5", "max_steps=60"], ["id=CartPole-v1"], ["id=Pendulum-v1", "max_steps=40"], ["id=FrozenLake-v1"]],
+    "envpool": [["id=HalfCheetah-v4", "max_steps=60"], ["id=CartPole-v1"], ["id=FetchReach-v4", "reward_terms=true"]],
+}
+"""Envs that need settings; any other is tried as it comes."""
+POLICY_SETTINGS = {
+    "mlp": [
+        [],
+        ["std=state", "squash=true", "critic.kind=hl_gauss"],
+        ["chunk=3", "critic.kind=none", "attention_heads=0"],
+        ["critic.share=all", "normalize_obs=false"],
+        ["critic.share=nothing", "hidden=[16]"],
+    ],
+}
+"""Variants worth trying; any other policy is tried as it comes."""
+
+
+def cases(kind, settings):
+    return [(name, overrides) for name in registry.names(kind) for overrides in settings.get(name, [[]])]
+
+
+def label(x):
+    return x if isinstance(x, str) else " ".join(x) or "defaults"
+
+
+def load_or_skip(kind, name):
+    try:
+        registry.load(kind, name)
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+
+
+def broken(findings):
+    return [f"{f.name}: {f.detail}" for f in findings if f.ok is False]
+
+
+@pytest.mark.parametrize(("name", "overrides"), cases("env", ENV_SETTINGS), ids=label)
+def test_every_env_keeps_the_contract(name, overrides):
+    load_or_skip("env", name)
+    findings = check_env(name, overrides)
+    assert broken(findings) == []
+    assert sum(f.ok is True for f in findings) >= 12
+
+
+@pytest.mark.parametrize(("name", "overrides"), cases("policy", POLICY_SETTINGS), ids=label)
+def test_every_policy_keeps_the_contract(name, overrides):
+    load_or_skip("policy", name)
+    findings = check_policy(name, overrides)
+    assert broken(findings) == []
+    assert sum(f.ok is True for f in findings) >= 10
+
+
+def test_nothing_is_left_out():
+    assert {name for name, _ in cases("env", ENV_SETTINGS)} == set(registry.names("env")) >= {"gymnasium", "envpool", "tabletop"}
+    assert {name for name, _ in cases("policy", POLICY_SETTINGS)} == set(registry.names("policy")) >= {"mlp"}
