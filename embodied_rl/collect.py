@@ -230,7 +230,11 @@ class Collector:
         here = active[part.columns]
         everyone = self.mode == "stream" or bool(here.all())
         record.decision(t, part, output)
-        part.start(output.action, None if everyone else here)
+        action = output.action
+        if not everyone:
+            # Waiting copies may show anything; what the policy makes of that must not reach the env.
+            action = torch.where(here.view(-1, *[1] * (action.ndim - 1)), action, torch.zeros_like(action))
+        part.start(action, None if everyone else here)
 
     def _receive(self, part: Part, t: int, active: Tensor, record: Record) -> None:
         if part.pending is None:
@@ -295,8 +299,8 @@ class Collector:
         """Restore `state_dict`.
 
         Returns:
-            exact: False when episodes begin anew (on starts not used before) because the env cannot restore its
-                state, or when samples are drawn anew because they were drawn on another kind of device.
+            exact: False when episodes begin anew because the env cannot restore its state, or when actions are
+                drawn from a new sequence because the old one was of another kind of device.
 
         Raises:
             CheckpointError: It is of another number of copies.
@@ -307,6 +311,8 @@ class Collector:
         for k in self._COPY_FIELDS:
             getattr(self, k).copy_(state[k])
         self.version = state["version"]
+        # Until an env state is in place the next rollout must begin with a reset, whatever this collector did before.
+        self._begun = False
         same_samples = self._restore_generator(state["generator"])
         if not state["begun"] or self._starts_anew:
             return same_samples
