@@ -143,7 +143,7 @@ class Session:
                 envs.append(build_env(recipe, num_envs=c.copies // c.pipeline, device=device, split="train", part=part))
             policy = build_policy(recipe, env=envs[0].spec, device=device)
             check_fit(recipe, policy)
-            loss = LossFunction(algorithm.loss, policy.chunk, getattr(policy, "value_range", None))
+            loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))
             patience = recipe.train.max_bad_updates
             updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience)
             collector = Collector(

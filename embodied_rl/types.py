@@ -209,6 +209,8 @@ class Policy(Protocol):
 
     chunk: int
     """C, control steps per decision."""
+    actions_per_decision: int
+    """Different actions in a chunk: C, or fewer when each is held for several control steps."""
     num_units: int
     """A, units per decision."""
     has_critic: bool

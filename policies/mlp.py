@@ -79,7 +79,9 @@ class Config(Section):
     attention_heads: int = Field(2, ge=0)
     """Questions the instruction asks the object slots; 0 concatenates the slots instead."""
     chunk: int = Field(1, ge=1)
-    """Control steps per decision."""
+    """Actions per decision."""
+    hold: int = Field(1, ge=1)
+    """Control steps each action is held for; 2 decides half as often, which explores farther and computes less."""
     critic: Critic = Critic()
 
 
@@ -251,10 +253,13 @@ class MlpPolicy(nn.Module):
         """Build for one env; parameters are drawn from torch's global generator."""
         super().__init__()
         self.config, self.spec = config, env
-        self.chunk = config.chunk
+        self.chunk = config.chunk * config.hold
+        self.actions_per_decision = config.chunk
         self.discrete = env.action.kind == "discrete"
-        if self.discrete and (config.squash or config.chunk > 1):
-            raise CapabilityError("policy mlp: discrete actions take neither squash nor chunk above 1; remove them from the recipe")
+        if self.discrete and (config.squash or self.chunk > 1):
+            raise CapabilityError(
+                "policy mlp: discrete actions take neither squash nor chunk or hold above 1; remove them from the recipe"
+            )
         self.num_units = 1 if self.discrete else config.chunk * env.action.size
         self.has_critic = config.critic.kind != "none"
         self.value_range = (config.critic.low, config.critic.high) if config.critic.kind == "hl_gauss" else None
@@ -303,7 +308,8 @@ class MlpPolicy(nn.Module):
                 units[:n] += noise * (std[:n] if std.ndim == 2 else std)
             action = torch.tanh(units) if self.config.squash else units
             logp = self._log_prob(mean, log_std, units)
-            return PolicyOutput(units[:n], logp[:n], action[:n].view(n, self.chunk, -1), value)
+            action = action[:n].view(n, self.config.chunk, -1).repeat_interleave(self.config.hold, dim=1)
+            return PolicyOutput(units[:n], logp[:n], action, value)
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
         """Log-probabilities [N, A], entropies [N, A] and values [N] of recorded decisions."""
@@ -313,8 +319,8 @@ class MlpPolicy(nn.Module):
             h = -(log_probs.exp() * log_probs).sum(-1, keepdim=True)[:n] if entropy else None
             return Evaluation(self._log_prob(out, None, _pad(units, len(out)))[:n], h, value, logits)
         mean, log_std = self._split(out)
-        logp = self._log_prob(mean, log_std, _pad(units, len(out)))[:n]
-        h = self._entropy(mean, log_std)[:n] if entropy else None
+        logp = _cut(self._log_prob(mean, log_std, _pad(units, len(out))), n)
+        h = _cut(self._entropy(mean, log_std), n) if entropy else None
         return Evaluation(logp, h, value, logits)
 
     def value(self, obs: Obs) -> Tensor:
@@ -343,7 +349,7 @@ class MlpPolicy(nn.Module):
             return out, None, None, n
         if share != "all":
             hidden = self.critic(self.critic_encoder(obs) if share == "nothing" else features)
-        raw = self.critic_head(hidden)[:n]
+        raw = _cut(self.critic_head(hidden), n)
         if self.value_range is None:
             return out, raw.squeeze(-1), None, n
         return out, torch.softmax(raw, dim=-1) @ self.value_support, raw, n
@@ -383,6 +389,11 @@ def log_tanh_derivative(u: Tensor) -> Tensor:
 def _pad(x: Tensor, rows: int) -> Tensor:
     """x with zero rows appended up to `rows`."""
     return x if len(x) >= rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+
+
+def _cut(x: Tensor, rows: int) -> Tensor:
+    """The first rows; x itself when it has no more, because the backward pass of a slice copies."""
+    return x if len(x) == rows else x[:rows]
 
 
 def build(config: Config, *, env: EnvSpec, device: torch.device) -> MlpPolicy:

@@ -9,7 +9,7 @@ import os
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from embodied_rl.envs.tabletop.env import TabletopEnv
 from embodied_rl.envs.tabletop.physics import NativePhysics, Physics
@@ -28,8 +28,9 @@ class Config(Section):
     type: Literal["tabletop"] = "tabletop"
     tasks: list[str] = Field(["reach", "push", "lift"], min_length=1)
     """Any of reach, push, lift, place, stack, open, close; copies share them evenly."""
-    reward: Literal["dense", "sparse"] = "dense"
-    """dense: shaped, in [0, 1] per control step, 1 while solved; sparse: 1 while solved, else 0."""
+    reward: Literal["dense", "progress", "sparse"] = "dense"
+    """dense: shaped, in [0, 1] per control step, 1 while solved; progress: 10 times the change of dense, so that each
+    action is paid for its own effect at once; sparse: 1 while solved, else 0."""
     max_steps: int = Field(50, ge=1)
     """Control steps (1/20 s each) after which an episode is truncated; place and stack need about 80."""
     end_on_success: bool = False
@@ -38,6 +39,15 @@ class Config(Section):
     """native: MuJoCo's C engine on CPU threads; warp: MuJoCo Warp on `device`; auto: warp on CUDA, native on a CPU."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of the native engine; null takes every core this process may use."""
+
+    @model_validator(mode="after")
+    def _success_pays(self) -> Config:
+        if self.end_on_success and self.reward == "dense":
+            raise ValueError(
+                f"reward ({self.reward}) with end_on_success ({self.end_on_success}) pays for avoiding success, because it "
+                "ends the episode and its rewards; set reward: progress or sparse, or end_on_success: false"
+            )
+        return self
 
     @field_validator("tasks")
     @classmethod

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from embodied_rl.envs.tabletop.camera import BatchCamera
 
 ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))
+PROGRESS = 10.0
+"""Scale of the progress reward: an episode that is solved from far away is worth a little less than this."""
 
 
 class TabletopEnv:
@@ -37,7 +39,7 @@ class TabletopEnv:
         physics: Physics,
         tasks: tuple[str, ...],
         *,
-        reward: Literal["dense", "sparse"],
+        reward: Literal["dense", "progress", "sparse"],
         max_steps: int,
         end_on_success: bool,
         device: torch.device,
@@ -69,6 +71,7 @@ class TabletopEnv:
         self._observer = Observer(scene, inner)
         self._observer.begin(self.episode)
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=inner)
+        self._score = torch.zeros(num_envs, device=inner)
         self._texts = [""] * num_envs
         self._camera: BatchCamera | None = None
         self._read()
@@ -92,6 +95,8 @@ class TabletopEnv:
         success, reward, terms = judge(self._tasks, self.episode.task, self.view())
         if self._reward == "sparse":
             reward = success.float()
+        elif self._reward == "progress":
+            reward, self._score = PROGRESS * (reward - self._score), reward
         truncated = self._steps >= self._max_steps
         terminated = success.clone() if self._end_on_success else torch.zeros_like(success)
         return Step(
@@ -110,6 +115,7 @@ class TabletopEnv:
             "controller": self.controller.get_state(),
             "episode": {one.name: getattr(self.episode, one.name).clone() for one in fields(Episode)},
             "steps": self._steps.clone(),
+            "score": self._score.clone(),
             "texts": list(self._texts),
             "tasks": list(self.spec.tasks),
         }
@@ -130,6 +136,7 @@ class TabletopEnv:
         for one in fields(Episode):
             getattr(self.episode, one.name).copy_(state["episode"][one.name])
         self._steps.copy_(state["steps"])
+        self._score = state["score"].to(self._score.device).clone()
         self._texts = list(state["texts"])
         self._observer.begin(self.episode)
         self._read()
@@ -202,6 +209,8 @@ class TabletopEnv:
         self._observer.begin(self.episode)
         self._read()
         self.controller.hold(mask, self._pose)
+        score = judge(self._tasks, self.episode.task, self.view())[1]
+        self._score = torch.where(mask, score, self._score)
 
     def _read(self) -> None:
         """Take over what the physics says; the one forward kinematics of a control step."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embodied_rl.envs.tabletop.control import LEASH, YAW_LEASH, PoseController
+from embodied_rl.envs.tabletop.control import FINGER_CLOSED, LEASH, YAW_LEASH, PoseController
 from embodied_rl.envs.tabletop.instructions import COLORS, MAX_WORDS, WORD_IDS
 from embodied_rl.envs.tabletop.kinematics import Pose, rotation_error, rotation_from_quaternion
 from embodied_rl.envs.tabletop.scene import (
@@ -168,6 +168,7 @@ class Observer:
         return View(
             tcp=tcp,
             held=pressing & between,
+            aperture=(finger_target - FINGER_CLOSED) / (FINGER_MAX - FINGER_CLOSED),
             gripper_open=(finger_target > 0.025) & (opening > 0.02),
             a_position=a_position,
             a_half_height=self._a_half,

@@ -20,6 +20,10 @@ from embodied_rl.envs.tabletop.scene import DRAWER_MAX
 
 REACH_RADIUS = 0.025
 PUSH_RADIUS = 0.03
+PUSH_OFFSET = 0.05
+"""m behind an object's centre from where it is pushed: a little more than its half width and a finger's."""
+GRASP_RADIUS = 0.02
+"""m from the object's centre within which the fingers should close."""
 LIFT_HEIGHT = 0.07
 STILL = 0.08
 """m/s below which an object counts as resting."""
@@ -41,6 +45,8 @@ class View:
     """[B] bool, a is between the fingers, which press on it."""
     gripper_open: Tensor
     """[B] bool, the fingers are commanded to and do not press on anything."""
+    aperture: Tensor
+    """[B] commanded opening of the fingers, 0 closed to 1 open."""
     a_position: Tensor
     """[B, 3] centre of a."""
     a_half_height: Tensor
@@ -136,7 +142,8 @@ class Push(Task):
 
     Randomisation: as reach, and the goal, 9 to 18 cm from the object in any direction.
     Success: the object's centre is horizontally within 3 cm of the goal and not more than 1.5 cm above its rest.
-    Reward terms: reach = 0.4 closeness(TCP, object), progress = 0.5 closeness(object, goal).
+    Reward terms: reach = 0.35 closeness(TCP, push point), progress = 0.6 closeness(object, goal). The push point lies
+    5 cm behind the object's centre as seen from the goal, so that the way to it does not lead through the object.
     """
 
     name = "push"
@@ -150,9 +157,11 @@ class Push(Task):
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness of the TCP to the object and of the object to the goal."""
         to_goal = distance(view.a_position[:, :2], view.goal[:, :2])
+        away = (view.a_position[:, :2] - view.goal[:, :2]) / to_goal.clamp_min(1e-3)[:, None]
+        push_point = view.a_position + torch.nn.functional.pad(PUSH_OFFSET * away, (0, 1))
         return {
-            "reach": 0.4 * closeness(view.tcp_to_a),
-            "progress": 0.5 * closeness(to_goal),
+            "reach": 0.35 * closeness(distance(view.tcp, push_point)),
+            "progress": 0.6 * closeness(to_goal),
         }
 
 
@@ -161,7 +170,8 @@ class Lift(Task):
 
     Randomisation: as reach.
     Success: the object is held and at least 7 cm above its resting height.
-    Reward terms: reach = 0.35 closeness(TCP, object), grasp = 0.25 while held, progress = 0.3 height / 7 cm while held.
+    Reward terms: reach = 0.35 closeness(TCP, object) + 0.1 x the fingers' opening while farther than 2 cm from the
+    object's centre, or their closing within it; grasp = 0.2 while held; progress = 0.3 height / 7 cm while held.
     """
 
     name = "lift"
@@ -173,9 +183,11 @@ class Lift(Task):
 
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness, grasp, height."""
+        near = view.tcp_to_a < GRASP_RADIUS
+        fingers = torch.where(near, 1 - view.aperture, view.aperture)
         return {
-            "reach": 0.35 * closeness(view.tcp_to_a),
-            "grasp": 0.25 * view.held,
+            "reach": 0.35 * closeness(view.tcp_to_a) + 0.1 * fingers,
+            "grasp": 0.2 * view.held,
             "progress": 0.3 * view.held * (view.a_height / LIFT_HEIGHT).clamp(0, 1),
         }
 
@@ -333,5 +345,8 @@ def distance_of(x: Tensor, y: Tensor) -> Tensor:
 
 
 def closeness(d: Tensor) -> Tensor:
-    """1 - tanh(6 d): 1 at the place, 0.46 at 10 cm, 0.17 at 20 cm."""
-    return 1 - torch.tanh(6 * d)
+    """1 - min(d / 40 cm, 1) / 2 - tanh(15 d) / 2: 1 at the place, 0.42 at 10 cm, 0.25 at 20 cm.
+
+    The straight part pulls from afar, where tanh alone is flat; the curved part asks for precision near the place.
+    """
+    return 1 - 0.5 * (2.5 * d).clamp_max(1.0) - 0.5 * torch.tanh(15 * d)
