@@ -44,6 +44,12 @@ class Flat:
             {k: v.index_select(0, index) for k, v in self.rows.items()},
         )
 
+    def split(self, sizes: list[int]) -> Iterator[Flat]:
+        """Consecutive windows of these sizes, without copying; cheaper than one `slice` each."""
+        obs, rows = ({k: v.split(sizes) for k, v in x.items()} for x in (self.obs, self.rows))
+        for i, episode in enumerate(self.episode.split(sizes)):
+            yield Flat({k: v[i] for k, v in obs.items()}, self.constants, episode, {k: v[i] for k, v in rows.items()})
+
     def slice(self, start: int, stop: int) -> Flat:
         """A window of consecutive rows, without copying."""
         return Flat(
@@ -126,9 +132,9 @@ def minibatches(flat: Flat, count: int, loss: LossFunction, generator: torch.Gen
     """
     order, borders = _shuffle(flat.episode, count, loss.whole_trajectories, generator)
     lazy = sum(v.nbytes for v in flat.obs.values()) > LAZY_BYTES
-    shuffled = None if lazy else flat.take(order)
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
-        part = flat.take(order[start:stop]) if shuffled is None else shuffled.slice(start, stop)
+    sizes = [stop - start for start, stop in zip(borders[:-1], borders[1:], strict=True)]
+    parts = (flat.take(rows) for rows in order.split(sizes)) if lazy else flat.take(order).split(sizes)
+    for part in parts:
         yield as_batch(part, loss)
 
 

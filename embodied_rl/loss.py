@@ -164,6 +164,10 @@ def cell_weights(
     """
     n = len(trajectory)
     device = trajectory.device
+    if mask is None and aggregate in ("unit_mean", "decision_mean"):
+        # Every unit counts, so all cells weigh the same.
+        cells = {"unit": num_units, "action": chunk}.get(level, 1)
+        return torch.full((n, cells), 1.0 / (n * cells), device=device)
     counts = torch.ones(n, num_units, device=device) if mask is None else mask.to(torch.float32)
     per_row = counts.sum(-1, keepdim=True)
     if aggregate == "unit_mean":
@@ -333,23 +337,24 @@ class LossFunction:
         ratio = log_ratio.exp()
         advantage = batch.advantage.unsqueeze(-1)
         objective, clipped = surrogate(ratio, advantage, c)
-        weight = batch.weight
-        policy = -weighted_sum(objective, weight)
+        weight, everywhere = batch.weight, batch.mask is None
+        policy = -weighted_sum(objective, weight, everywhere=everywhere)
         total = policy
         entropy = None
         if evaluation.entropy is not None:
-            entropy = weighted_sum(by_cell(evaluation.entropy, *args), weight)
+            entropy = weighted_sum(by_cell(evaluation.entropy, *args), weight, everywhere=everywhere)
             if c.entropy_coef:
-                total = total - c.entropy_coef * entropy
+                total = torch.sub(total, entropy, alpha=c.entropy_coef)
         kl_ref = None
         if c.kl.coef and batch.logp_ref is not None:
             d = by_cell(evaluation.logp - batch.logp_ref, *args)
-            kl_ref = weighted_sum(kl_estimate(d, c.kl.kind), weight)
-            total = total + c.kl.coef * kl_ref
+            kl_ref = weighted_sum(kl_estimate(d, c.kl.kind), weight, everywhere=everywhere)
+            total = torch.add(total, kl_ref, alpha=c.kl.coef)
         critic = None
         if evaluation.value is not None and batch.target is not None and c.value.coef:
-            critic = weighted_sum(value_loss(evaluation, batch, c.value, self.value_range), batch.row_weight)
-            total = total + c.value.coef * critic
+            error = value_loss(evaluation, batch, c.value, self.value_range)
+            critic = weighted_sum(error, batch.row_weight, everywhere=everywhere)
+            total = torch.add(total, critic, alpha=c.value.coef)
         if not diagnose:
             return LossResult(total, None, {})
         with torch.no_grad():
@@ -379,14 +384,17 @@ class LossFunction:
         return LossResult(total, k3, metrics)
 
 
-def weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
+def weighted_sum(x: Tensor, weight: Tensor, *, everywhere: bool = False) -> Tensor:
     """Sum of x times weight over cells with a weight; cells of weight 0 may hold anything, NaN included.
 
     Args:
         x: [N] or [N, L].
         weight: Same shape, not negative.
+        everywhere: All weights are known to be positive, which saves looking.
 
     Returns:
         total: Scalar.
     """
-    return torch.where(weight > 0, x, torch.zeros((), dtype=x.dtype, device=x.device)).flatten().dot(weight.flatten().to(x.dtype))
+    if not everywhere:
+        x = torch.where(weight > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return x.flatten().dot(weight.flatten().to(x.dtype))

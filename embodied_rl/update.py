@@ -67,19 +67,49 @@ class FlatParameters:
         self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         params = [p for _, p in self.named]
         data = torch.cat([p.detach().flatten() for p in params])
-        self.vector = nn.Parameter(data)
+        self.vector = data
         self.grad = torch.zeros_like(data)
-        self.vector.grad = self.grad
         start = 0
         for p in params:
             stop = start + p.numel()
-            p.data = self.vector.data[start:stop].view(p.shape)
+            p.data = self.vector[start:stop].view(p.shape)
             p.grad = self.grad[start:stop].view(p.shape)
             start = stop
 
     def non_finite_gradients(self) -> list[str]:
         """Names of parameters whose gradient holds NaN or infinity."""
         return [n for n, p in self.named if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+
+
+class Adam:
+    """AdamW on one vector: the kernel of `torch.optim.AdamW(fused=True)` without the Python around it.
+
+    That Python takes longer than the kernel where networks are small (45 of 55 microseconds per step).
+    """
+
+    def __init__(self, vector: Tensor, grad: Tensor, *, eps: float, weight_decay: float) -> None:
+        """Start with moments of zero.
+
+        Args:
+            vector: Parameters, moved in place by `step`.
+            grad: Their gradients, read by `step`.
+            eps: Added to the root of the second moment.
+            weight_decay: Decoupled from the gradient.
+        """
+        self.vector, self.grad, self.eps, self.weight_decay = vector, grad, eps, weight_decay
+        self.moments = {"exp_avg": torch.zeros_like(vector), "exp_avg_sq": torch.zeros_like(vector)}
+        # The kernel wants its counter in float32 on the parameters' device.
+        self.moments["step"] = torch.zeros((), device=vector.device)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Move the vector by one step of size `lr`, with betas 0.9 and 0.999."""
+        m = self.moments
+        m["step"] += 1
+        torch._fused_adamw_(
+            [self.vector], [self.grad], [m["exp_avg"]], [m["exp_avg_sq"]], [], [m["step"]], lr=lr, beta1=0.9, beta2=0.999,
+            weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 class Updater:
@@ -99,9 +129,8 @@ class Updater:
         self.max_bad_updates = max_bad_updates
         self.reference: Policy | None = copy.deepcopy(policy) if loss.config.kl.coef else None
         self.parameters = FlatParameters(cast(nn.Module, policy))
-        self.optimizer = torch.optim.AdamW(
-            [self.parameters.vector], lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
-        )
+        flat = self.parameters
+        self.optimizer = Adam(flat.vector, flat.grad, eps=config.adam_eps, weight_decay=config.weight_decay)
         self.generator = torch.Generator().manual_seed(seed)
         self.lr = config.lr
         self.version = 0
@@ -126,7 +155,6 @@ class Updater:
         c = self.config
         if c.lr_schedule == "linear":
             self.lr = c.lr * (1 - progress)
-        self.optimizer.param_groups[0]["lr"] = self.lr
         metrics = Partials()
         metrics.maximum("sync/policy_lag_max", float(self.version - rollout.policy_version.min()))
         flat = flatten(rollout, advantage)
@@ -171,7 +199,7 @@ class Updater:
             parts.append(result.metrics)
             if untouched:  # the weights are still those that sampled
                 parts.append({"sync/logp_gap_mean": logp_gap(evaluation.logp.detach(), piece)})
-        norm = float(flat.grad.norm())
+        norm = float(torch.linalg.vector_norm(flat.grad))
         if not math.isfinite(norm) or not math.isfinite(float(loss)):
             metrics.add("actor/skipped_updates", 1.0, 0.0)
             self._problem = self._describe(batch, loss)
@@ -179,7 +207,7 @@ class Updater:
         self._stepped = True
         if norm > c.max_grad_norm:
             flat.grad.mul_(c.max_grad_norm / norm)
-        self.optimizer.step()
+        self.optimizer.step(self.lr)
         for name, (total, count) in ((k, v) for part in parts for k, v in part.items()):
             metrics.maximum(name, float(total)) if name.endswith("_max") else metrics.add(name, float(total), float(count))
         if diagnose:
@@ -217,7 +245,6 @@ class Updater:
             self.lr = max(self.lr / 1.5, 1e-5)
         elif kl < 0.5 * self.config.target_kl:
             self.lr = min(self.lr * 1.5, 1e-2)
-        self.optimizer.param_groups[0]["lr"] = self.lr
 
     def _add_reference(self, flat: Flat) -> None:
         """Write the reference policy's log-probabilities beside the rows."""
@@ -231,9 +258,8 @@ class Updater:
 
     def state_dict(self) -> State:
         """Optimizer moments, generator, step size and counters."""
-        inner = self.optimizer.state.get(self.parameters.vector, {})
         state: State = {
-            "moments": {k: v for k, v in inner.items()},
+            "moments": dict(self.optimizer.moments),
             "generator": self.generator.get_state(),
             "lr": self.lr,
             "version": self.version,
@@ -245,13 +271,8 @@ class Updater:
 
     def load_state_dict(self, state: State) -> None:
         """Restore `state_dict`; the policy's own weights are restored by the caller."""
-        if state["moments"]:
-            self.optimizer.state[self.parameters.vector] = {
-                # The fused kernel keeps its step counter in float32 on the parameter's device.
-                k: v.to(self.parameters.vector.device).clone() for k, v in state["moments"].items()
-            }
-        else:
-            self.optimizer.state.pop(self.parameters.vector, None)
+        for name, x in self.optimizer.moments.items():
+            x.copy_(state["moments"][name])
         self.generator.set_state(state["generator"])
         self.lr, self.version, self.bad_in_a_row = state["lr"], state["version"], state["bad_in_a_row"]
         if self.reference is not None:
