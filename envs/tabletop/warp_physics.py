@@ -12,6 +12,8 @@ On "cpu" Warp runs single-threaded, tens of times slower than the native engine:
 
 from __future__ import annotations
 
+import warnings
+
 import mujoco
 import mujoco_warp as mjw
 import torch
@@ -30,7 +32,7 @@ CONVEX_PAIRS = 32
 CONSTRAINT_ROWS = 256
 """Constraint rows of each copy, four per contact; the same piles were seen to make 138."""
 CHECK_EVERY = 64
-"""Control steps between looks at the overflow flags on CUDA, where each look waits for the device."""
+"""Control steps between looks at what went wrong on CUDA, where each look waits for the device."""
 
 _DROPPED = (
     mjw.OverflowType.NEFC
@@ -40,6 +42,8 @@ _DROPPED = (
     | mjw.OverflowType.CCD
 )
 """Flags that mean lost contacts. The others (iteration limits) mean lower accuracy, as in the native engine."""
+_BLOWN_UP = 1e10
+"""Positions and velocities beyond this are nonsense; MuJoCo's own limit."""
 
 
 class WarpPhysics:
@@ -90,6 +94,8 @@ class WarpPhysics:
         self._ctrl = wp.to_torch(self._data.ctrl)
         self._warmstart = wp.to_torch(self._data.qacc_warmstart)
         self._overflow = wp.to_torch(self._data.overflow)
+        self._before = self._qpos.clone()
+        self._broken = torch.zeros(num_envs, dtype=torch.bool, device=device)
         self._graphs: dict[int, wp.Graph] = {}
         self._steps = 0
 
@@ -118,11 +124,13 @@ class WarpPhysics:
         """
         self._ctrl.copy_(ctrl)
         self._warmstart.zero_()
+        self._before.copy_(self._qpos)
         if self._warp_device.is_cuda:
             graph = self._graphs.get(substeps) or self._record(substeps)
             wp.capture_launch(graph, stream=wp.stream_from_torch(torch.cuda.current_stream(self.device)))
         else:
             self._advance(substeps)
+        self._mend()
         self._steps += 1
         if not self._warp_device.is_cuda or self._steps % CHECK_EVERY == 0:
             self._check()
@@ -169,7 +177,23 @@ class WarpPhysics:
         self._graphs[substeps] = capture.graph
         return capture.graph
 
+    def _mend(self) -> None:
+        """Put copies whose state has blown up back to rest where they were; written so that the host never waits."""
+        sound = (self._qpos.abs() < _BLOWN_UP).all(dim=1) & (self._qvel.abs() < _BLOWN_UP).all(dim=1)
+        torch.where(sound[:, None], self._qpos, self._before, out=self._qpos)
+        self._qvel.masked_fill_(~sound[:, None], 0.0)
+        self._broken |= ~sound
+
     def _check(self) -> None:
+        """Say what went wrong since the last look: a warning for unstable copies, an error for lost contacts."""
+        if bool(self._broken.any()):
+            warnings.warn(
+                f"tabletop physics: copies {self._broken.nonzero().flatten().tolist()} became unstable and were put "
+                "back to rest where they were one control step before",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self._broken.zero_()
         lost = (self._overflow & int(_DROPPED)) != 0
         if bool(lost.any()):
             copies = lost.nonzero().flatten().tolist()
