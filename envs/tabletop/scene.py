@@ -264,7 +264,7 @@ def _objects() -> str:
 def _off_axis(half: np.ndarray) -> str:
     # MuJoCo places the contacts of a standing cylinder by the direction of its tilt. Exactly upright that direction is
     # rounding error, and now and then all contacts vanish for some steps: the cylinder hops by 3 mm. A centre of mass
-    # 0.02 mm off the axis keeps the tilt at 1e-5 rad, which is far from both.
+    # 0.02 mm off the axis keeps the tilt at 1e-5 rad, where the direction is known.
     radius, height = half[1], 2 * half[2]
     across, along = OBJECT_MASS * (3 * radius**2 + height**2) / 12, OBJECT_MASS * radius**2 / 2
     return f'<inertial pos="2e-5 0 0" mass="{OBJECT_MASS}" diaginertia="{across:.6g} {across:.6g} {along:.6g}"/>'
