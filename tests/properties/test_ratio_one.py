@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.kit import algorithm, mlp, spec, toy, wire
 
 from embodied_rl.batch import flatten, minibatches
 from embodied_rl.types import ActionSpec, TensorSpec
+from tests.kit import algorithm, mlp, spec, toy, wire
 
 CONFIGS = {
     "free std": {},

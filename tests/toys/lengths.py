@@ -46,7 +46,8 @@ class Lengths:
         self.arrays = {"t": torch.zeros(b, 2, device=device), "name": torch.zeros(b, 1, dtype=torch.int64, device=device)}
         self.reward = torch.zeros(b, device=device)
         self.flags = torch.zeros(3, b, dtype=torch.bool, device=device)
-        self.actions: list[Tensor] = []
+        self.calls: list[Tensor] = []
+        """Of every `step`: [3, B] first action value, steps made before, length of the episode."""
 
     def _obs(self) -> Obs:
         over = self.t > self.length
@@ -64,7 +65,7 @@ class Lengths:
         return self._obs()
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
-        self.actions.append(action.clone())
+        self.calls.append(torch.stack([action[:, 0], self.t.float(), self.length.float()]))
         self.t += 1
         self.reward[:] = torch.where(self.t > self.length, torch.nan, self.t.float())
         over = self.t >= self.length
