@@ -169,9 +169,23 @@ def key_numbers(row: Row, success: list[float], eval_update: int | None) -> list
     return [(label, text) for label, text in lines if text] if "progress/update" in row else []
 
 
+def stop_sentence(summary: Summary) -> str:
+    """Why a run ended, in words."""
+    reason = summary["stop_reason"]
+    sentences = {
+        "finished": f"Trained for all of its {summary['env_steps']:,} control steps.",
+        "target": "Ended early: an evaluation reached train.target_success.",
+        "time": "Ended early: train.max_seconds was reached.",
+        "diverged": "Stopped: too many updates in a row were not finite; the last good checkpoint is kept.",
+        "SIGINT": "Stopped by an interrupt; go on with --resume.",
+        "SIGTERM": "Stopped by a termination signal; go on with --resume.",
+    }
+    return sentences.get(reason, f"Ended: {reason}.")
+
+
 def summary_table(summary: Summary) -> Table:
     """The closing table: success per task and overall with 95 % intervals."""
-    table = Table(title=Text(f"{summary['name']}: {summary['stop_reason']}"), title_justify="left")
+    table = Table(title=Text(f"{summary['name']}: {stop_sentence(summary)}"), title_justify="left")
     for column in ("suite", "task"):
         table.add_column(column)
     for column in ("success", "95 % interval", "at the end", "return", "length", "episodes"):

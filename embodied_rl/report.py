@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from embodied_rl.charts import CHARTS, draw, save_curves
+from embodied_rl.console import stop_sentence
 from embodied_rl.errors import NotFoundError, RunFolderError
 from embodied_rl.runfolder import Rate, Result, Summary, explained, write_text_atomic
 from embodied_rl.video import INDEX
@@ -47,6 +48,8 @@ def write_report(run: Path) -> Path:
         raise RunFolderError(f"{run}: is not a run folder (it has neither recipe.yaml nor metrics.jsonl)")
     rows = read_rows(run / "metrics.jsonl")
     summary: Summary | None = _json(run / "summary.json")
+    if summary and rows and rows[-1]["progress/update"] > summary["updates"]:
+        summary = None  # of an earlier stop: the run has gone on since
     versions = _json(run / "versions.json") or {}
     body = [
         _header(run, rows, summary, versions),
@@ -83,7 +86,7 @@ def _header(run: Path, rows: Sequence[dict[str, Any]], summary: Summary | None, 
     else:
         badge = "done" if summary["finished"] else "open"
         word = "finished" if summary["finished"] else "stopped"
-        note = f"Ended because: {summary['stop_reason']}." if summary["stop_reason"] != "finished" else ""
+        note = stop_sentence(summary)
     counts: dict[str, Any] = dict(summary or {})
     steps = counts.get("env_steps", last.get("progress/env_steps"))
     episodes = counts.get("episodes", last.get("progress/episodes"))
@@ -124,7 +127,7 @@ def _card(label: str, value: str | None, kind: str = "") -> str:
 
 def _results(summary: Summary | None, rows: Sequence[dict[str, Any]]) -> str:
     if summary is None or not summary["evaluation"]:
-        text = "There is no final evaluation yet." if summary is None else "The final evaluation was skipped."
+        text = "There is no final evaluation yet." if summary is None else "There was no final evaluation."
         evaluated = [r for r in rows if any(k.startswith("eval/") for k in r)]
         if evaluated:
             update = int(evaluated[-1]["progress/update"])

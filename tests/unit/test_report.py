@@ -215,8 +215,13 @@ def test_a_run_before_its_first_update_has_a_page(tmp_path, two_panels):
 
 def test_a_stopped_run_tells_why_and_a_skipped_evaluation_is_named(tmp_path, two_panels):
     page = page_of(make_run(tmp_path / "demo", updates=2, given=summary(finished=False, stop_reason="SIGINT", evaluation={})))
-    assert "demo stopped" in page.text and "Ended because: SIGINT." in page.text
-    assert "The final evaluation was skipped." in page.text
+    assert "demo stopped" in page.text and "Stopped by an interrupt; go on with --resume." in page.text
+    assert "There was no final evaluation." in page.text
+
+
+def test_the_summary_of_an_earlier_stop_is_not_shown_once_the_run_has_gone_on(tmp_path, two_panels):
+    page = page_of(make_run(tmp_path / "demo", updates=9, given=summary(finished=False, stop_reason="SIGINT", updates=5)))
+    assert "demo unfinished" in page.text and "state after update 9." in page.text and "900 control steps" in page.text
 
 
 def test_an_env_without_success_shows_its_return(tmp_path, two_panels):

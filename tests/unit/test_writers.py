@@ -114,6 +114,7 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path):
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     with pytest.raises(RunFolderError) as error:
         writer.write(row_of(1))
+    writer.close()  # must not try the line again
     assert str(error.value) == (
         f"{tmp_path}/metrics.jsonl: cannot write it: the disk is full: free some space, or set log.folder to another disk"
     )
