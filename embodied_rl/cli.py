@@ -147,7 +147,9 @@ def _train(args: argparse.Namespace) -> int:
     from embodied_rl.train import run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    finished = run(resolved.recipe, resume=args.resume)
+    # A run folder that was moved, or named from elsewhere, is resumed where it is.
+    folder = Path(args.recipe) if args.resume and (Path(args.recipe) / "recipe.yaml").is_file() else None
+    finished = run(resolved.recipe, resume=args.resume, folder=folder)
     if finished.interrupted:
         number = signal.Signals[finished.reason]
         print(f"stopped by {number.name} and saved; go on with: embodied-rl train {finished.folder} --resume")
