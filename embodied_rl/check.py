@@ -15,7 +15,7 @@ from rich.text import Text
 from embodied_rl import check_env as env_checks
 from embodied_rl import registry
 from embodied_rl.check_policy import examine_policy
-from embodied_rl.check_tools import EnvCase, Finding, examine
+from embodied_rl.check_tools import EnvCase, Finding, attempt, examine
 from embodied_rl.config import load_component
 from embodied_rl.types import Env, EnvSpec, Policy, Split
 
@@ -60,12 +60,16 @@ def check_env_factory(
         can_lengthen: `make` understands `max_steps` (None: the env's own), which shows the true end of an episode.
 
     Returns:
-        findings: One per check.
+        findings: One per check; only that it cannot be built when it cannot.
+
+    Raises:
+        UserError: `make` raised it.
     """
     assert copies >= 2
     case = EnvCase(make, copies, steps, can_lengthen)
     try:
-        return examine(env_checks.CHECKS, case)
+        built = attempt("can be built", lambda: case.env)
+        return [built] if built.ok is False else examine(env_checks.CHECKS, case)
     finally:
         case.close()
 

@@ -9,7 +9,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from embodied_rl.check_tools import Finding, NotTried, check_tensor, clone, differing, examine, expect, identical
+from embodied_rl.check_tools import (
+    Finding,
+    NotTried,
+    attempt,
+    check_tensor,
+    clone,
+    differing,
+    examine,
+    expect,
+    identical,
+)
 from embodied_rl.errors import CapabilityError
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, Policy, PolicyOutput, TensorSpec
 
@@ -75,13 +85,16 @@ def examine_policy(
     for name, spec in (specs or SPECS).items():
         prefix = f"[{name}] " if name else ""
         torch.manual_seed(0)
+        made: list[Policy] = []
         try:
-            policy = make(spec)
+            findings.append(attempt(f"{prefix}can be built", lambda: made.append(make(spec))))  # noqa: B023 (used at once)
         except CapabilityError as error:
             findings.append(Finding(f"{prefix}can be built", None, str(error)))
             continue
         accepted += 1
-        findings.append(Finding(f"{prefix}can be built", True))
+        if not made:
+            continue
+        policy = made[0]
         if not isinstance(policy, nn.Module):
             findings.append(Finding(f"{prefix}is a torch.nn.Module", False, f"it is a {type(policy).__name__}"))
             continue

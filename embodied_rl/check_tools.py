@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from embodied_rl.errors import UserError
 from embodied_rl.seeding import start_seeds
 from embodied_rl.types import Env, EnvSpec, Obs, Split, Step
 
@@ -58,6 +59,17 @@ def examine(checks: Sequence[Callable[[Case], str | None]], case: Case, prefix: 
     return [_one(check, case, prefix) for check in checks]
 
 
+def attempt(name: str, build: Callable[[], object]) -> Finding:
+    """Whether something can be built; what the user can mend (`UserError`) is raised and is no finding."""
+    try:
+        build()
+    except UserError:
+        raise
+    except Exception as error:
+        return Finding(name, False, _describe(error))
+    return Finding(name, True)
+
+
 def _one(check: Callable[[Case], str | None], case: Case, prefix: str) -> Finding:
     name = prefix + (check.__doc__ or check.__name__).split("\n")[0].rstrip(".")
     try:
@@ -67,8 +79,12 @@ def _one(check: Callable[[Case], str | None], case: Case, prefix: str) -> Findin
     except NotTried as reason:
         return Finding(name, None, str(reason))
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return Finding(name, False, f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})")
+        return Finding(name, False, _describe(error))
+
+
+def _describe(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
 
 
 def clone(tree: Any) -> Any:

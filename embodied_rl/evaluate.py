@@ -178,7 +178,7 @@ class Recorder:
         copies = (episode >= 0).nonzero().flatten()
         if not len(copies):
             return
-        pictures = env.render(copies, self.camera, self.height, self.width).cpu()
+        pictures = env.render(copies.to(env.device), self.camera, self.height, self.width).cpu()
         say = getattr(env, "instructions", None)
         texts = say() if say is not None else None
         for copy, number, picture in zip(copies.tolist(), episode[copies].tolist(), pictures, strict=True):

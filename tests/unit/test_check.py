@@ -345,6 +345,16 @@ def test_an_env_is_found_by_name_with_settings():
         check_env(POINT, ["max_step=4"])
 
 
+def test_an_env_that_cannot_be_built_is_one_finding_or_the_users_error():
+    def crash(copies, **settings):
+        raise ZeroDivisionError("oh")
+
+    (finding,) = check_env_factory(crash)
+    assert finding.ok is False and finding.detail.startswith("ZeroDivisionError: oh (")
+    with pytest.raises(NotFoundError, match="did you mean 'CartPole-v1'?"):
+        check_env("gymnasium", ["id=CartPol-v1"])
+
+
 def test_a_check_that_crashes_is_a_finding_and_the_others_still_run():
     class Crashes(Sound):
         def set_state(self, state):
@@ -539,6 +549,8 @@ def test_a_policy_that_takes_no_env_or_is_no_module_fails():
 
     assert "every env was refused" in check_policy_factory(refuse)[-1].detail
     assert failed(check_policy_factory(lambda spec: object())) == {"is a torch.nn.Module"}
+    findings = check_policy_factory(lambda spec: 1 / 0)
+    assert len(findings) == len(policy_checks.SPECS) and all("ZeroDivisionError" in f.detail for f in findings)
 
 
 def test_a_policy_is_found_by_name_with_settings():
