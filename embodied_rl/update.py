@@ -34,9 +34,9 @@ class Update(Section):
     lr: float = Field(3e-4, gt=0)
     """Adam's step size."""
     lr_schedule: Literal["constant", "linear", "adaptive_kl"] = "constant"
-    """linear: to 0 at the end of training; adaptive_kl: halved or raised by 1.5 to keep the KL near target_kl."""
+    """linear: to 0 at the end of training; adaptive_kl: divided or multiplied by 1.5 to keep the KL near target_kl."""
     target_kl: float | None = Field(None, gt=0)
-    """KL(old || new) of an update at which the remaining epochs are skipped (or that adaptive_kl steers to)."""
+    """KL(old || new) of an epoch; above 1.5 times this the remaining epochs are skipped (adaptive_kl steers to it)."""
     max_grad_norm: float = Field(0.5, gt=0)
     """Gradients longer than this are shortened to it."""
     adam_eps: float = Field(1e-5, gt=0)
@@ -240,11 +240,13 @@ class Updater:
 
         Source: the rule of Schulman et al. 2017, section 4, applied to the learning rate.
         """
-        assert self.config.target_kl is not None
-        if kl > 2 * self.config.target_kl:
-            self.lr = max(self.lr / 1.5, 1e-5)
-        elif kl < 0.5 * self.config.target_kl:
-            self.lr = min(self.lr * 1.5, 1e-2)
+        c = self.config
+        assert c.target_kl is not None
+        # The usual range, unless the recipe itself starts outside of it.
+        if kl > 2 * c.target_kl:
+            self.lr = max(self.lr / 1.5, min(1e-5, c.lr))
+        elif kl < 0.5 * c.target_kl:
+            self.lr = min(self.lr * 1.5, max(1e-2, c.lr))
 
     def _add_reference(self, flat: Flat) -> None:
         """Write the reference policy's log-probabilities beside the rows."""
