@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embodied_rl import registry
 from embodied_rl.advantage import CreditChain
+from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
 from embodied_rl.loss import LossFunction
 from embodied_rl.metrics import Partials
@@ -85,7 +86,9 @@ class Run:
         """Collect, credit, update, observe."""
         rollout = self.collector.collect()
         metrics = self.updater.update(rollout, self.credit(rollout), progress=0.0)
-        self.policy.observe({k: v[rollout.valid] for k, v in rollout.obs.items()})
+        seen = observed(rollout)
+        if seen is not None:
+            self.policy.observe(seen)
         self.collector.version = self.updater.version
         return rollout, metrics
 

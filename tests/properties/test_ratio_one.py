@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from embodied_rl.batch import flatten, minibatches
+from embodied_rl.batch import flatten, minibatches, observed
 from embodied_rl.types import ActionSpec, TensorSpec
 from tests.kit import algorithm, mlp, spec, toy, wire
 
@@ -86,5 +86,5 @@ def test_the_first_minibatch_after_every_collection_has_a_ratio_of_exactly_1(met
         for batch in minibatches(flatten(rollout, advantage), 3, run.updater.loss, torch.Generator().manual_seed(0)):
             assert torch.equal(policy.evaluate(batch.obs, batch.units).logp.detach(), batch.logp)
         run.updater.update(rollout, advantage, progress=0.0)
-        policy.observe({k: v[rollout.valid] for k, v in rollout.obs.items()})
+        policy.observe(observed(rollout))
     run.collector.close()
