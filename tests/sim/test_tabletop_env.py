@@ -167,7 +167,7 @@ def steer(env):
 
 @pytest.mark.parametrize("end_on_success", [False, True])
 def test_success_ends_the_episode_only_when_asked_to(end_on_success):
-    env = make(copies=3, tasks=["reach"], end_on_success=end_on_success)
+    env = make(copies=3, tasks=["reach"], reward="progress", end_on_success=end_on_success)
     begin(env)
     ended, solved = torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
     for _ in range(25):
@@ -193,6 +193,26 @@ def test_the_sparse_reward_is_the_success_and_the_dense_one_is_1_with_it():
     assert bool(one.success.all())
     sparse.close()
     dense.close()
+
+
+def test_the_progress_reward_adds_up_to_ten_times_the_gain_of_the_dense_one():
+    progress, dense = make(copies=3, reward="progress"), make(copies=3)
+    begin(progress)
+    begin(dense)
+    still = torch.zeros(3, 7)
+    still[:, 6] = 1.0
+    first, second = progress.step(still), dense.step(still)
+    for action in actions(progress, 12):
+        before = second.reward
+        first, second = progress.step(action), dense.step(action)
+        assert torch.allclose(first.reward, 10 * (second.reward - before), atol=1e-5)
+    progress.close()
+    dense.close()
+
+
+def test_ending_at_success_is_refused_where_it_would_pay_to_avoid_it():
+    with pytest.raises(ValueError, match="pays for avoiding success"):
+        Config(end_on_success=True)
 
 
 def test_a_wrong_action_is_refused_with_what_was_found_and_which_copies(env):

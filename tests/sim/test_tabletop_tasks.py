@@ -1,5 +1,8 @@
 """Each task's success and reward on states worked out by hand, and on states of the simulator set by hand."""
 
+import math
+import re
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ FIELDS = {
     "tcp": [0.0, 0.0, 0.2],
     "held": False,
     "gripper_open": True,
+    "aperture": 1.0,
     "a_position": [0.0, 0.0, 0.02],
     "a_half_height": 0.02,
     "a_speed": 0.0,
@@ -35,17 +39,24 @@ def outcome(task, **changes):
 
 def close_to(d):
     """The documented closeness, by hand."""
-    return 1 - float(torch.tanh(torch.tensor(6.0 * d)))
+    return 1 - min(d / 0.4, 1) / 2 - math.tanh(15 * d) / 2
+
+
+def weights(task):
+    """The numbers that the task's docstring names as weights, in order: what is documented is what is tested."""
+    said = TASKS[task].__doc__.split("Reward terms:")[1]
+    return [float(number) for number in re.findall(r"0\.\d+", said)]
 
 
 def test_closeness_has_the_documented_values():
-    got = closeness(torch.tensor([0.0, 0.1, 0.2])).tolist()
-    assert got == pytest.approx([1.0, 0.463, 0.166], abs=1e-3)
+    got = closeness(torch.tensor([0.0, 0.1, 0.2, 0.4, 1.0])).tolist()
+    assert got == pytest.approx([1.0, 0.42, 0.25, 0.0, 0.0], abs=5e-3)
+    assert got == pytest.approx([close_to(d) for d in (0.0, 0.1, 0.2, 0.4, 1.0)], abs=1e-6)
 
 
 def test_reach_asks_for_the_top_of_the_object():
     success, dense, terms = outcome("reach")
-    assert not success and terms["reach"] == pytest.approx(0.9 * close_to(0.16)) == pytest.approx(dense)
+    assert not success and terms["reach"] == pytest.approx(weights("reach")[0] * close_to(0.16)) == pytest.approx(dense)
     assert outcome("reach", tcp=[0.0, 0.02, 0.05])[:2] == (True, 1.0)
     assert not outcome("reach", tcp=[0.0, 0.03, 0.04])[0]
     assert not outcome("reach", tcp=[0.1, 0.0, 0.032])[0], "the other object does not count"
@@ -54,7 +65,11 @@ def test_reach_asks_for_the_top_of_the_object():
 def test_push_asks_for_the_object_on_the_goal_and_on_the_table():
     success, dense, terms = outcome("push")
     assert not success
-    assert terms == pytest.approx({"reach": 0.4 * close_to(0.18), "grasp": 0.0, "progress": 0.5 * close_to(0.1)})
+    # The goal is 10 cm to the left, so the push point is 5 cm to the right of the cube.
+    reach, progress = weights("push")
+    to_push_point = math.hypot(0.05, 0.18)
+    wanted = {"reach": reach * close_to(to_push_point), "grasp": 0.0, "progress": progress * close_to(0.1)}
+    assert terms == pytest.approx(wanted)
     assert dense == pytest.approx(sum(terms.values()))
     assert outcome("push", a_position=[0.0, 0.075, 0.02])[:2] == (True, 1.0)
     assert not outcome("push", a_position=[0.0, 0.065, 0.02])[0]
@@ -66,9 +81,20 @@ def test_lift_asks_for_7_cm_and_a_hold():
     assert outcome("lift", **up, held=True)[:2] == (True, 1.0)
     assert not outcome("lift", **up, held=False)[0], "thrown up is not lifted"
     assert not outcome("lift", a_position=[0.0, 0.0, 0.085], held=True)[0]
-    terms = outcome("lift", a_position=[0.0, 0.0, 0.055], tcp=[0.0, 0.0, 0.055], held=True)[2]
-    assert terms == pytest.approx({"reach": 0.35, "grasp": 0.25, "progress": 0.3 * 0.5})
-    assert outcome("lift")[2]["progress"] == 0.0
+
+
+def test_lift_pays_for_open_fingers_on_the_way_and_for_closing_them_at_the_object():
+    reach, fingers, grasp, progress = weights("lift")
+    half = {"a_position": [0.0, 0.0, 0.055], "tcp": [0.0, 0.0, 0.055]}
+    terms = outcome("lift", **half, held=True, gripper_open=False, aperture=0.1)[2]
+    part = 0.5 + 0.5 * (1 - 0.1)
+    assert terms == pytest.approx({"reach": reach + part * fingers, "grasp": grasp, "progress": 0.5 * progress})
+    for aperture in (0.0, 1.0):
+        terms = outcome("lift", aperture=aperture)[2]
+        wanted = {"reach": reach * close_to(0.18) + aperture / 2 * fingers, "grasp": 0.0, "progress": 0.0}
+        assert terms == pytest.approx(wanted)
+    thrown = outcome("lift", **half)[2]
+    assert thrown["grasp"] == thrown["progress"] == 0.0
 
 
 def on(task, **changes):
@@ -117,14 +143,15 @@ def test_stack_asks_for_a_centred_tower_and_the_gripper_withdrawn():
 def test_open_asks_for_10_cm():
     assert outcome("open", drawer=0.101)[:2] == (True, 1.0)
     success, dense, terms = outcome("open", drawer=0.05, tcp=[0.0, -0.3, 0.05])
-    assert not success and terms == pytest.approx({"reach": 0.3, "grasp": 0.0, "progress": 0.3})
+    assert not success and terms == pytest.approx({"reach": weights("open")[0], "grasp": 0.0, "progress": 0.5 * weights("open")[1]})
     assert outcome("open", drawer=-0.01)[2]["progress"] == 0.0
 
 
 def test_close_asks_for_less_than_12_mm():
     assert outcome("close", drawer=0.01)[:2] == (True, 1.0)
     success, dense, terms = outcome("close", drawer=0.07, tcp=[0.0, -0.3, 0.05])
-    assert not success and terms == pytest.approx({"reach": 0.3, "grasp": 0.0, "progress": 0.3})
+    assert not success
+    assert terms == pytest.approx({"reach": weights("close")[0], "grasp": 0.0, "progress": 0.5 * weights("close")[1]})
 
 
 def test_each_copy_is_judged_by_its_own_task():
@@ -150,7 +177,7 @@ def test_dense_rewards_stay_in_0_to_1_and_reach_1_only_by_success(task):
         return torch.rand(n, generator=generator) < 0.5
 
     view = View(
-        tcp=points(), held=coin(), gripper_open=coin(), a_position=points(), a_half_height=torch.full((n,), 0.02),
+        tcp=points(), held=coin(), gripper_open=coin(), aperture=torch.rand(n, generator=generator), a_position=points(), a_half_height=torch.full((n,), 0.02),
         a_speed=0.1 * torch.rand(n, generator=generator), b_position=points(), b_half_height=torch.full((n,), 0.02),
         b_start=points()[:, :2], goal=points(), relation_on=coin(), handle=points(),
         drawer=0.15 * torch.rand(n, generator=generator),
