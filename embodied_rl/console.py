@@ -18,6 +18,8 @@ Row = Mapping[str, float]
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _HISTORY = 40
+LONGEST_SILENCE_S = 30.0
+"""Slow updates are told one by one."""
 
 
 class ConsoleWriter:
@@ -52,6 +54,7 @@ class ConsoleWriter:
         self._seen: dict[str, float] = dict(row or {})
         self._eval_update: int | None = None
         self._success: list[float] = []
+        self._told = time.monotonic()
         threads = torch.get_num_threads()
         cpu = f"{threads} thread{'s' * (threads > 1)}"
         where = f"{torch.cuda.get_device_name(device)}, {cpu}" if device.type == "cuda" else cpu
@@ -85,7 +88,8 @@ class ConsoleWriter:
         if self._live is not None:
             self._progress.update(self._task, completed=min(row["progress/env_steps"], self._total))
             self._live.update(self._view())
-        elif evaluated or update == 1 or update % self.every == 0:
+        elif evaluated or update == 1 or update % self.every == 0 or time.monotonic() - self._told > LONGEST_SILENCE_S:
+            self._told = time.monotonic()
             self.say(self._plain(row))
 
     def flush(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from embodied_rl import console
 from embodied_rl.console import ConsoleWriter, key_numbers, summary_table
 from embodied_rl.errors import MissingExtraError, RunFolderError
 from embodied_rl.recipe import Recipe
@@ -260,10 +261,19 @@ def test_without_a_terminal_there_is_one_plain_line_every_so_many_updates():
     assert "\x1b" not in out.getvalue()
 
 
+def test_slow_updates_are_told_one_by_one(monkeypatch):
+    monkeypatch.setattr(console, "LONGEST_SILENCE_S", -1.0)
+    out = io.StringIO()
+    writer = ConsoleWriter("demo", 1000, device=CPU, every=10, console=Console(file=out, width=60))
+    for update in range(1, 4):
+        writer.write(row_of(update))
+    assert [line.split(" · ")[0] for line in out.getvalue().splitlines()[1:]] == ["update 1", "update 2", "update 3"]
+
+
 def test_on_a_terminal_the_key_numbers_are_redrawn_in_place():
     out = io.StringIO()
-    console = Console(file=out, width=100, force_terminal=True, legacy_windows=False)
-    writer = ConsoleWriter("demo", 1000, device=CPU, console=console)
+    terminal = Console(file=out, width=100, force_terminal=True, legacy_windows=False)
+    writer = ConsoleWriter("demo", 1000, device=CPU, console=terminal)
     writer.write(FULL_ROW)
     writer.say("a line above")
     writer.close()
