@@ -66,6 +66,8 @@ class Config(Section):
     """Non-linearity between layers."""
     std: Literal["free", "state"] = "free"
     """Standard deviation: one learned number per action dimension, or a second output of the network."""
+    bound_mean: bool = False
+    """Pass the mean through tanh: it stays inside the action range, so exploration never dies in the clipped region."""
     init_std: float = Field(1.0, gt=0)
     """Standard deviation before training; larger explores more at first."""
     min_std: float = Field(0.01, gt=0)
@@ -358,9 +360,11 @@ class MlpPolicy(nn.Module):
         """Mean [N, A] and log standard deviation [A] or [N, A]."""
         floor = math.log(self.config.min_std)
         if self.config.std == "free":
-            return out, self.log_std.clamp(min=floor)
-        mean, raw = out.chunk(2, dim=-1)
-        return mean, (raw + math.log(self.config.init_std)).clamp(floor, 2.0)
+            mean, log_std = out, self.log_std.clamp(min=floor)
+        else:
+            mean, raw = out.chunk(2, dim=-1)
+            log_std = (raw + math.log(self.config.init_std)).clamp(floor, 2.0)
+        return torch.tanh(mean) if self.config.bound_mean else mean, log_std
 
     def _log_prob(self, out: Tensor, log_std: Tensor | None, units: Tensor) -> Tensor:
         """[N, A]; log N(u; mean, std), minus log |d tanh(u) / du| when squashed."""

@@ -34,8 +34,9 @@ OBSERVATION: dict[str, TensorSpec] = {
         "gripper opening -1..1, finger target -1..1, wanted minus real TCP position 3 and rotation 3 (of their limits)",
     ),
     "objects": TensorSpec(
-        (NUM_SLOTS, 15),
-        meaning="per object: position (x5/m) 3, relative to the TCP (x10/m) 3, x and y axes 6, velocity (x2 s/m) 3",
+        (NUM_SLOTS, 18),
+        meaning="per object: position (x5/m) 3, relative to the TCP (x10/m) 3, x and y axes 6, velocity (x2 s/m) 3, "
+        "marked goal relative to it (x10/m) 3 (0 without a marked goal)",
     ),
     "looks": TensorSpec(
         (NUM_SLOTS, 12),
@@ -121,7 +122,7 @@ class Observer:
         self._proprio_rest = torch.tensor([*HOME, *[0.0] * 16, half_open, half_open, *[0.0] * 6]).float().to(device)
         scale = [1.0] * 14 + [PLACE] * 3 + [1.0] * 6 + [1 / half_open] * 2 + [1 / LEASH] * 3 + [1 / YAW_LEASH] * 3
         self._proprio_scale = torch.tensor(scale, device=device)
-        scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0] * 6 + [SPEED] * 3
+        scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0] * 6 + [SPEED] * 3 + [OFFSET] * 3
         self._objects_scale = torch.tensor(scale, device=device)
         scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0, 1 / DRAWER_MAX] + [PLACE] * 3
         self._goal_scale = torch.tensor(scale, device=device)
@@ -204,7 +205,8 @@ class Observer:
         products = (quaternion[..., :, None] * quaternion[..., None, :]).flatten(2)
         velocity = qvel[:, self._velocities].unflatten(1, (NUM_SLOTS, 6))[:, :, :3]
         axes = products @ self._axes
-        objects = torch.cat([position, position - tcp[:, None], axes, velocity], dim=2)
+        to_goal = self._marked[:, None] * (self._goal[:, None] - position)
+        objects = torch.cat([position, position - tcp[:, None], axes, velocity, to_goal], dim=2)
         goal = torch.cat(
             [
                 self._goal_or_zero,

@@ -20,9 +20,9 @@ from embodied_rl.envs.tabletop.scene import DRAWER_MAX
 
 REACH_RADIUS = 0.025
 PUSH_RADIUS = 0.03
-PUSH_OFFSET = 0.05
-"""m behind an object's centre from where it is pushed: a little more than its half width and a finger's."""
-GRASP_RADIUS = 0.02
+PUSH_OFFSET = 0.035
+"""m behind an object's centre from where it is pushed: about its half width and a finger's."""
+GRASP_RADIUS = 0.03
 """m from the object's centre within which the fingers should close."""
 LIFT_HEIGHT = 0.07
 STILL = 0.08
@@ -142,8 +142,9 @@ class Push(Task):
 
     Randomisation: as reach, and the goal, 9 to 18 cm from the object in any direction.
     Success: the object's centre is horizontally within 3 cm of the goal and not more than 1.5 cm above its rest.
-    Reward terms: reach = 0.35 closeness(TCP, push point), progress = 0.6 closeness(object, goal). The push point lies
-    5 cm behind the object's centre as seen from the goal, so that the way to it does not lead through the object.
+    Reward terms: reach = 0.3 closeness(TCP, push point) + 0.1 x the fingers' closing, progress = 0.55 closeness(object,
+    goal). The push point lies 3.5 cm behind the object's centre as seen from the goal, so that the way to it does not lead
+    through the object; between open fingers an object slips away.
     """
 
     name = "push"
@@ -160,8 +161,8 @@ class Push(Task):
         away = (view.a_position[:, :2] - view.goal[:, :2]) / to_goal.clamp_min(1e-3)[:, None]
         push_point = view.a_position + torch.nn.functional.pad(PUSH_OFFSET * away, (0, 1))
         return {
-            "reach": 0.35 * closeness(distance(view.tcp, push_point)),
-            "progress": 0.6 * closeness(to_goal),
+            "reach": 0.3 * closeness(distance(view.tcp, push_point)) + 0.1 * (1 - view.aperture),
+            "progress": 0.55 * closeness(to_goal),
         }
 
 
@@ -170,8 +171,9 @@ class Lift(Task):
 
     Randomisation: as reach.
     Success: the object is held and at least 7 cm above its resting height.
-    Reward terms: reach = 0.35 closeness(TCP, object) + 0.1 x the fingers' opening while farther than 2 cm from the
-    object's centre, or their closing within it; grasp = 0.2 while held; progress = 0.3 height / 7 cm while held.
+    Reward terms: reach = 0.25 closeness(TCP, object) + 0.18 x the fingers' part, which is opening / 2 while the TCP is
+    farther than 3 cm from the object's centre and 1/2 + closing / 2 within; grasp = 0.22 while held; progress = 0.3
+    height / 7 cm while held.
     """
 
     name = "lift"
@@ -184,10 +186,11 @@ class Lift(Task):
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness, grasp, height."""
         near = view.tcp_to_a < GRASP_RADIUS
-        fingers = torch.where(near, 1 - view.aperture, view.aperture)
+        # Coming near with open fingers changes nothing; were it to cost something, the policy would stay away.
+        fingers = torch.where(near, 2 - view.aperture, view.aperture) / 2
         return {
-            "reach": 0.35 * closeness(view.tcp_to_a) + 0.1 * fingers,
-            "grasp": 0.2 * view.held,
+            "reach": 0.25 * closeness(view.tcp_to_a) + 0.18 * fingers,
+            "grasp": 0.22 * view.held,
             "progress": 0.3 * view.held * (view.a_height / LIFT_HEIGHT).clamp(0, 1),
         }
 
