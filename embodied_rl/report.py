@@ -313,7 +313,7 @@ header .note { margin: 0 0 8px; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px; }
 .card b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
 .card b small { font-weight: 400; font-size: 13px; color: var(--soft); white-space: nowrap; }
-.card.main { border-color: #b9dcc7; background: #f4fbf7; }
+.card.main { border-color: #bfd4ec; background: #f3f8fd; }
 .card.small b { font-size: 14px; line-height: 30px; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; }
 .card span { color: var(--faint); font-size: 13px; }
