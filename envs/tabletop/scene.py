@@ -211,8 +211,8 @@ def _look_at(name: str, position: Point, target: Point, fovy: float, up: Point) 
 
 def _cameras() -> str:
     # The wrist camera belongs to the hand, see _hand. The overhead one leans back: the arm would hide the table.
-    return _look_at("front", (0.70, 0.38, 0.56), (-0.02, -0.07, 0.12), 47, (0, 0, 1)) + _look_at(
-        "overhead", (0.40, -0.05, 0.92), (-0.02, -0.05, 0.03), 45, (0, 0, 1)
+    return _look_at("front", (0.70, 0.36, 0.56), (-0.02, -0.09, 0.11), 48, (0, 0, 1)) + _look_at(
+        "overhead", (0.38, -0.07, 0.92), (-0.03, -0.07, 0.03), 46, (0, 0, 1)
     )
 
 
