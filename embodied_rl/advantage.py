@@ -57,6 +57,12 @@ class Credit(Section):
             )
         if self.returns == "gae" and self.scale != "none":
             raise ValueError(f"scale ({self.scale}) does nothing with returns gae: set scale: none (and whiten: true)")
+        centred_in_group = self.baseline in ("group_mean", "leave_one_out")
+        if self.scale != "none" and not (centred_in_group or (self.scale, self.baseline) == ("batch_std", "batch_mean")):
+            raise ValueError(
+                f"scale ({self.scale}) with baseline ({self.baseline}) would blow up scores that are all equal: "
+                "use baseline group_mean or leave_one_out (or batch_mean with batch_std), or scale: none"
+            )
         return self
 
     @property
