@@ -83,7 +83,8 @@ CREDITS = [
     Credit(gamma=0.9, returns="return_to_go", baseline="group_mean", scale="group_std"),
     Credit(gamma=0.9, returns="return_to_go", baseline="leave_one_out"),
     Credit(gamma=0.9, returns="return_to_go", baseline="batch_mean", scale="batch_std", whiten=True, negative_weight=0.5),
-    Credit(gamma=0.9, returns="return_to_go", baseline="none", scale="group_mean"),
+    Credit(gamma=0.9, returns="return_to_go", baseline="group_mean", scale="group_mean"),
+    Credit(gamma=0.9, returns="return_to_go", baseline="none"),
 ]
 
 

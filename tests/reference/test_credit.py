@@ -235,8 +235,14 @@ def test_the_memory_of_the_reward_scale_survives_a_save():
 
 
 def test_a_scale_that_gae_would_ignore_is_refused():
-    with pytest.raises(ValueError, match="scale"):
+    with pytest.raises(ValueError, match=r"scale \(batch_std\) does nothing with returns gae"):
         Credit(returns="gae", baseline="critic", scale="batch_std")
+
+
+@pytest.mark.parametrize(("baseline", "scale"), [("none", "batch_std"), ("none", "group_std"), ("batch_mean", "group_std")])
+def test_a_scale_that_would_divide_equal_scores_by_its_floor_is_refused(baseline, scale):
+    with pytest.raises(ValueError, match=rf"scale \({scale}\) with baseline \({baseline}\) would blow up"):
+        Credit(returns="trajectory", baseline=baseline, scale=scale)
 
 
 def test_the_running_reward_scale_skips_decisions_after_the_end_of_an_episode():
