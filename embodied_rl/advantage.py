@@ -58,7 +58,9 @@ class Credit(Section):
         if self.returns == "gae" and self.scale != "none":
             raise ValueError(f"scale ({self.scale}) does nothing with returns gae: set scale: none (and whiten: true)")
         centred_in_group = self.baseline in ("group_mean", "leave_one_out")
-        if self.scale != "none" and not (centred_in_group or (self.scale, self.baseline) == ("batch_std", "batch_mean")):
+        if self.scale != "none" and not (
+            centred_in_group or (self.scale, self.baseline) == ("batch_std", "batch_mean")
+        ):
             raise ValueError(
                 f"scale ({self.scale}) with baseline ({self.baseline}) would blow up scores that are all equal: "
                 "use baseline group_mean or leave_one_out (or batch_mean with batch_std), or scale: none"
@@ -77,7 +79,14 @@ class Credit(Section):
 
 
 def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, *, discount: Tensor | float, lam: float
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    discount: Tensor | float,
+    lam: float,
 ) -> Tensor:
     """Generalised advantage estimates, ended by termination and by time limits.
 
@@ -105,7 +114,9 @@ def gae(
     """
     shapes = {tuple(x.shape) for x in (reward, value, next_value, terminated, truncated)}
     if len(shapes) != 1 or reward.ndim != 2:
-        raise ShapeError(f"gae: reward, value, next_value, terminated, truncated must share one [T, B], got {sorted(shapes)}")
+        raise ShapeError(
+            f"gae: reward, value, next_value, terminated, truncated must share one [T, B], got {sorted(shapes)}"
+        )
     zero = torch.zeros((), dtype=value.dtype, device=value.device)
     delta = reward + discount * torch.where(terminated, zero, next_value) - value
     carry = (discount * lam) * (~(terminated | truncated)).to(value.dtype)
@@ -277,7 +288,15 @@ class CreditChain:
             assert rollout.value is not None and rollout.next_value is not None
             value = torch.where(rollout.valid, rollout.value, torch.zeros_like(reward))
             next_value = torch.where(rollout.valid, rollout.next_value, torch.zeros_like(reward))
-            raw = gae(reward, value, next_value, rollout.terminated, rollout.truncated | ~rollout.valid, discount=discount, lam=c.lam)
+            raw = gae(
+                reward,
+                value,
+                next_value,
+                rollout.terminated,
+                rollout.truncated | ~rollout.valid,
+                discount=discount,
+                lam=c.lam,
+            )
             target = raw + value
             metrics = fit_metrics(value, target, rollout.valid)
             score = raw

@@ -178,7 +178,9 @@ def micro_batches(batch: Batch, size: int | None, whole_trajectories: bool) -> I
         yield Batch(obs={k: v[cut] for k, v in batch.obs.items()}, **fields)
 
 
-def _shuffle(episode: Tensor, count: int, whole_trajectories: bool, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+def _shuffle(
+    episode: Tensor, count: int, whole_trajectories: bool, generator: torch.Generator
+) -> tuple[Tensor, list[int]]:
     """Order of the rows [N] and the borders of the minibatches [count + 1]."""
     n = len(episode)
     if not whole_trajectories:

@@ -53,7 +53,8 @@ class Kl(Section):
     def _k1_has_no_gradient(self) -> Kl:
         if self.kind == "k1" and self.coef > 0:
             raise ValueError(
-                f"kind k1 with coef {self.coef} has zero expected gradient as a loss; choose k2 (gradient of the reverse KL) or k3"
+                f"kind k1 with coef {self.coef} has zero expected gradient as a loss; "
+                "choose k2 (gradient of the reverse KL) or k3"
             )
         return self
 
@@ -139,7 +140,13 @@ def by_cell(x: Tensor, mask: Tensor | None, level: Level, reduce: str, chunk: in
 
 
 def cell_weights(
-    mask: Tensor | None, trajectory: Tensor, num_units: int, chunk: int, level: Level, aggregate: Aggregate, constant_units: int | None = None
+    mask: Tensor | None,
+    trajectory: Tensor,
+    num_units: int,
+    chunk: int,
+    level: Level,
+    aggregate: Aggregate,
+    constant_units: int | None = None,
 ) -> Tensor:
     """Weight of each cell, counted over the whole optimizer step.
 
@@ -255,7 +262,9 @@ def hl_gauss_targets(target: Tensor, low: float, high: float, bins: int, sigma_b
     return cdf.diff(dim=-1) / (cdf[:, -1:] - cdf[:, :1])
 
 
-def value_loss(evaluation: Evaluation, batch: Batch, config: ValueLoss, value_range: tuple[float, float] | None) -> Tensor:
+def value_loss(
+    evaluation: Evaluation, batch: Batch, config: ValueLoss, value_range: tuple[float, float] | None
+) -> Tensor:
     """Per-decision critic loss.
 
     mse: (v - y)^2;  clipped: max((v - y)^2, (v_old + clip(v - v_old, +-c) - y)^2);  hl_gauss: cross-entropy.

@@ -25,13 +25,16 @@ class Collect(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> Collect:
-        if self.copies % (self.group_size * self.pipeline):
+        unit = self.group_size * self.pipeline
+        if self.copies % unit:
             raise ValueError(
                 f"copies ({self.copies}) must be a multiple of group_size ({self.group_size}) times pipeline "
-                f"({self.pipeline}): change copies to {-(-self.copies // (self.group_size * self.pipeline)) * self.group_size * self.pipeline}"
+                f"({self.pipeline}): change copies to {-(-self.copies // unit) * unit}"
             )
         if self.group_size > 1 and self.mode == "stream":
-            raise ValueError(f"group_size ({self.group_size}) above 1 needs mode: episodes, so that a group ends together")
+            raise ValueError(
+                f"group_size ({self.group_size}) above 1 needs mode: episodes, so that a group ends together"
+            )
         return self
 
 

@@ -96,8 +96,8 @@ def check_fit(recipe: Recipe, policy: Policy) -> None:
         )
     if not credit.needs_critic and collect.mode == "stream":
         raise CapabilityError(
-            f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is stream: "
-            "set collect.mode: episodes"
+            f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is "
+            "stream: set collect.mode: episodes"
         )
     classifies = getattr(policy, "value_range", None) is not None
     if loss.value.coef and policy.has_critic and (loss.value.kind == "hl_gauss") != classifies:

@@ -107,7 +107,8 @@ class Adam:
         m = self.moments
         m["step"] += 1
         torch._fused_adamw_(
-            [self.vector], [self.grad], [m["exp_avg"]], [m["exp_avg_sq"]], [], [m["step"]], lr=lr, beta1=0.9, beta2=0.999,
+            [self.vector], [self.grad], [m["exp_avg"]], [m["exp_avg_sq"]], [], [m["step"]],
+            lr=lr, beta1=0.9, beta2=0.999,
             weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
 
@@ -209,7 +210,9 @@ class Updater:
             flat.grad.mul_(c.max_grad_norm / norm)
         self.optimizer.step(self.lr)
         for name, (total, count) in ((k, v) for part in parts for k, v in part.items()):
-            metrics.maximum(name, float(total)) if name.endswith("_max") else metrics.add(name, float(total), float(count))
+            metrics.maximum(name, float(total)) if name.endswith("_max") else metrics.add(
+                name, float(total), float(count)
+            )
         if diagnose:
             metrics.add("actor/grad_norm", norm, 1.0)
             metrics.add("actor/loss", float(loss), 1.0)
@@ -220,7 +223,11 @@ class Updater:
             **{f"obs.{k}": v for k, v in batch.obs.items()},
             "units": batch.units, "logp": batch.logp, "advantage": batch.advantage, "target": batch.target,
         }  # fmt: skip
-        bad = [k for k, v in inputs.items() if v is not None and v.is_floating_point() and not bool(torch.isfinite(v).all())]
+        bad = [
+            k
+            for k, v in inputs.items()
+            if v is not None and v.is_floating_point() and not bool(torch.isfinite(v).all())
+        ]
         return (
             f"loss {float(loss):.3g}; non-finite inputs: {', '.join(bad) or 'none'}; "
             f"non-finite gradients: {', '.join(self.parameters.non_finite_gradients()[:8]) or 'none'}"

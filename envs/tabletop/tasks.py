@@ -20,8 +20,6 @@ from embodied_rl.envs.tabletop.scene import DRAWER_MAX
 
 REACH_RADIUS = 0.025
 PUSH_RADIUS = 0.03
-PUSH_OFFSET = 0.035
-"""m behind an object's centre from where it is pushed: about its half width and a finger's."""
 GRASP_RADIUS = 0.03
 """m from the object's centre within which the fingers should close."""
 LIFT_HEIGHT = 0.07
@@ -142,9 +140,9 @@ class Push(Task):
 
     Randomisation: as reach, and the goal, 9 to 18 cm from the object in any direction.
     Success: the object's centre is horizontally within 3 cm of the goal and not more than 1.5 cm above its rest.
-    Reward terms: reach = 0.3 closeness(TCP, push point) + 0.1 x the fingers' closing, progress = 0.55 closeness(object,
-    goal). The push point lies 3.5 cm behind the object's centre as seen from the goal, so that the way to it does not lead
-    through the object; between open fingers an object slips away.
+    Reward terms: reach = 0.2 closeness(TCP, object) + 0.16 x the fingers' part (see `fingers_at`); grasp = 0.18 while
+    held; progress = 0.42 closeness(object, goal). Sliding the object between the fingers is paid for rather than
+    pushing it from behind, where it slips off a finger 2 cm wide.
     """
 
     name = "push"
@@ -156,13 +154,11 @@ class Push(Task):
         return (distance(view.a_position[:, :2], view.goal[:, :2]) < PUSH_RADIUS) & (view.a_height.abs() < 0.015)
 
     def terms(self, view: View) -> dict[str, Tensor]:
-        """Closeness of the TCP to the object and of the object to the goal."""
-        to_goal = distance(view.a_position[:, :2], view.goal[:, :2])
-        away = (view.a_position[:, :2] - view.goal[:, :2]) / to_goal.clamp_min(1e-3)[:, None]
-        push_point = view.a_position + torch.nn.functional.pad(PUSH_OFFSET * away, (0, 1))
+        """Closeness of the TCP to the object, grip, closeness of the object to the goal."""
         return {
-            "reach": 0.3 * closeness(distance(view.tcp, push_point)) + 0.1 * (1 - view.aperture),
-            "progress": 0.55 * closeness(to_goal),
+            "reach": 0.2 * closeness(view.tcp_to_a) + 0.16 * fingers_at(view),
+            "grasp": 0.18 * view.held,
+            "progress": 0.42 * closeness(distance(view.a_position[:, :2], view.goal[:, :2])),
         }
 
 
@@ -171,9 +167,8 @@ class Lift(Task):
 
     Randomisation: as reach.
     Success: the object is held and at least 7 cm above its resting height.
-    Reward terms: reach = 0.25 closeness(TCP, object) + 0.18 x the fingers' part, which is opening / 2 while the TCP is
-    farther than 3 cm from the object's centre and 1/2 + closing / 2 within; grasp = 0.22 while held; progress = 0.3
-    height / 7 cm while held.
+    Reward terms: reach = 0.25 closeness(TCP, object) + 0.18 x the fingers' part (see `fingers_at`); grasp = 0.22 while
+    held; progress = 0.3 height / 7 cm while held.
     """
 
     name = "lift"
@@ -185,11 +180,8 @@ class Lift(Task):
 
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness, grasp, height."""
-        near = view.tcp_to_a < GRASP_RADIUS
-        # Coming near with open fingers changes nothing; were it to cost something, the policy would stay away.
-        fingers = torch.where(near, 2 - view.aperture, view.aperture) / 2
         return {
-            "reach": 0.25 * closeness(view.tcp_to_a) + 0.18 * fingers,
+            "reach": 0.25 * closeness(view.tcp_to_a) + 0.18 * fingers_at(view),
             "grasp": 0.22 * view.held,
             "progress": 0.3 * view.held * (view.a_height / LIFT_HEIGHT).clamp(0, 1),
         }
@@ -340,6 +332,15 @@ def judge(tasks: tuple[Task, ...], task: Tensor, view: View) -> tuple[Tensor, Te
 def distance(p: Tensor, q: Tensor) -> Tensor:
     """Euclidean distance [B] of points [B, n]."""
     return torch.linalg.vector_norm(p - q, dim=1)
+
+
+def fingers_at(view: View) -> Tensor:
+    """[B] in [0, 1]: half the opening while the TCP is far from the object; within 3 cm, one half and half the closing.
+
+    Coming near with open fingers changes nothing; were it to cost something, a policy would stay away.
+    """
+    near = view.tcp_to_a < GRASP_RADIUS
+    return torch.where(near, 2 - view.aperture, view.aperture) / 2
 
 
 def distance_of(x: Tensor, y: Tensor) -> Tensor:

@@ -65,12 +65,11 @@ def test_reach_asks_for_the_top_of_the_object():
 def test_push_asks_for_the_object_on_the_goal_and_on_the_table():
     success, dense, terms = outcome("push")
     assert not success
-    # The goal is 10 cm to the left, so the push point is 3.5 cm to the right of the cube.
-    reach, closed, progress = weights("push")
-    to_push_point = math.hypot(0.035, 0.18)
-    wanted = {"reach": reach * close_to(to_push_point), "grasp": 0.0, "progress": progress * close_to(0.1)}
+    reach, fingers, grasp, progress = weights("push")
+    wanted = {"reach": reach * close_to(0.18) + fingers / 2, "grasp": 0.0, "progress": progress * close_to(0.1)}
     assert terms == pytest.approx(wanted)
-    assert outcome("push", aperture=0.25)[2]["reach"] == pytest.approx(wanted["reach"] + 0.75 * closed)
+    at_it = outcome("push", tcp=[0.0, 0.0, 0.02], held=True, gripper_open=False, aperture=0.2)[2]
+    assert at_it["reach"] == pytest.approx(reach + fingers * 0.9) and at_it["grasp"] == pytest.approx(grasp)
     assert dense == pytest.approx(sum(terms.values()))
     assert outcome("push", a_position=[0.0, 0.075, 0.02])[:2] == (True, 1.0)
     assert not outcome("push", a_position=[0.0, 0.065, 0.02])[0]
