@@ -208,6 +208,17 @@ def test_an_env_without_seeds_and_state_still_streams():
     assert torch.equal(rollout.next_value[:-1][running], rollout.value[1:][running])
 
 
+def test_a_copy_stops_in_the_middle_of_a_chunk():
+    # Chunk 3, lengths 2 (truncated) and 7: copy 0 executes 2 steps, 1 + 2, and is valued where it stopped.
+    c = Collector([toy("lengths", 2, lengths=(2, 7))], scripted(3), decisions=2)
+    rollout = c.collect()
+    name, other = (int(rollout.constants["name"][rollout.episode[0, b]]) for b in (0, 1))
+    assert rollout.reward[0].tolist() == [3.0, 6.0] and rollout.steps[0].tolist() == [2, 3]
+    assert rollout.truncated[0].tolist() == [True, False] and not bool(rollout.terminated.any())
+    assert rollout.next_value[0].tolist() == [value_of(2, name), value_of(3, other)]
+    assert rollout.obs["t"][1, :, 0].tolist() == [0.0, 3.0]
+
+
 def test_the_last_observation_of_the_rollout_is_valued_and_so_is_every_true_last_state():
     # Lengths 2 (truncated) and 3 (terminated), 3 decisions: copy 0 is cut at t = 2 and then runs one step more.
     policy = scripted(1)

@@ -31,6 +31,11 @@ def test_an_action_multiplies_the_units_of_one_control_step():
     close(ratios("action", "mean"), [[6**0.5, 35**0.5], [143**0.5, 1.0]])
 
 
+def test_units_are_ordered_control_step_by_control_step():
+    logs = torch.tensor([[2.0, 3.0, 5.0, 7.0, 11.0, 13.0]], dtype=F64).log()
+    close(loss.by_cell(logs, None, "action", "sum", 2, SAME[:1]).exp(), [[30.0, 1001.0]])
+
+
 def test_a_decision_multiplies_all_its_units():
     close(ratios("decision"), [[210.0], [143.0]])
     close(ratios("decision", "mean"), [[210**0.25], [143**0.25]])

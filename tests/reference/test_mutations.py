@@ -1,0 +1,188 @@
+"""Would the tests notice? Each mutation breaks one function on purpose, and a named test must fail for it.
+
+The table is explained in README.md. A mutation whose text is gone fails with a sentence: whoever rewrites a function
+rewrites its mutations too.
+"""
+
+import importlib
+import inspect
+import textwrap
+from dataclasses import dataclass, field
+
+import pytest
+
+FUTURE_ANNOTATIONS = 0x1000000
+"""Compiler flag of `from __future__ import annotations`, which the mutated modules use."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In the source of `where` replace `old` by `new`; then `test` must fail."""
+
+    where: str
+    old: str
+    new: str
+    test: str
+    given: dict = field(default_factory=dict)
+
+    def __str__(self):
+        return f"{self.where.partition(':')[2]}: {self.old.strip()} -> {self.new.strip() or 'nothing'}"
+
+
+GAE, RETURN = "embodied_rl.advantage:gae", "embodied_rl.advantage:return_to_go"
+BASELINE, SCALE, WHITEN = (f"embodied_rl.advantage:{n}" for n in ("subtract_baseline", "scale", "whiten"))
+CHAIN, REWARD_STD = "embodied_rl.advantage:CreditChain.__call__", "embodied_rl.advantage:CreditChain._reward_std"
+POST, FIT = "embodied_rl.advantage:CreditChain._post", "embodied_rl.advantage:fit_metrics"
+SURROGATE, CELL, WEIGHTS, KL, BINS, VALUE = (
+    f"embodied_rl.loss:{n}" for n in ("surrogate", "by_cell", "cell_weights", "kl_estimate", "hl_gauss_targets", "value_loss")
+)
+LOSS = "embodied_rl.loss:LossFunction.__call__"
+FLATTEN, SHUFFLE = "embodied_rl.batch:flatten", "embodied_rl.batch:_shuffle"
+MLP = "embodied_rl.policies.mlp:MlpPolicy"
+PROPERTIES = "tests.properties."
+
+MUTATIONS = [
+    # generalised advantage estimates
+    Mutation(GAE, "torch.where(terminated, zero, next_value)", "next_value", "test_gae:test_nothing_follows_a_termination_whatever_its_next_value_says"),
+    Mutation(GAE, "torch.where(terminated, zero", "torch.where(terminated | truncated, zero", "test_gae:test_one_time_limit_has_one_answer"),
+    Mutation(GAE, "~(terminated | truncated)", "~terminated", "test_gae:test_a_truncation_bootstraps_from_the_state_that_followed_and_stops_the_sum"),
+    Mutation(GAE, "~(terminated | truncated)", "~truncated", "test_gae:test_nothing_follows_a_termination_whatever_its_next_value_says"),
+    Mutation(GAE, "reward + discount *", "discount * reward +", "test_gae:test_lambda_0_gives_one_step_errors"),
+    Mutation(GAE, "- value\n", "+ value\n", "test_gae:test_lambda_0_gives_one_step_errors"),
+    Mutation(GAE, "(discount * lam)", "discount", "test_gae:test_lambda_0_7_carries_0_63_of_what_lies_ahead"),
+    Mutation(GAE, "(discount * lam)", "lam", "test_gae:test_lambda_1_gives_the_discounted_return_minus_the_value"),
+    # returns, baselines, scales
+    Mutation(RETURN, "(~done)", "torch.ones_like(done)", "test_credit:test_return_to_go_discounts_backwards_and_stops_at_the_end_of_an_episode"),
+    Mutation(RETURN, "discount * (~done)", "(~done)", "test_credit:test_return_to_go_takes_a_discount_per_decision"),
+    Mutation(BASELINE, "(total - score) / (count - 1)", "total / count", "test_credit:test_leave_one_out_subtracts_the_mean_of_the_others"),
+    Mutation(BASELINE, "(total - score) / (count - 1)", "(total - score) / count", "test_policy_gradient:test_rloo_is_unbiased", {"returns": "trajectory"}),
+    Mutation(BASELINE, "score - total / count", "score + total / count", "test_credit:test_group_mean_subtracts_the_mean"),
+    Mutation(BASELINE, "score[valid]", "score.flatten()", "test_credit:test_batch_mean_subtracts_the_mean_of_everything_valid"),
+    Mutation(BASELINE, "torch.where(equal_in_group(score, group), torch.zeros_like(score), centred)", "centred",
+             "test_credit:test_equal_scores_give_exactly_zero_though_their_mean_rounds", {"reward": 0.1, "size": 10, "kind": "group_mean"}),
+    Mutation(BASELINE, "torch.zeros_like(score) if equal else", "", "test_credit:test_equal_scores_give_exactly_zero_though_their_mean_rounds",
+             {"reward": 0.1, "size": 10, "kind": "batch_mean"}),
+    Mutation(SCALE, "(count - 1).clamp(min=1)", "count", "test_credit:test_grpo_divides_by_the_unbiased_standard_deviation_of_the_group"),
+    Mutation(SCALE, ".sqrt().clamp(min=floor)", ".sqrt()", "test_credit:test_the_floor_bounds_the_divisor"),
+    Mutation(SCALE, "mean.abs()", "score.abs()", "test_credit:test_max_rl_divides_by_the_mean_of_the_group"),
+    Mutation(WHITEN, "torch.std_mean(chosen)", "torch.std_mean(x)", "test_credit:test_whitening_looks_at_valid_numbers_only_and_zeroes_the_rest"),
+    Mutation(WHITEN, "(x - mean)", "x", "test_credit:test_whitening_brings_mean_0_and_unbiased_deviation_1"),
+    Mutation(CHAIN, "score, counted = score[:1], counted[:1]", "score = score[:1].expand_as(score)",
+             "test_credit:test_trajectory_scores_do_not_weigh_long_episodes_more"),
+    Mutation(CHAIN, "c.gamma ** rollout.steps.to(reward.dtype)", "c.gamma", "test_credit:test_a_chunk_is_discounted_by_the_steps_it_really_executed"),
+    Mutation(CHAIN, "target = raw + value", "target = raw", "test_credit:test_the_critic_target_is_the_unprocessed_advantage_plus_the_value"),
+    Mutation(POST, "x > 0", "x < 0", "test_credit:test_positive_and_negative_weights_and_the_clamp_come_last"),
+    Mutation(REWARD_STD, "running * d + reward[t]", "running + reward[t]",
+             "test_credit:test_the_running_reward_scale_is_the_deviation_of_all_discounted_returns_so_far"),
+    Mutation(REWARD_STD, "delta**2", "delta", "test_credit:test_the_running_reward_scale_is_the_deviation_of_all_discounted_returns_so_far"),
+    Mutation(REWARD_STD, "series[rollout.valid & torch.isfinite(series)]", "series[torch.isfinite(series)]",
+             "test_credit:test_the_running_reward_scale_skips_decisions_after_the_end_of_an_episode"),
+    Mutation(FIT, "1 - float", "float", "test_credit:test_explained_variance_by_hand"),
+    # the trust region
+    Mutation(SURROGATE, "clipped, bounded, plain", "clipped, plain, bounded", "test_surrogate:test_clip_of_good_and_bad_actions_on_both_sides"),
+    Mutation(SURROGATE, "1 - config.clip_low, 1 + config.clip_high", "1 - config.clip_high, 1 + config.clip_low",
+             "test_surrogate:test_a_higher_upper_clip_lets_good_actions_grow_further"),
+    Mutation(SURROGATE, "(advantage < 0) & ", "", "test_surrogate:test_the_dual_clip_bounds_the_loss_of_bad_actions_only"),
+    Mutation(SURROGATE, "torch.where(below, floor, objective)", "objective", "test_surrogate:test_the_dual_clip_bounds_the_loss_of_bad_actions_only"),
+    Mutation(SURROGATE, "clipped = bounded < plain", "clipped = bounded != plain", "test_surrogate:test_clip_of_good_and_bad_actions_on_both_sides"),
+    # ratio levels and aggregation
+    Mutation(CELL, "torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))", "x", "test_levels:test_masked_units_neither_multiply_nor_count"),
+    Mutation(CELL, "mask.view(shape).sum(-1)", "torch.full_like(total, shape[-1])", "test_levels:test_masked_units_neither_multiply_nor_count"),
+    Mutation(CELL, "(n, chunk, a // chunk)", "(n, a // chunk, chunk)", "test_levels:test_units_are_ordered_control_step_by_control_step"),
+    Mutation(CELL, "index_add(0, rows, total)[rows]", "index_add(0, rows, total)[rows * 0]", "test_levels:test_a_trajectory_multiplies_all_its_decisions_and_every_row_carries_it"),
+    Mutation(CELL, 'if reduce == "mean":\n        total =', 'if reduce == "mean" and level != "trajectory":\n        total =',
+             "test_levels:test_gspo_takes_the_geometric_mean_over_the_units_of_the_trajectory"),
+    Mutation(WEIGHTS, "(per_row.clamp(min=1) * ", "(", "test_levels:test_the_weight_of_a_unit", {"aggregate": "decision_mean"}),
+    Mutation(WEIGHTS, "(per_row > 0).sum()", "n * torch.ones(())", "test_levels:test_the_weight_of_a_unit", {"aggregate": "decision_mean"}),
+    Mutation(WEIGHTS, "per_trajectory[rows]", "per_row", "test_levels:test_the_weight_of_a_unit", {"aggregate": "trajectory_mean"}),
+    Mutation(WEIGHTS, "(length * present)", "length", "test_levels:test_the_weight_of_a_unit", {"aggregate": "constant"}),
+    Mutation(WEIGHTS, "mask.to(torch.float32)", "torch.ones_like(mask, dtype=torch.float32)", "test_levels:test_the_weight_of_a_unit",
+             {"aggregate": "unit_mean"}),
+    # KL, values, the total
+    Mutation(KL, "torch.expm1(-d", "torch.expm1(d", "test_kl:test_k1_and_k3_estimate_the_kl_without_bias"),
+    Mutation(KL, "MAX_LOG_RATIO)) + d", "MAX_LOG_RATIO))", "test_kl:test_k1_and_k3_estimate_the_kl_without_bias"),
+    Mutation(KL, "0.5 * d.square()", "d.square()", "test_kl:test_a_k2_penalty_has_the_gradient_of_the_reverse_kl"),
+    Mutation(BINS, " * 2**0.5)", ")", "test_value_loss:test_hl_gauss_is_the_cross_entropy_of_the_labels"),
+    Mutation(BINS, "target.clamp(low, high)", "target", "test_value_loss:test_hl_gauss_labels_are_the_normal_distribution_over_the_bins",
+             {"y": 2.7, "support": (-1.0, 2.0, 7)}),
+    Mutation(BINS, " / (cdf[:, -1:] - cdf[:, :1])", " / 2", "test_value_loss:test_hl_gauss_labels_are_the_normal_distribution_over_the_bins",
+             {"y": 2.0, "support": (-1.0, 2.0, 7)}),
+    Mutation(VALUE, "torch.maximum", "torch.minimum", "test_value_loss:test_the_clipped_loss_is_the_larger_of_two_errors"),
+    Mutation(VALUE, "batch.value + (evaluation.value - batch.value)", "(evaluation.value - batch.target)",
+             "test_value_loss:test_the_clipped_loss_is_the_larger_of_two_errors"),
+    Mutation(VALUE, "-(labels", "(labels", "test_value_loss:test_hl_gauss_is_the_cross_entropy_of_the_labels"),
+    Mutation(LOSS, "policy = -weighted_sum", "policy = weighted_sum", "test_surrogate:test_the_loss_is_the_negative_mean_and_its_gradient_points_uphill"),
+    Mutation(LOSS, "torch.sub(total, entropy", "torch.add(total, entropy", "test_surrogate:test_the_entropy_bonus_is_subtracted_with_the_weight_of_its_cell"),
+    Mutation(LOSS, "torch.add(total, kl_ref", "torch.sub(total, kl_ref", "test_kl:test_a_k3_penalty_has_the_gradient_of_the_forward_kl"),
+    Mutation(LOSS, "evaluation.logp - batch.logp_ref", "batch.logp_ref - evaluation.logp", "test_kl:test_a_k3_penalty_has_the_gradient_of_the_forward_kl"),
+    Mutation(LOSS, "alpha=c.value.coef", "alpha=1.0", "test_value_loss:test_the_value_loss_enters_the_total_with_its_coefficient_as_a_mean_over_decisions"),
+    Mutation(LOSS, 'kl_estimate(-log_ratio, "k3")', 'kl_estimate(log_ratio, "k3")', "test_kl:test_the_reported_kl_is_from_the_old_to_the_new_policy"),
+    Mutation(LOSS, ".clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)", "", "test_levels:test_huge_log_ratios_stay_finite"),
+    # batches
+    Mutation(FLATTEN, "masked_fill(~counts, 0)", "clone()",
+             PROPERTIES + "test_nothing_leaks:test_decisions_after_the_end_and_masked_units_reach_no_weight_of_a_policy", {"level": "unit"}),
+    Mutation(SHUFFLE, "if not whole_trajectories:", "if True:",
+             PROPERTIES + "test_batches:test_over_an_epoch_trajectory_mean_weighs_long_and_short_trajectories_alike", {"level": "unit"}),
+    # collection
+    Mutation("embodied_rl.record:Record._next_value", "out[step, copies] = values[start:stop]", "pass",
+             PROPERTIES + "test_collector:test_the_last_observation_of_the_rollout_is_valued_and_so_is_every_true_last_state"),
+    Mutation("embodied_rl.collect:execute", "active = mask & ~done", "active = mask", PROPERTIES + "test_collector:test_a_copy_stops_in_the_middle_of_a_chunk"),
+    Mutation("embodied_rl.collect:execute", "total.obs = {k: v.clone() for k, v in total.obs.items()}", "pass",
+             PROPERTIES + "test_collector:test_a_copy_stops_in_the_middle_of_a_chunk"),
+    # densities
+    Mutation(f"{MLP}._log_prob", "logp - log_tanh_derivative", "logp + log_tanh_derivative",
+             "test_distributions:test_the_density_of_squashed_actions_integrates_to_1", {"init_std": 0.6}),
+    Mutation(f"{MLP}._log_prob", "value=-0.5", "value=-1.0", "test_distributions:test_log_probabilities_are_those_of_a_normal_distribution_per_unit",
+             {"std": "free"}),
+    Mutation(f"{MLP}._entropy", "weights / weights.sum()", "weights", "test_distributions:test_the_entropy_of_squashed_actions_is_the_integral_of_minus_p_log_p",
+             {"init_std": 0.3}),
+    # the optimizer
+    Mutation("embodied_rl.update:Updater._adapt", "self.lr / 1.5", "self.lr * 1.5",
+             "test_optimizer:test_the_adaptive_step_shrinks_when_the_policy_moves_too_far_and_grows_when_it_hardly_moves"),
+    Mutation("embodied_rl.update:Updater._step", "c.max_grad_norm / norm", "1 / norm",
+             "test_optimizer:test_an_update_is_adamw_with_a_clipped_gradient_over_epochs_of_minibatches", {"max_grad_norm": 0.05, "weight_decay": 0.0}),
+]  # fmt: skip
+
+
+def resolve(where):
+    """(owner, name, function) of "module:function" or "module:Class.method"."""
+    module, _, path = where.partition(":")
+    owner = importlib.import_module(module)
+    *classes, name = path.split(".")
+    for c in classes:
+        owner = getattr(owner, c)
+    return owner, name, inspect.unwrap(getattr(owner, name))
+
+
+def broken(mutation, function):
+    """The function with the mutation applied to its source, living beside the real one."""
+    source = textwrap.dedent(inspect.getsource(function))
+    found = source.count(mutation.old)
+    assert found == 1, f"{mutation.where} holds {mutation.old!r} {found} times: the function was rewritten, rewrite its mutation"
+    space = dict(vars(inspect.getmodule(function)))
+    exec(compile(source.replace(mutation.old, mutation.new), f"<{mutation}>", "exec", flags=FUTURE_ANNOTATIONS), space)
+    return space[function.__name__]
+
+
+def find_test(name):
+    """The function "module:test", of this folder unless the module is given in full."""
+    module, _, test = name.partition(":")
+    return getattr(importlib.import_module(module if "." in module else f"tests.reference.{module}"), test)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_the_named_test_fails_for_the_mutation(mutation, monkeypatch):
+    test = find_test(mutation.test)
+    owner, name, function = resolve(mutation.where)
+    replacement = broken(mutation, function)
+    monkeypatch.setattr(owner, name, replacement)
+    if vars(inspect.getmodule(test)).get(name) is function:
+        # The test module imported the function by name.
+        monkeypatch.setattr(inspect.getmodule(test), name, replacement)
+    with pytest.raises(AssertionError):
+        test(**mutation.given)
+
+
+def test_the_named_tests_pass_when_nothing_is_broken():
+    for test, given in {(m.test, tuple(sorted(m.given.items()))) for m in MUTATIONS}:
+        find_test(test)(**dict(given))
