@@ -116,7 +116,7 @@ def train(session: Session, folder: RunFolder, writers: Writers, stop: StopReque
             s.score = None
             if r.evaluate.every and s.update % r.evaluate.every == 0:
                 with clock.phase("evaluate"):
-                    result = suite.run(s, r.evaluate.episodes_during)
+                    result = suite.run(s, r.evaluate.episodes_during, final=False)
                 metrics.merge(result.metrics(suite.name))
                 s.score = result.score
             s.wall_s = wall_before + perf_counter() - started
@@ -163,8 +163,11 @@ class Suite:
         self.recipe = recipe
         self.env: Env | None = None
 
-    def run(self, session: Session, episodes: int) -> EvaluationResult:
-        """Evaluate the session's policy on the first `episodes` held-out starts: the same ones every time."""
+    def run(self, session: Session, episodes: int, *, final: bool) -> EvaluationResult:
+        """Evaluate the session's policy on `episodes` held-out starts, the same ones every time.
+
+        The final evaluation has starts of its own: those that chose the best checkpoint would flatter it.
+        """
         e, seed = self.recipe.evaluate, self.recipe.seed
         # Evaluating must not move what training draws from: a generator of its own, and the global ones put back.
         generator = None if e.greedy else torch.Generator(session.device).manual_seed(seed)
@@ -172,7 +175,13 @@ class Suite:
             if self.env is None:
                 self.env = build_env(self.recipe, num_envs=e.copies, device=session.device, split="eval")
             return evaluate(
-                session.policy, self.env, episodes=episodes, run_seed=seed, greedy=e.greedy, generator=generator
+                session.policy,
+                self.env,
+                episodes=episodes,
+                run_seed=seed,
+                stream=0 if final else 1,
+                greedy=e.greedy,
+                generator=generator,
             )
 
     def close(self) -> None:
@@ -289,7 +298,7 @@ def _conclude(folder: RunFolder, session: Session) -> EvaluationResult | None:
     suite = Suite(session.recipe)
     started = perf_counter()
     try:
-        result = suite.run(session, e.episodes)
+        result = suite.run(session, e.episodes, final=True)
         result.save(folder.path / "evaluation.json")
         assert suite.env is not None
         if e.videos and suite.env.spec.cameras and suite.env.spec.seedable:

@@ -1,8 +1,8 @@
-"""A multi-layer perceptron for vectors, object slots and instruction words; Gaussian or categorical actions.
+r"""A multi-layer perceptron for vectors, object slots and instruction words; Gaussian or categorical actions.
 
     words  -> embedding, sum over words -------------------------+
     slots  -> attention: the words ask, the objects answer ------+--> concat -> hidden layers -> action distribution
-    vectors -> running normalisation ----------------------------+                          \\-> value
+    vectors -> running normalisation ----------------------------+                          \-> value
 
 The instruction embedding is learned from scratch over the env's word ids, so nothing is downloaded. Attention over
 object slots lets one network follow "push the red cube" whichever slot the red cube sits in.
@@ -11,7 +11,8 @@ object slots lets one network follow "push the red cube" whichever slot the red 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ MIN_COLUMNS = 16
 KEY_DIM = 32
 """Width of the attention's questions and answers."""
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu, "elu": F.elu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "elu": F.elu, "silu": F.silu}
 
 
 class Critic(Section):
@@ -221,7 +222,7 @@ class Tower(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, sizes[-1]]"""
+        """From [N, sizes[0]] to [N, sizes[-1]]."""
         for layer in self.layers:
             x = self.activation(affine(x, layer))
         return x
@@ -250,6 +251,9 @@ class MlpPolicy(nn.Module):
     """See the module docstring; follows `embodied_rl.types.Policy`."""
 
     value_support: Tensor
+    critic: Tower
+    critic_encoder: Encoder
+    critic_head: nn.Linear
 
     def __init__(self, env: EnvSpec, config: Config) -> None:
         """Build for one env; parameters are drawn from torch's global generator."""
@@ -260,12 +264,14 @@ class MlpPolicy(nn.Module):
         self.discrete = env.action.kind == "discrete"
         if self.discrete and (config.squash or self.chunk > 1):
             raise CapabilityError(
-                "policy mlp: discrete actions take neither squash nor chunk or hold above 1; remove them from the recipe"
+                "policy mlp: discrete actions take neither squash nor chunk or hold above 1; remove them "
+                "from the recipe"
             )
         self.num_units = 1 if self.discrete else config.chunk * env.action.size
         self.has_critic = config.critic.kind != "none"
         self.value_range = (config.critic.low, config.critic.high) if config.critic.kind == "hl_gauss" else None
-        floats = {n: s.shape[-1] for n, s in env.observation.items() if s.dtype.is_floating_point and len(s.shape) in (1, 2)}
+        observed = env.observation.items()
+        floats = {n: s.shape[-1] for n, s in observed if s.dtype.is_floating_point and len(s.shape) in (1, 2)}
         self.norms = nn.ModuleDict({n: RunningNorm(d) for n, d in floats.items()} if config.normalize_obs else {})
         self.encoder = Encoder(env, config)
         sizes = (self.encoder.size, *config.hidden)
@@ -297,7 +303,8 @@ class MlpPolicy(nn.Module):
             if self.discrete:
                 noise = torch.rand(out.shape, generator=generator, device=out.device, dtype=out.dtype)
                 # Gumbel-max: the arg-max of logits + Gumbel noise is a sample of the categorical.
-                units = (out if greedy else out - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))).argmax(-1, keepdim=True)
+                gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
+                units = (out if greedy else out + gumbel).argmax(-1, keepdim=True)
                 return PolicyOutput(units[:n], self._log_prob(out, None, units)[:n], units[:n], value)
             mean, log_std = self._split(out)
             if greedy:
@@ -335,9 +342,11 @@ class MlpPolicy(nn.Module):
     def observe(self, obs: Obs) -> None:
         """Move the observation normaliser."""
         for name, norm in self.norms.items():
-            norm.observe(obs[name])
+            cast(RunningNorm, norm).observe(obs[name])
 
-    def _forward(self, obs: Obs, *, actor: bool = True, critic: bool) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    def _forward(
+        self, obs: Obs, *, actor: bool = True, critic: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         """Network outputs (padded to MIN_ROWS), values and value logits (not padded), and the number of real rows."""
         n = len(next(iter(obs.values())))
         if n < MIN_ROWS:
@@ -345,8 +354,8 @@ class MlpPolicy(nn.Module):
         obs = {k: self.norms[k](v) if k in self.norms else v for k, v in obs.items()}
         share = self.config.critic.share
         features = self.encoder(obs) if actor or share != "nothing" else None
-        hidden = self.actor(features) if actor or share == "all" else None
-        out = affine(hidden, self.actor_head) if actor else torch.empty(0)
+        hidden = self.actor(features) if actor or share == "all" else features
+        out = affine(hidden, self.actor_head) if actor and hidden is not None else torch.empty(0)
         if not critic or not self.has_critic:
             return out, None, None, n
         if share != "all":
@@ -379,7 +388,8 @@ class MlpPolicy(nn.Module):
         entropy = (log_std + (0.5 + HALF_LOG_2PI)).expand_as(mean)
         if not self.config.squash:
             return entropy
-        nodes, weights = (torch.tensor(a, dtype=mean.dtype, device=mean.device) for a in np.polynomial.hermite_e.hermegauss(12))
+        quadrature = np.polynomial.hermite_e.hermegauss(12)
+        nodes, weights = (torch.tensor(a, dtype=mean.dtype, device=mean.device) for a in quadrature)
         points = mean.unsqueeze(-1) + log_std.exp().unsqueeze(-1) * nodes
         return entropy + (log_tanh_derivative(points) * (weights / weights.sum())).sum(-1)
 
@@ -391,7 +401,7 @@ def log_tanh_derivative(u: Tensor) -> Tensor:
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:
-    """x with zero rows appended up to `rows`."""
+    """Append zero rows to x up to `rows`."""
     return x if len(x) >= rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 

@@ -44,8 +44,8 @@ class Config(Section):
     def _success_pays(self) -> Config:
         if self.end_on_success and self.reward == "dense":
             raise ValueError(
-                f"reward ({self.reward}) with end_on_success ({self.end_on_success}) pays for avoiding success, because "
-                "it ends the episode and its rewards; set reward: progress or sparse, or end_on_success: false"
+                f"reward ({self.reward}) with end_on_success ({self.end_on_success}) pays for avoiding success, "
+                "because it ends the episode and its rewards; set reward: progress or sparse, or end_on_success: false"
             )
         return self
 
