@@ -37,23 +37,29 @@ class Poison:
         self.config, self.inner = config, inner
         self.spec, self.device = inner.spec, inner.device
         self.now = -1
+        self.value = math.nan if config.value == "nan" else float(config.value)
 
     def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
-        return self.inner.reset(mask, seeds, tasks)
+        obs = self.inner.reset(mask, seeds, tasks)
+        return obs if mask[0] or not self._bad("obs") else self._spoiled(obs)
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         step, self.now = self.inner.step(action, active), self.now + 1
-        if self.now < self.config.first or (self.config.last is not None and self.now > self.config.last):
-            return step
-        bad = math.nan if self.config.value == "nan" else float(self.config.value)
-        if self.config.what == "reward":
+        if self._bad("reward"):
             reward = step.reward.clone()
-            reward[0] = bad
-            return replace(step, reward=reward)
-        obs = {k: v.clone() for k, v in step.obs.items()}
+            reward[0] = self.value
+            step = replace(step, reward=reward)
+        return replace(step, obs=self._spoiled(step.obs)) if self._bad("obs") else step
+
+    def _bad(self, what: str) -> bool:
+        last = self.now if self.config.last is None else self.config.last
+        return self.config.what == what and self.config.first <= self.now <= last
+
+    def _spoiled(self, obs: Obs) -> Obs:
+        obs = {k: v.clone() for k, v in obs.items()}
         name = next(k for k, v in obs.items() if v.is_floating_point())
-        obs[name][0] = bad
-        return replace(step, obs=obs)
+        obs[name][0] = self.value
+        return obs
 
     def get_state(self) -> State:
         return {"inner": self.inner.get_state(), "now": self.now}

@@ -1,0 +1,235 @@
+"""Runs that are stopped and resumed: recipes that between them use every part that has a state, and what is compared."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embodied_rl import checkpoint
+from embodied_rl.cli import main
+from embodied_rl.config import build_recipe, dump_recipe
+from embodied_rl.metrics import deterministic
+from embodied_rl.recipe import Recipe
+from embodied_rl.runfolder import open_run
+from embodied_rl.session import Session
+from embodied_rl.train import StopRequest, _restore, train
+from embodied_rl.writers import JsonlWriter, Writers, read_rows
+
+TOYS = Path(__file__).resolve().parents[1] / "toys"
+POINT = {"type": str(TOYS / "point.py"), "max_steps": 7}
+
+BASE: dict[str, Any] = {
+    "name": "run", "threads": 1, "env": POINT, "policy": {"type": "mlp", "hidden": [16, 16], "word_dim": 4},
+    "algorithm": {"type": "ppo", "update": {"epochs": 2, "minibatches": 2}},
+    "collect": {"copies": 8, "decisions": 10},
+    "evaluate": {"episodes": 6, "episodes_during": 6, "copies": 4, "videos": 0},
+    "checkpoint": {"every": 1}, "log": {"tensorboard": False, "progress": False},
+}  # fmt: skip
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "stream": {
+        "algorithm": {"credit": {"reward_scale": "running_return_std"}, "update": {"lr_schedule": "linear", "weight_decay": 0.01}},
+        "evaluate": {"every": 3, "greedy": False},
+    },
+    "two parts": {
+        "policy": {"std": "state", "squash": True, "critic": {"share": "nothing"}},
+        "algorithm": {
+            "loss": {"value": {"kind": "clipped"}, "dual_clip": 3.0, "entropy_coef": 0.01},
+            "update": {"lr_schedule": "adaptive_kl", "target_kl": 0.01, "micro_batch": 13},
+        },
+        "collect": {"pipeline": 2},
+    },
+    "groups": {
+        "env": {"end_on_success": True, "reward": "sparse"},
+        "policy": {"critic": {"kind": "none"}},
+        "algorithm": {"type": "grpo", "loss": {"kl": {"coef": 0.1}}, "update": {"epochs": 2, "minibatches": 2, "target_kl": 0.02}},
+        "collect": {"mode": "episodes", "group_size": 4},
+        "evaluate": {"every": 2},
+    },
+    "chunks": {
+        "policy": {"chunk": 3, "critic": {"kind": "hl_gauss", "low": -5.0, "high": 5.0}},
+        "algorithm": {"loss": {"ratio": "action", "value": {"kind": "hl_gauss"}}},
+    },
+    "discrete": {
+        "env": {"type": str(TOYS / "two_state.py"), "max_steps": 4},
+        "algorithm": {"type": "reinforce"},
+        "collect": {"mode": "episodes"},
+    },
+    "pendulum": {
+        "env": {"type": "gymnasium", "id": "Pendulum-v1", "max_steps": 23},
+        "algorithm": {"credit": {"reward_scale": "running_return_std"}},
+        "collect": {"copies": 3, "decisions": 15, "pipeline": 3},
+        "evaluate": {"every": 4, "episodes_during": 3, "copies": 2},
+    },
+    "cheetah": {
+        "env": {"type": "gymnasium", "id": "HalfCheetah-v5", "max_steps": 23},
+        "collect": {"copies": 2, "decisions": 10},
+    },
+    "tabletop": {
+        "env": {"type": "tabletop", "tasks": ["reach", "lift", "open"], "max_steps": 11, "threads": 2},
+        "algorithm": {"credit": {"reward_scale": "running_return_std"}},
+        "collect": {"copies": 6, "decisions": 8, "pipeline": 2},
+        "evaluate": {"every": 4, "episodes_during": 3, "copies": 3},
+    },
+}  # fmt: skip
+UPDATES = 10
+
+
+def lay(below: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Top over below; a section whose type changes replaces the old one."""
+    out = dict(below)
+    for key, value in top.items():
+        old = out.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        out[key] = lay(old, value) if both and value.get("type", old.get("type")) == old.get("type") else value
+    return out
+
+
+def recipe(name: str = "", updates: int = UPDATES, **changes: Any) -> Recipe:
+    """A recipe of the table that makes about `updates` updates, with changes laid over it."""
+    data = lay(lay(BASE, RECIPES[name] if name else {}), changes)
+    steps = data["collect"]["copies"] * data["collect"]["decisions"] * data["policy"].get("chunk", 1) * updates
+    return build_recipe(lay({"train": {"env_steps": steps}}, data))
+
+
+# ---- in this process ------------------------------------------------------------------------------------------------
+
+
+class Tape:
+    """A writer that keeps the rows and asks the run to stop after some update."""
+
+    def __init__(self, stop: StopRequest, last: int) -> None:
+        self.stop, self.last, self.rows = stop, last, []
+
+    def write(self, row: dict[str, float]) -> None:
+        self.rows.append(deterministic(row))
+        if row["progress/update"] == self.last:
+            self.stop.signal = signal.SIGTERM
+
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def go(wanted: Recipe, path: Path, *, until: int = -1, resume: bool = False) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Train in this process, until an update (as if by SIGTERM) or the end: rows, and the state at the end."""
+    session = Session.build(wanted)
+    folder = open_run(path, resume=resume)
+    try:
+        if resume:
+            _restore(folder, session)
+        stop = StopRequest()
+        tape, file = Tape(stop, until), JsonlWriter(folder.metrics)
+        file.truncate_after(session.update)
+        with closing(Writers([tape, file], check=True)) as writers:
+            train(session, folder, writers, stop)
+        return tape.rows, state_of(folder.checkpoints)
+    finally:
+        folder.release()
+        session.close()
+
+
+# ---- in a process that can be killed --------------------------------------------------------------------------------
+
+
+def start(argv: list[str], log: Path) -> multiprocessing.process.BaseProcess:
+    """`embodied-rl ARGV` in a process of its own, forked from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.resume.lab", "embodied_rl.report", "embodied_rl.envs.tabletop", "embodied_rl.envs.gymnasium"])
+    process = context.Process(target=_child, args=(argv, str(log)))
+    process.start()
+    return process
+
+
+def _child(argv: list[str], log: str) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    code = main(argv)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def wait_for(condition: Any, process: Any, seconds: float = 120.0) -> bool:
+    """Whether the condition became true while the process lived."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        if not process.is_alive():
+            return bool(condition())
+        time.sleep(0.003)
+    raise AssertionError(f"nothing happened in {seconds} s")
+
+
+def count_rows(run: Path) -> int:
+    """Lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def train_with_kills(wanted: Recipe, folder: Path, kills: int, seed: int) -> int:
+    """Train through the command line, killed with -9 at random moments and resumed; returns the kills that hit."""
+    dice, hit, run, log = random.Random(seed), 0, folder / wanted.name, folder / "log.txt"
+    recipe_file = write(wanted, folder)
+    for left in range(kills, -1, -1):
+        argv = ["train", str(recipe_file)] + (["--resume"] if run.exists() else [])
+        process = start(argv, log)
+        if left:
+            target = count_rows(run) + dice.randint(-1, 2)
+            wait_for(lambda target=target: count_rows(run) >= target, process)
+            time.sleep(dice.uniform(0, 0.08))
+            hit += process.is_alive()
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return hit
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+    raise AssertionError(log.read_text())
+
+
+def write(wanted: Recipe, folder: Path) -> Path:
+    """The recipe as a file whose run lands in `folder`."""
+    path = folder / "recipe.yaml"
+    folder.mkdir(exist_ok=True)
+    path.write_text(dump_recipe(wanted.model_copy(update={"log": wanted.log.model_copy(update={"folder": str(folder)})})))
+    return path
+
+
+# ---- what is compared -----------------------------------------------------------------------------------------------
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    """The deterministic part of metrics.jsonl."""
+    return [deterministic(row) for row in read_rows(run / "metrics.jsonl")]
+
+
+def state_of(checkpoints: Path) -> dict[str, Any]:
+    """The newest checkpoint without the clock."""
+    newest = checkpoint.latest(checkpoints)
+    assert newest is not None
+    state = checkpoint.load(newest)
+    del state["counters"]["wall_s"]
+    return state
+
+
+def differing(a: Any, b: Any, place: str = "") -> list[str]:
+    """Places at which two states differ in any bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in sorted(a.keys() | b.keys(), key=str) for d in differing(a.get(k), b.get(k), f"{place}/{k}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differing(x, y, f"{place}/{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        equal = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    else:
+        equal = type(a) is type(b) and (a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b)))
+    return [] if equal else [place]
