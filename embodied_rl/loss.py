@@ -210,9 +210,10 @@ def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, T
     plain = ratio * advantage
     if config.trust == "none":
         return plain, torch.zeros_like(plain, dtype=torch.bool)
-    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
-    objective = torch.minimum(plain, bounded)
+    # No gradient flows through a clipped ratio, so none of it needs a backward pass.
+    bounded = ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
     clipped = bounded < plain
+    objective = torch.where(clipped, bounded, plain)
     if config.dual_clip is not None:
         floor = config.dual_clip * advantage
         below = (advantage < 0) & (objective < floor)
