@@ -50,8 +50,9 @@ class WarpPhysics:
     """B copies stepped by MuJoCo Warp in float32; see `embodied_rl.envs.tabletop.physics.Physics`.
 
     Its arrays are shared with torch, so nothing is copied or moved to the host between policy and physics. On CUDA a
-    control step is one launch of a recorded graph. Sums are made in a fixed order (`deterministic`), so that a
-    restored state continues bit for bit.
+    control step is one launch of a recorded graph. On the CPU a restored state continues bit for bit; on CUDA only to
+    float32 rounding, because threads add up in no fixed order (MuJoCo Warp's option for a fixed order costs speed and
+    is not used).
     """
 
     def __init__(
@@ -85,7 +86,6 @@ class WarpPhysics:
             self._model = mjw.put_model(model)
             # Warp would print overflows to stdout and go on; `_check` raises instead.
             self._model.opt.warn_overflow = 0
-            self._model.opt.deterministic = mjw.DeterminismType.ALL
             self._data = mjw.make_data(
                 model, nworld=num_envs, nconmax=contacts, nccdmax=min(CONVEX_PAIRS, contacts), njmax=constraint_rows
             )
@@ -122,12 +122,14 @@ class WarpPhysics:
             CapabilityError: A copy had more contacts than there is room for; on CUDA this is told up to
                 `CHECK_EVERY` control steps late.
         """
+        if self._warp_device.is_cuda and substeps not in self._graphs:
+            self._graphs[substeps] = self._record(substeps)
         self._ctrl.copy_(ctrl)
         self._warmstart.zero_()
         self._before.copy_(self._qpos)
         if self._warp_device.is_cuda:
-            graph = self._graphs.get(substeps) or self._record(substeps)
-            wp.capture_launch(graph, stream=wp.stream_from_torch(torch.cuda.current_stream(self.device)))
+            stream = wp.stream_from_torch(torch.cuda.current_stream(self.device))
+            wp.capture_launch(self._graphs[substeps], stream=stream)
         else:
             self._advance(substeps)
         self._mend()
@@ -169,12 +171,12 @@ class WarpPhysics:
     def _record(self, substeps: int) -> wp.Graph:
         """Record a control step as a CUDA graph. Written for CUDA and not yet run on one."""
         saved = self.get_state()
+        wp.synchronize_device(self._warp_device)  # torch's stream and Warp's are two
         self._advance(1)  # compiles and loads every kernel, which a recording cannot
-        wp.synchronize_device(self._warp_device)
         with wp.ScopedCapture(device=self._warp_device) as capture:
             self._advance(substeps)
+        wp.synchronize_device(self._warp_device)
         self.set_state(saved)
-        self._graphs[substeps] = capture.graph
         return capture.graph
 
     def _mend(self) -> None:

@@ -89,6 +89,13 @@ def test_objects_and_goal_have_the_colours_of_their_copy(camera):
         assert (int(((hue - marker).abs().amax(dim=2) < 0.08).sum()) > 10) == bool(place[2] >= 0)
 
 
+def test_a_copy_without_a_goal_has_an_invisible_marker():
+    _, colors, goal = layouts(2)
+    mocap_pos, rgba = paint(SCENE, colors, goal)
+    assert rgba[:, MODEL.geom("goal").id, 3].tolist() == [1.0, 0.0]
+    assert torch.equal(mocap_pos[:, SCENE.goal_mocap], goal)
+
+
 def test_a_copy_looks_the_same_alone_in_any_batch_and_beyond_the_capacity(camera):
     qpos, colors, goal = layouts(10)
     together = draw(camera, qpos, colors, goal)  # capacity 4: three slices
@@ -175,3 +182,14 @@ def test_wrong_shapes_are_told_with_what_was_expected(camera, arguments, message
     with pytest.raises(ShapeError) as caught:
         camera.render(**request)
     assert str(caught.value) == message
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pictures_from_cuda_agree_with_those_from_the_cpu(camera):
+    qpos, colors, goal = layouts(6)
+    cuda = BatchCamera(MODEL, torch.device("cuda:0"), capacity=4)
+    pictures = draw(cuda, qpos, colors, goal)
+    assert pictures.device.type == "cuda"
+    difference = (pictures.cpu().int() - draw(camera, qpos, colors, goal).int()).abs()
+    assert float((difference > 3).float().mean()) < 5e-3, "only pixels on an edge may fall to the other side"

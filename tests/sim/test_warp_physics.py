@@ -190,6 +190,22 @@ def test_a_device_that_warp_cannot_use_is_named():
         start_warp(torch.device("cuda:0"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_steps_on_cuda_agree_with_plain_steps_on_the_cpu(at_rest):
+    cuda = WarpPhysics(MODEL, 3, torch.device("cuda:0"))
+    cuda.place(ALL.cuda(), rest().cuda(), torch.zeros(3, MODEL.nv).cuda())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        ctrl = hold()
+        ctrl[:, :7] += 0.1 * torch.randn(3, 7, generator=generator)
+        at_rest.step(ctrl, SCENE.substeps)
+        cuda.step(ctrl.cuda(), SCENE.substeps)
+    assert cuda.qpos.device.type == "cuda"
+    torch.testing.assert_close(cuda.qpos.cpu()[:, SCENE.arm_qpos], at_rest.qpos[:, SCENE.arm_qpos], rtol=0, atol=1e-4)
+    cuda.get_state()  # looks at the overflow flags
+
+
 COMPILES_TWO_KERNELS = """
 import logging, sys
 import torch, warp as wp
