@@ -142,7 +142,7 @@ def _read(path: Path, chain: tuple[Path, ...], problems: Problems, *, extends: b
         return empty
     entries = dict(root.value)
     parents = entries.pop("extends", None)
-    own = Node({key: _anchor_type(key, node, path) for key, node in entries.items()}, root.where)
+    own = Node({key: _anchor_type(key, node, path.parent) for key, node in entries.items()}, root.where)
     if parents is None:
         return own
     if not extends:
@@ -181,14 +181,14 @@ def _find_parent(name: str, child: Path) -> Path | None:
     return None
 
 
-def _anchor_type(key: str, node: Node, path: Path) -> Node:
+def _anchor_type(key: str, node: Node, folder: Path) -> Node:
     """Make a `type: ./my_env.py` absolute, so that the resolved recipe loads from anywhere on this machine."""
     if key not in COMPONENTS or not isinstance(node.value, dict) or "type" not in node.value:
         return node
     kind = node.value["type"]
     if not isinstance(kind.value, str) or not kind.value.endswith(".py"):
         return node
-    absolute = (path.parent / Path(kind.value).expanduser()).resolve()
+    absolute = (folder / Path(kind.value).expanduser()).resolve()
     return Node({**node.value, "type": Node(str(absolute), kind.where)}, node.where)
 
 
@@ -221,7 +221,7 @@ def _parse_overrides(overrides: Iterable[str], problems: Problems) -> Node | Non
             node = Node({key: node}, where)
         for kind in COMPONENTS:
             if kind in node.value:
-                node = Node({kind: _anchor_type(kind, node.value[kind], Path.cwd() / "x")}, where)
+                node = Node({kind: _anchor_type(kind, node.value[kind], Path.cwd())}, where)
         tree = _merge(tree, node) if tree else node
     return tree
 
