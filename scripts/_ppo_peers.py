@@ -70,7 +70,7 @@ class Pool:
         self.observation_space, self.action_space = _float32(self.env.observation_space), _float32(self.env.action_space)
 
     def reset(self) -> np.ndarray:
-        """[B, D] float32"""
+        """Return the first observations [B, D] float32."""
         return self.env.reset()[0].astype(np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:

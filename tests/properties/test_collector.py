@@ -208,6 +208,22 @@ def test_an_env_without_seeds_and_state_still_streams():
     assert torch.equal(rollout.next_value[:-1][running], rollout.value[1:][running])
 
 
+def test_an_env_with_threads_of_its_own_gives_the_same_rollouts():
+    plain, threaded = (collector(4, parts=2, decisions=4, run_seed=5) for _ in range(2))
+    sent = []
+    for part in threaded.parts:
+        env, box = part.env, []
+        env.send = lambda action, active, box=box: (box.append((action, active)), sent.append(1))
+        env.recv = lambda env=env, box=box: env.step(*box.pop())
+    for _ in range(4):
+        a, b = plain.collect(), threaded.collect()
+        for name in ("reward", "steps", "terminated", "truncated", "value", "next_value", "episode"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert len(sent) == 4 * 4 * 2, "every step of every part went through send"
+    plain.close()
+    threaded.close()
+
+
 def test_a_copy_stops_in_the_middle_of_a_chunk():
     # Chunk 3, lengths 2 (truncated) and 7: copy 0 executes 2 steps, 1 + 2, and is valued where it stopped.
     c = Collector([toy("lengths", 2, lengths=(2, 7))], scripted(3), decisions=2)

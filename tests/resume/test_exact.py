@@ -111,7 +111,8 @@ def test_a_finished_run_goes_on_when_more_steps_are_asked_for(tmp_path):
 
 
 def test_a_run_that_reached_its_target_does_not_train_on_when_resumed(tmp_path):
-    wanted = lab.recipe(evaluate={"every": 2}, train={"target_success": 0.01}, policy={"init_std": 0.1})
+    sampled = {"every": 2, "episodes_during": 64, "greedy": False}
+    wanted = lab.recipe(evaluate=sampled, train={"target_success": 0.01}, policy={"init_std": 1.0})
     rows, state = lab.go(wanted, tmp_path / "run")
     assert len(rows) < lab.UPDATES and rows[-1]["eval/heldout/success_rate"] >= 0.01
     again, state_again = lab.go(wanted, tmp_path / "run", resume=True)
