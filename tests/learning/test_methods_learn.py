@@ -1,7 +1,7 @@
 """Every method learns tiny problems; thresholds are on the median of three seeds.
 
-Comments give the range observed over seeds 0 to 7 (2026-11, torch 2.13, CPU); thresholds lie well below it, and well
-above what the untrained policy scores.
+Comments give the lowest and the highest score of seeds 0 to 7 (2026-11, torch 2.13, CPU); thresholds lie well below
+them, and well above what the untrained policy scores: 0.33 on the bandit, 0.03 on the point.
 """
 
 import statistics
@@ -48,21 +48,24 @@ def train(name, env_name, seed, *, updates, lr, decisions, copies, policy, **env
     return statistics.mean(scores[-updates // 4 :])
 
 
-BANDIT = {"updates": 20, "lr": 2e-2, "copies": 64, "policy": {}}
+BANDIT = {"copies": 64, "policy": {}}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_contextual_bandit(name):
-    decisions = 2 if METHODS[name][0] == "ppo" else 1
-    scores = [train(name, "bandit", seed, decisions=decisions, **BANDIT) for seed in SEEDS]
+    # Two decisions per rollout for PPO, which goes on in a stream; one for the episodic methods.
+    # Observed: ppo and its variants 1.0 - 1.0, all others 0.99 - 1.0.
+    ppo = METHODS[name][0] == "ppo"
+    given = {"decisions": 2, "updates": 30, "lr": 1e-2} if ppo else {"decisions": 1, "updates": 20, "lr": 2e-2}
+    scores = [train(name, "bandit", seed, **given, **BANDIT) for seed in SEEDS]
     assert statistics.median(scores) >= 0.85, scores
 
 
 POINT = {"copies": 64, "decisions": 6, "max_steps": 6, "lr": 1e-2, "policy": {"init_std": 0.5, "word_dim": 8}}
 LIMITS = {
-    "ppo": (40, 0.6),
-    "grpo": (40, 0.7),
-    "reinforce": (120, 0.4),
+    "ppo": (40, 0.6),  # 0.73 - 0.95
+    "grpo": (40, 0.7),  # 0.91 - 1.0
+    "reinforce": (120, 0.4),  # 0.54 - 0.75
 }
 """Method -> (updates, threshold)."""
 
