@@ -133,7 +133,9 @@ def peer(name: str, env_id: str) -> Callable[[], None]:
         from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
         kind = DummyVecEnv if name == "sb3_dummy" else SubprocVecEnv
-        env = kind([lambda: gymnasium.make(env_id) for _ in range(COPIES)])
+        # Forked: 32 fresh interpreters would import torch for minutes on a small machine.
+        how = {"start_method": "fork"} if name == "sb3_subproc" else {}
+        env = kind([lambda: gymnasium.make(env_id) for _ in range(COPIES)], **how)
     env.reset()
     wide = np.float64 if name == "envpool" else np.float32
     actions = np.random.default_rng(0).uniform(-1, 1, (16, COPIES, 6)).astype(wide)
