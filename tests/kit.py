@@ -64,6 +64,11 @@ class Scripted:
     num_units: int = 1
     has_critic: bool = True
 
+    @property
+    def actions_per_decision(self) -> int:
+        """Every control step has its own action."""
+        return self.chunk
+
     def act(self, obs: Obs, *, generator: torch.Generator | None, greedy: bool = False) -> PolicyOutput:
         action = self.action(obs)
         units = action.flatten(1)
@@ -97,7 +102,7 @@ def wire(
     envs: list[Any], policy: Any, method: Any, *, decisions: int, mode: str = "stream", group_size: int = 1, seed: int = 0
 ) -> Run:
     """Wire envs, a policy and a method's Config into a Run."""
-    loss = LossFunction(method.loss, policy.chunk, policy.value_range)
+    loss = LossFunction(method.loss, policy.actions_per_decision, policy.value_range)
     updater = Updater(policy, loss, method.update, seed=seed, max_bad_updates=1)
     collector = Collector(
         envs, policy, decisions=decisions, mode=mode, group_size=group_size, run_seed=seed,  # type: ignore[arg-type]

@@ -13,6 +13,8 @@ CONFIGS = {
     "squash": {"squash": True},
     "squash, state std": {"squash": True, "std": "state"},
     "chunk 3": {"chunk": 3},
+    "held actions": {"chunk": 2, "hold": 3},
+    "bounded mean": {"bound_mean": True, "std": "state"},
     "shared critic": {"critic": {"share": "all"}},
     "no critic": {"critic": {"kind": "none"}},
     "classifying critic": {"critic": {"kind": "hl_gauss", "bins": 11}},

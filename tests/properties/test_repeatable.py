@@ -22,6 +22,10 @@ SETTINGS = {
         "policy": {"std": "state", "squash": True, "critic": {"kind": "hl_gauss", "low": -20.0, "high": 20.0}},
         "sections": {"loss": {"value": {"kind": "hl_gauss"}}},
     },
+    "ppo, held actions, ratio per action": {
+        "policy": {"chunk": 2, "hold": 3, "bound_mean": True},
+        "sections": {"loss": {"ratio": "action", "aggregate": "unit_mean"}},
+    },
     "grpo": {"method": "grpo", "mode": "episodes", "group_size": 4, "policy": {"critic": {"kind": "none"}}},
     "reinforce, two parts": {"method": "reinforce", "mode": "episodes", "parts": 2, "policy": {"critic": {"kind": "none"}}},
     "bandit": {"env": "bandit", "sections": {"credit": {"lam": 0.5}}},
@@ -30,7 +34,7 @@ SETTINGS = {
 
 def build(seed=0, *, env="point", method="ppo", mode="stream", group_size=1, parts=1, chunk=1, policy=None, sections=None):
     envs = [toy(env, 8 // parts, **({"max_steps": 5, "end_on_success": True} if env == "point" else {})) for _ in range(parts)]
-    net = mlp(envs[0].spec, seed=seed, hidden=(16,), chunk=chunk, **(policy or {}))
+    net = mlp(envs[0].spec, seed=seed, hidden=(16,), **({"chunk": chunk} | (policy or {})))
     config = algorithm(method, **(sections or {}))
     return wire(envs, net, config, decisions=7, mode=mode, group_size=group_size, seed=seed)
 
