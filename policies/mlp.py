@@ -31,6 +31,8 @@ MIN_COLUMNS = 16
 """Narrower layers are padded to this many outputs for the same reason, where the kernels need it (see `affine`)."""
 KEY_DIM = 32
 """Width of the attention's questions and answers."""
+MAX_LOG_STD = 2.0
+"""Upper bound of a standard deviation that depends on the state, as a logarithm."""
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "elu": F.elu, "silu": F.silu}
 
@@ -86,6 +88,16 @@ class Config(Section):
     hold: int = Field(1, ge=1)
     """Control steps each action is held for; 2 decides half as often, which explores farther and computes less."""
     critic: Critic = Critic()
+
+    @model_validator(mode="after")
+    def _std_can_move(self) -> Config:
+        highest = math.exp(MAX_LOG_STD) if self.std == "state" else math.inf
+        if not self.min_std < self.init_std < highest:
+            raise ValueError(
+                f"init_std ({self.init_std}) must lie between min_std ({self.min_std}) and {highest:.3g}: "
+                "at a bound no gradient would ever move it"
+            )
+        return self
 
 
 class RunningNorm(nn.Module):
@@ -372,7 +384,7 @@ class MlpPolicy(nn.Module):
             mean, log_std = out, self.log_std.clamp(min=floor)
         else:
             mean, raw = out.chunk(2, dim=-1)
-            log_std = (raw + math.log(self.config.init_std)).clamp(floor, 2.0)
+            log_std = (raw + math.log(self.config.init_std)).clamp(floor, MAX_LOG_STD)
         return torch.tanh(mean) if self.config.bound_mean else mean, log_std
 
     def _log_prob(self, out: Tensor, log_std: Tensor | None, units: Tensor) -> Tensor:
