@@ -144,3 +144,17 @@ def test_the_normaliser_has_the_mean_and_deviation_of_everything_observed():
     everything = torch.cat(parts).double()
     expected = (everything - everything.mean(0)) / everything.std(0, unbiased=False)
     torch.testing.assert_close(policy.norms["x"](parts[2]).double(), expected[8:], rtol=1e-4, atol=1e-4)
+
+
+def test_held_actions_are_repeated_and_have_one_probability_each():
+    policy, obs = policy_of(size=2, chunk=2, hold=3)
+    out = policy.act(obs, generator=torch.Generator().manual_seed(0))
+    assert (policy.chunk, policy.actions_per_decision, policy.num_units) == (6, 2, 4)
+    first, second = out.units[0, :2], out.units[0, 2:]
+    assert torch.equal(out.action[0], torch.stack([first] * 3 + [second] * 3))
+
+
+@pytest.mark.parametrize(("std", "init_std"), [("free", 0.01), ("state", 0.005), ("state", 8.0)])
+def test_a_deviation_that_starts_at_its_bound_is_refused(std, init_std):
+    with pytest.raises(ValueError, match="no gradient would ever move it"):
+        policy_of(std=std, init_std=init_std)
