@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,19 +60,25 @@ def measure_all(script: str, jobs: Iterable[Job], repeats: int, timeout: float =
 def _run(script: str, job: Job, timeout: float) -> dict[str, Any] | None:
     threads = str(job.get("threads", 1))
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
-    try:
-        done = subprocess.run(
-            [sys.executable, script, "--worker", json.dumps(job)], capture_output=True, text=True, env=env, timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        print(f"\nno result within {timeout:.0f} s: {job}", file=sys.stderr)
-        return None
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        print(f"\nno result: {job}: {last}", file=sys.stderr)
-        return None
-    return json.loads(lines[-1])
+    command = [sys.executable, script, "--worker", json.dumps(job)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        # A session of its own, so that simulators which it started end with it.
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=env, start_new_session=True)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        out.seek(0), err.seek(0)
+        lines = [line for line in out.read().splitlines() if line.startswith("{")]
+        if code == 0 and lines:
+            return json.loads(lines[-1])
+        last = (err.read().strip().splitlines() or ["no output"])[-1]
+    why = f"nothing within {timeout:.0f} s" if code is None else f"exit code {code}: {last}"
+    print(f"\nno result from {job}: {why}", file=sys.stderr)
+    return None
 
 
 def median(results: list[dict[str, Any]], key: str) -> float | None:
