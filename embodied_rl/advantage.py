@@ -57,6 +57,8 @@ class Credit(Section):
             )
         if self.returns == "gae" and self.scale != "none":
             raise ValueError(f"scale ({self.scale}) does nothing with returns gae: set scale: none (and whiten: true)")
+        if self.returns != "gae" and self.lam != type(self).model_fields["lam"].default:
+            raise ValueError(f"lam ({self.lam}) does nothing with returns ({self.returns}): remove it, or use gae")
         centred_in_group = self.baseline in ("group_mean", "leave_one_out")
         if self.scale != "none" and not (
             centred_in_group or (self.scale, self.baseline) == ("batch_std", "batch_mean")

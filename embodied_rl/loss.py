@@ -92,6 +92,21 @@ class Loss(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Loss:
+        if self.ratio == "unit" and self.reduce == "mean":
+            raise ValueError(
+                "reduce (mean) does nothing with ratio (unit), whose cells hold one unit each: "
+                "set reduce: sum, or ratio: action, decision or trajectory"
+            )
+        fields = type(self).model_fields
+        for name in ("clip_low", "clip_high", "dual_clip"):
+            if self.trust == "none" and getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) does nothing with trust (none): remove it, or set trust: clip"
+                )
+        return self
+
 
 class LossResult(NamedTuple):
     """What a loss returns."""

@@ -96,7 +96,8 @@ def plan(settings: list[str], frameworks: list[str], seconds: float, quick: bool
             for framework in frameworks:
                 common = {"framework": framework, "setting": setting, "threads": threads, "sim_threads": 2, "seconds": seconds}
                 pipelines = [0] if framework != "ours" else [1 if setting == "small" else 2] if quick else [1, 2]
-                jobs += [common | ({"pipeline": p} if p else {}) for p in pipelines]
+                # Each part of a pipeline has a pool of its own; together they have as many threads as a peer's one.
+                jobs += [common | ({"pipeline": p, "sim_threads": 2 // p} if p else {}) for p in pipelines]
     return jobs
 
 

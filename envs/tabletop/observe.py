@@ -168,6 +168,7 @@ class Observer:
         between = (within < self._grip).all(dim=1)
         return View(
             tcp=tcp,
+            between=between,
             held=pressing & between,
             aperture=(finger_target - FINGER_CLOSED) / (FINGER_MAX - FINGER_CLOSED),
             gripper_open=(finger_target > 0.025) & (opening > 0.02),

@@ -46,7 +46,7 @@ HANDLE_OFFSET = np.array([-0.055, 0.0, 0.055])
 """Middle of the handle bar relative to CABINET_FRONT while the drawer is closed, m."""
 
 CAMERAS = ("front", "overhead", "wrist")
-GOAL_RADIUS = 0.03
+GOAL_RADIUS = 0.05
 HIDDEN = np.array([0.0, 0.0, -1.0])
 """Where the goal marker waits in tasks that have no marked goal, m."""
 

@@ -19,9 +19,8 @@ from torch import Tensor
 from embodied_rl.envs.tabletop.scene import DRAWER_MAX
 
 REACH_RADIUS = 0.025
-PUSH_RADIUS = 0.03
-GRASP_RADIUS = 0.03
-"""m from the object's centre within which the fingers should close."""
+PUSH_RADIUS = 0.05
+"""m; the tolerance of Meta-World's push."""
 LIFT_HEIGHT = 0.07
 STILL = 0.08
 """m/s below which an object counts as resting."""
@@ -34,11 +33,13 @@ class View:
     """What success and reward are computed from, for B copies; a and b are the first and second object meant.
 
     Example: cube at rest under an open gripper 10 cm above: a_position [[0, 0, 0.02]], a_half_height [0.02],
-    tcp [[0, 0, 0.12]], held [False], gripper_open [True].
+    tcp [[0, 0, 0.12]], between [False], held [False], gripper_open [True].
     """
 
     tcp: Tensor
     """[B, 3] point between the finger tips."""
+    between: Tensor
+    """[B] bool, a's centre is where closing the fingers would grasp it."""
     held: Tensor
     """[B] bool, a is between the fingers, which press on it."""
     gripper_open: Tensor
@@ -139,9 +140,9 @@ class Push(Task):
     """Move the named object over the table onto the marked goal.
 
     Randomisation: as reach, and the goal, 9 to 18 cm from the object in any direction.
-    Success: the object's centre is horizontally within 3 cm of the goal and not more than 1.5 cm above its rest.
-    Reward terms: reach = 0.2 closeness(TCP, object) + 0.16 x the fingers' part (see `fingers_at`); grasp = 0.18 while
-    held; progress = 0.42 closeness(object, goal). Sliding the object between the fingers is paid for rather than
+    Success: the object's centre is horizontally within 5 cm of the goal and not more than 1.5 cm above its rest.
+    Reward terms: reach = 0.25 closeness(TCP, object) + 0.18 x the fingers' part (see `fingers_at`); grasp = 0.22 while
+    held; progress = 0.3 closeness(object, goal). Sliding the object between the fingers is paid for rather than
     pushing it from behind, where it slips off a finger 2 cm wide.
     """
 
@@ -156,9 +157,9 @@ class Push(Task):
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness of the TCP to the object, grip, closeness of the object to the goal."""
         return {
-            "reach": 0.2 * closeness(view.tcp_to_a) + 0.16 * fingers_at(view),
-            "grasp": 0.18 * view.held,
-            "progress": 0.42 * closeness(distance(view.a_position[:, :2], view.goal[:, :2])),
+            "reach": 0.25 * closeness(view.tcp_to_a) + 0.18 * fingers_at(view),
+            "grasp": 0.22 * view.held,
+            "progress": 0.3 * closeness(distance(view.a_position[:, :2], view.goal[:, :2])),
         }
 
 
@@ -335,12 +336,11 @@ def distance(p: Tensor, q: Tensor) -> Tensor:
 
 
 def fingers_at(view: View) -> Tensor:
-    """[B] in [0, 1]: half the opening while the TCP is far from the object; within 3 cm, one half and half the closing.
+    """[B] in [0, 1]: half the opening while the object is not between the fingers; else one half and half the closing.
 
-    Coming near with open fingers changes nothing; were it to cost something, a policy would stay away.
+    Coming between open fingers changes nothing; were it to cost something, a policy would stay away.
     """
-    near = view.tcp_to_a < GRASP_RADIUS
-    return torch.where(near, 2 - view.aperture, view.aperture) / 2
+    return torch.where(view.between, 2 - view.aperture, view.aperture) / 2
 
 
 def distance_of(x: Tensor, y: Tensor) -> Tensor:

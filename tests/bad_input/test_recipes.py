@@ -133,6 +133,22 @@ ROWS = {
         [],
         "my.yaml:2: env.tasks: task 'pull' does not exist; did you mean 'push'?",
     ),
+    "a mean over one unit": (
+        "algorithm: {loss: {ratio: unit, reduce: mean}}",
+        [],
+        "my.yaml:2: algorithm.loss: reduce (mean) does nothing with ratio (unit), whose cells hold one unit each: "
+        "set reduce: sum, or ratio: action, decision or trajectory",
+    ),
+    "a clip that nothing reads": (
+        "algorithm: {loss: {trust: none, dual_clip: 3}}",
+        [],
+        "my.yaml:2: algorithm.loss: dual_clip (3.0) does nothing with trust (none): remove it, or set trust: clip",
+    ),
+    "lambda without GAE": (
+        "algorithm: {credit: {returns: trajectory, baseline: none, lam: 0.9}}",
+        [],
+        "my.yaml:2: algorithm.credit: lam (0.9) does nothing with returns (trajectory): remove it, or use gae",
+    ),
     "copies and groups do not fit": (
         "collect: {copies: 6, group_size: 4, mode: episodes}",
         [],

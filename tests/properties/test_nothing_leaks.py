@@ -21,7 +21,7 @@ AGGREGATES = ["unit_mean", "decision_mean", "trajectory_mean", "constant"]
 
 def config(level, aggregate, reduce="sum"):
     return Loss(
-        ratio=level, reduce=reduce, aggregate=aggregate, constant_units=9 if aggregate == "constant" else None, entropy_coef=0.1,
+        ratio=level, reduce="sum" if level == "unit" else reduce, aggregate=aggregate, constant_units=9 if aggregate == "constant" else None, entropy_coef=0.1,
         dual_clip=3.0, kl=Kl(kind="k3", coef=0.3), value=ValueLoss(coef=0.5),
     )  # fmt: skip
 

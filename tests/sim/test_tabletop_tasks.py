@@ -13,6 +13,7 @@ from embodied_rl.seeding import start_seeds
 
 FIELDS = {
     "tcp": [0.0, 0.0, 0.2],
+    "between": False,
     "held": False,
     "gripper_open": True,
     "aperture": 1.0,
@@ -68,11 +69,11 @@ def test_push_asks_for_the_object_on_the_goal_and_on_the_table():
     reach, fingers, grasp, progress = weights("push")
     wanted = {"reach": reach * close_to(0.18) + fingers / 2, "grasp": 0.0, "progress": progress * close_to(0.1)}
     assert terms == pytest.approx(wanted)
-    at_it = outcome("push", tcp=[0.0, 0.0, 0.02], held=True, gripper_open=False, aperture=0.2)[2]
+    at_it = outcome("push", tcp=[0.0, 0.0, 0.02], between=True, held=True, gripper_open=False, aperture=0.2)[2]
     assert at_it["reach"] == pytest.approx(reach + fingers * 0.9) and at_it["grasp"] == pytest.approx(grasp)
     assert dense == pytest.approx(sum(terms.values()))
-    assert outcome("push", a_position=[0.0, 0.075, 0.02])[:2] == (True, 1.0)
-    assert not outcome("push", a_position=[0.0, 0.065, 0.02])[0]
+    assert outcome("push", a_position=[0.0, 0.055, 0.02])[:2] == (True, 1.0)
+    assert not outcome("push", a_position=[0.0, 0.045, 0.02])[0]
     assert not outcome("push", a_position=[0.0, 0.1, 0.05])[0], "carried over the goal is not pushed onto it"
 
 
@@ -86,7 +87,7 @@ def test_lift_asks_for_7_cm_and_a_hold():
 def test_lift_pays_for_open_fingers_on_the_way_and_for_closing_them_at_the_object():
     reach, fingers, grasp, progress = weights("lift")
     half = {"a_position": [0.0, 0.0, 0.055], "tcp": [0.0, 0.0, 0.055]}
-    terms = outcome("lift", **half, held=True, gripper_open=False, aperture=0.1)[2]
+    terms = outcome("lift", **half, between=True, held=True, gripper_open=False, aperture=0.1)[2]
     part = 0.5 + 0.5 * (1 - 0.1)
     assert terms == pytest.approx({"reach": reach + part * fingers, "grasp": grasp, "progress": 0.5 * progress})
     for aperture in (0.0, 1.0):
@@ -177,7 +178,7 @@ def test_dense_rewards_stay_in_0_to_1_and_reach_1_only_by_success(task):
         return torch.rand(n, generator=generator) < 0.5
 
     view = View(
-        tcp=points(), held=coin(), gripper_open=coin(), aperture=torch.rand(n, generator=generator), a_position=points(), a_half_height=torch.full((n,), 0.02),
+        tcp=points(), between=coin(), held=coin(), gripper_open=coin(), aperture=torch.rand(n, generator=generator), a_position=points(), a_half_height=torch.full((n,), 0.02),
         a_speed=0.1 * torch.rand(n, generator=generator), b_position=points(), b_half_height=torch.full((n,), 0.02),
         b_start=points()[:, :2], goal=points(), relation_on=coin(), handle=points(),
         drawer=0.15 * torch.rand(n, generator=generator),
@@ -266,7 +267,7 @@ def test_push_is_judged_in_the_simulator(env):
     goal = env.episode.goal[0].tolist()
     put(env, cube=[goal[0] + 0.02, goal[1], 0.02])
     assert verdict(env)
-    put(env, cube=[goal[0] + 0.04, goal[1], 0.02])
+    put(env, cube=[goal[0] + 0.06, goal[1], 0.02])
     assert not verdict(env)
 
 
