@@ -1,5 +1,6 @@
 # make demo    set up .venv and train one policy for three tabletop tasks (under 15 minutes on 2 cores)
 # make test    set up .venv with the test tools; lint, types and the default test suite
+# make bench   the benchmarks of scripts/, in their quick form, beside the peers they install
 # make docs    rewrite the generated pages in docs/
 # make clean   remove .venv, build/ and caches; runs/ is kept
 #
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 PIP    := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint types unit docs setup setup-dev clean
+.PHONY: demo test bench lint types unit docs setup setup-dev clean
 
 # A run folder is never overwritten, so a second demo gets a name of its own.
 demo: $(VENV)/.ready
@@ -32,6 +33,9 @@ types: $(VENV)/.ready-dev
 unit: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+bench: $(VENV)/.ready-bench
+	for name in envs scaling ppo; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done
+
 docs: $(VENV)/.ready-dev
 	$(BIN)/python scripts/generate_docs.py
 
@@ -51,6 +55,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "installing the test tools into $(VENV)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready-dev
+	@echo "installing the libraries that the benchmarks compare with into $(VENV)"
+	@$(PIP) -e '.[bench]'
 	@touch $@
 
 clean:

@@ -27,6 +27,9 @@ OnFrame = Callable[[Env, Tensor], None]
 """Called after every start and control step with the env and `episode` [B] int64: the number of the episode that
 each copy has just moved in, -1 for copies that did not move."""
 
+LONGEST = 100_000
+"""Control steps after which an episode of an env without a time limit is taken for endless."""
+
 
 def evaluate(
     policy: Policy,
@@ -57,7 +60,7 @@ def evaluate(
         result: One row per episode.
 
     Raises:
-        CapabilityError: No episodes were asked for.
+        CapabilityError: No episodes were asked for, or an env without a time limit does not end one.
         DivergenceError: The env paid a reward that is not finite.
     """
     if episodes < 1:
@@ -263,6 +266,11 @@ def _play(
             length += executed.steps
             if executed.success_once is not None:
                 once |= executed.success_once
+            if env.spec.max_steps is None and int(length.max()) > LONGEST:
+                raise CapabilityError(
+                    f"an evaluation episode has not ended within {LONGEST:,} control steps, and the env has no time limit "
+                    "of its own; give it one (env.max_steps), or skip evaluation (evaluate.episodes: 0)"
+                )
             done = (executed.terminated | executed.truncated).cpu() & playing
             if not bool(done.any()):
                 continue

@@ -31,6 +31,11 @@ MIN_COLUMNS = 16
 """Narrower layers are padded to this many outputs for the same reason, where the kernels need it (see `affine`)."""
 KEY_DIM = 32
 """Width of the attention's questions and answers."""
+WORD_STD = 0.15
+"""Standard deviation of untrained word vectors. Words that say nothing keep about this length, and the sum of a sentence
+is as loud as its other words: with 1 the network finds the object meant half as fast, and less surely in new sentences."""
+SHARPNESS = 2.0
+"""Factor on the attention's scores, which makes up for the short word vectors."""
 MAX_LOG_STD = 2.0
 """Upper bound of a standard deviation that depends on the state, as a logarithm."""
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -191,7 +196,10 @@ class Encoder(nn.Module):
                 "object slots and bounded integers; for images choose a policy with an image encoder"
             )
         self.ids.append(name)
-        self.words[name] = nn.Embedding(int(spec.high) + 1, config.word_dim, padding_idx=0 if spec.shape else None)
+        words = nn.Embedding(int(spec.high) + 1, config.word_dim, padding_idx=0 if spec.shape else None)
+        if spec.shape:
+            words.weight.data.mul_(WORD_STD)
+        self.words[name] = words
 
     def forward(self, obs: Obs) -> Tensor:
         """[N, size] from normalised observations."""
@@ -220,7 +228,7 @@ class Encoder(nn.Module):
         values = torch.cat([obs[n] for n in self.values[m]], dim=-1)
         query = self.query[str(m)](words).view(-1, self.heads, 1, KEY_DIM)
         key = self.key[str(m)](keys).view(-1, m, self.heads, KEY_DIM).transpose(1, 2)
-        weight = torch.softmax((query * key).sum(-1) / 4, dim=-1)
+        weight = torch.softmax((query * key).sum(-1) * SHARPNESS, dim=-1)
         return torch.einsum("nhm,nmd->nhd", weight, values).flatten(1)
 
 

@@ -12,8 +12,8 @@ from embodied_rl.types import State
 MAX_MOVE = 0.02
 """m the wanted position moves per control step for an action of 1 on each axis (0.4 m/s); small enough that a policy's
 exploration noise does not shake objects out of reach of its fingers."""
-MAX_TURN = 0.1
-"""rad the wanted rotation turns per control step about each world axis (2 rad/s)."""
+MAX_TURN = 0.05
+"""rad the wanted rotation turns per control step about each world axis (1 rad/s)."""
 WORKSPACE = ((-0.20, 0.20), (-0.38, 0.28), (0.008, 0.35))
 """Ranges of x, y, z of the wanted TCP, m."""
 SIN_TILT = 0.34

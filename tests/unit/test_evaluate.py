@@ -49,6 +49,15 @@ def test_every_episode_is_played_exactly_once_and_reported_whole(copies):
     assert split_of(result.seed).all()
 
 
+def test_an_endless_episode_is_told_instead_of_waited_for(monkeypatch):
+    monkeypatch.setattr("embodied_rl.evaluate.LONGEST", 50)
+    env = toy("lengths", 2, longest=10**6)
+    assert evaluate(STAY, toy("lengths", 2, longest=60), episodes=2, run_seed=0).episodes == 2, "a limit of its own"
+    env.spec = dataclasses.replace(env.spec, max_steps=None)
+    with pytest.raises(CapabilityError, match=r"has not ended within 50 control steps.*env.max_steps"):
+        evaluate(STAY, env, episodes=2, run_seed=0)
+
+
 def test_fewer_episodes_are_the_first_ones_of_more_and_streams_differ():
     few, more = (rows_of(evaluate(STAY, toy("lengths", 4), episodes=n, run_seed=3)) for n in (7, 19))
     assert few == more[:7]
