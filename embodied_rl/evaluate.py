@@ -268,8 +268,8 @@ def _play(
                 once |= executed.success_once
             if env.spec.max_steps is None and int(length.max()) > LONGEST:
                 raise CapabilityError(
-                    f"an evaluation episode has not ended within {LONGEST:,} control steps, and the env has no time limit "
-                    "of its own; give it one (env.max_steps), or skip evaluation (evaluate.episodes: 0)"
+                    f"an evaluation episode has not ended within {LONGEST:,} control steps, and the env has no time "
+                    "limit of its own; give it one (env.max_steps), or skip evaluation (evaluate.episodes: 0)"
                 )
             done = (executed.terminated | executed.truncated).cpu() & playing
             if not bool(done.any()):

@@ -32,8 +32,8 @@ MIN_COLUMNS = 16
 KEY_DIM = 32
 """Width of the attention's questions and answers."""
 WORD_STD = 0.15
-"""Standard deviation of untrained word vectors. Words that say nothing keep about this length, and the sum of a sentence
-is as loud as its other words: with 1 the network finds the object meant half as fast, and less surely in new sentences."""
+"""Standard deviation of untrained word vectors. Words that say nothing keep about this length, and they drown the one
+that tells objects apart: with 1 the network finds the object meant half as fast, and less surely in new sentences."""
 SHARPNESS = 2.0
 """Factor on the attention's scores, which makes up for the short word vectors."""
 MAX_LOG_STD = 2.0

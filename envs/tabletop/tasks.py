@@ -142,9 +142,9 @@ class Push(Task):
     Randomisation: as reach, and the goal, 9 to 18 cm from the object in any direction.
     Success: the object's centre is horizontally within 5 cm of the goal and not more than 1.5 cm above its rest.
     Reward terms: reach = 0.25 closeness(TCP, object) + 0.18 x the fingers' part (see `fingers_at`); grasp = 0.22 while
-    held; progress = 0.3 closeness(object, its rest on the goal), height included: were it not, the object would be carried
-    there in the air. Sliding it between the fingers is paid for rather than pushing it from behind, where it slips off
-    a finger 2 cm wide.
+    held; progress = 0.3 closeness(object, its rest on the goal), height included: were it not, the object would be
+    carried there in the air. Sliding it between the fingers is paid for rather than pushing it from behind, where it
+    slips off a finger 2 cm wide.
     """
 
     name = "push"
