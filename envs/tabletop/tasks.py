@@ -83,6 +83,16 @@ class View:
         return distance(self.tcp, self.a_position)
 
     @cached_property
+    def near_a(self) -> Tensor:
+        """[B] closeness of the TCP to a's centre."""
+        return closeness(self.tcp_to_a)
+
+    @cached_property
+    def fingers_part(self) -> Tensor:
+        """[B] see `fingers_at`."""
+        return fingers_at(self)
+
+    @cached_property
     def a_to_b(self) -> Tensor:
         """[B] horizontal distance of the centres of a and b."""
         return distance(self.a_position[:, :2], self.b_position[:, :2])
@@ -158,7 +168,7 @@ class Push(Task):
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness of the TCP to the object, grip, closeness of the object to its rest on the goal."""
         return {
-            "reach": 0.25 * closeness(view.tcp_to_a) + 0.18 * fingers_at(view),
+            "reach": 0.25 * view.near_a + 0.18 * view.fingers_part,
             "grasp": 0.22 * view.held,
             "progress": 0.3 * closeness(distance_of(distance(view.a_position[:, :2], view.goal[:, :2]), view.a_height)),
         }
@@ -183,7 +193,7 @@ class Lift(Task):
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness, grasp, height."""
         return {
-            "reach": 0.25 * closeness(view.tcp_to_a) + 0.18 * fingers_at(view),
+            "reach": 0.25 * view.near_a + 0.18 * view.fingers_part,
             "grasp": 0.22 * view.held,
             "progress": 0.3 * view.held * (view.a_height / LIFT_HEIGHT).clamp(0, 1),
         }
@@ -225,7 +235,7 @@ class Place(Task):
         done = self.in_place(view)
         carried = view.held | done
         return {
-            "reach": 0.15 * closeness(view.tcp_to_a),
+            "reach": 0.15 * view.near_a,
             "grasp": 0.15 * carried,
             "progress": 0.45 * carried * closeness(torch.where(view.relation_on, on, beside))
             + 0.15 * (done & view.gripper_open),
@@ -354,4 +364,4 @@ def closeness(d: Tensor) -> Tensor:
 
     The straight part pulls from afar, where tanh alone is flat; the curved part asks for precision near the place.
     """
-    return 1 - 0.5 * (2.5 * d).clamp_max(1.0) - 0.5 * torch.tanh(15 * d)
+    return (1 - (1.25 * d).clamp_max(0.5)).sub(torch.tanh(15 * d), alpha=0.5)
