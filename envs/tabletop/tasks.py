@@ -364,4 +364,4 @@ def closeness(d: Tensor) -> Tensor:
 
     The straight part pulls from afar, where tanh alone is flat; the curved part asks for precision near the place.
     """
-    return (1 - (1.25 * d).clamp_max(0.5)).sub(torch.tanh(15 * d), alpha=0.5)
+    return 1 - 0.5 * (2.5 * d).clamp_max(1.0) - 0.5 * torch.tanh(15 * d)
