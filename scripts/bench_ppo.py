@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import os
 import sys
-from time import perf_counter
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from _bench import Job, finish, machine, measure_all, median, parser, spread, table, worker_main
+from _bench import Job, finish, iterate, machine, measure_all, median, parser, spread, table, worker_main
 from _ppo_peers import ENV, PEERS, Stop, Stopwatch, run_peer
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,9 +47,7 @@ def our_recipe(s: dict[str, Any], job: Job) -> Any:
 
 
 def run_ours(s: dict[str, Any], clock: Stopwatch, job: Job) -> dict[str, Any]:
-    """The body of `embodied_rl.train`'s loop, without its files."""
-    from embodied_rl.batch import observed
-    from embodied_rl.measure import rollout_metrics
+    """The engine, iteration by iteration until the stopwatch stops it."""
     from embodied_rl.session import Session
 
     session = Session.build(our_recipe(s, job))
@@ -60,16 +57,9 @@ def run_ours(s: dict[str, Any], clock: Stopwatch, job: Job) -> dict[str, Any]:
             clock.mark()
             if len(clock.marks) == clock.warm_up + 1:
                 spent = dict.fromkeys(spent, 0.0)
-            start = perf_counter()
-            rollout = session.collector.collect()
-            collected = perf_counter()
-            metrics = session.updater.update(rollout, session.credit(rollout), progress=0.0)
-            if (seen := observed(rollout)) is not None:
-                session.policy.observe(seen)
-            metrics.merge(rollout_metrics(rollout, session.collector.spec.tasks))
-            metrics.reduce()
-            spent["rollout_ms"] += (collected - start) * 1e3
-            spent["update_ms"] += (perf_counter() - collected) * 1e3
+            _, rollout_s, update_s = iterate(session)
+            spent["rollout_ms"] += rollout_s * 1e3
+            spent["update_ms"] += update_s * 1e3
     except Stop:
         pass
     result = clock.result(s["copies"])

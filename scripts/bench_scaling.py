@@ -1,6 +1,6 @@
 """Time and memory of one PPO iteration as the number of copies grows: the tabletop and HalfCheetah-v4.
 
-    python scripts/bench_scaling.py             16 to 4096 copies (about 6 minutes)
+    python scripts/bench_scaling.py             16 to 4096 copies, 2 rounds (about 8 minutes)
     python scripts/bench_scaling.py --quick     16 and 256 copies, about half a minute
 
 Every measurement is a process of its own: `memory MiB` is the peak of its resident memory above what the imports take.
@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from _bench import Job, finish, machine, measure_all, median, parser, table, worker_main
+from _bench import Job, finish, iterate, machine, measure_all, median, parser, table, worker_main
 
 COPIES = (16, 64, 256, 1024, 4096)
 ENVS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,6 @@ def measure(job: Job) -> dict[str, Any]:
     """Median over the iterations after the first."""
     import torch
 
-    from embodied_rl.batch import observed
     from embodied_rl.config import build_recipe
     from embodied_rl.session import Session
 
@@ -55,14 +54,9 @@ def measure(job: Job) -> dict[str, Any]:
     rollouts, updates, steps = [], [], []
     start = perf_counter()
     while len(rollouts) < 3 or perf_counter() - start < job["seconds"]:
-        began = perf_counter()
-        rollout = session.collector.collect()
-        collected = perf_counter()
-        session.updater.update(rollout, session.credit(rollout), progress=0.0)
-        if (seen := observed(rollout)) is not None:
-            session.policy.observe(seen)
-        rollouts.append(collected - began)
-        updates.append(perf_counter() - collected)
+        rollout, collecting, updating = iterate(session)
+        rollouts.append(collecting)
+        updates.append(updating)
         steps.append(int(rollout.steps[rollout.valid].sum()))
     rollout_s, update_s = statistics.median(rollouts[1:]), statistics.median(updates[1:])
     return {

@@ -89,8 +89,11 @@ class View:
 
     @cached_property
     def fingers_part(self) -> Tensor:
-        """[B] see `fingers_at`."""
-        return fingers_at(self)
+        """[B] in [0, 1]: half the opening while a is not between the fingers; else one half and half the closing.
+
+        Coming between open fingers changes nothing; were it to cost something, a policy would stay away.
+        """
+        return torch.where(self.between, 2 - self.aperture, self.aperture) / 2
 
     @cached_property
     def a_to_b(self) -> Tensor:
@@ -151,7 +154,7 @@ class Push(Task):
 
     Randomisation: as reach, and the goal, 9 to 18 cm from the object in any direction.
     Success: the object's centre is horizontally within 5 cm of the goal and not more than 1.5 cm above its rest.
-    Reward terms: reach = 0.25 closeness(TCP, object) + 0.18 x the fingers' part (see `fingers_at`); grasp = 0.22 while
+    Reward terms: reach = 0.25 closeness(TCP, object) + 0.18 fingers' part (`View.fingers_part`); grasp = 0.22 while
     held; progress = 0.3 closeness(object, its rest on the goal), height included: were it not, the object would be
     carried there in the air. Sliding it between the fingers is paid for rather than pushing it from behind, where it
     slips off a finger 2 cm wide.
@@ -179,7 +182,7 @@ class Lift(Task):
 
     Randomisation: as reach.
     Success: the object is held and at least 7 cm above its resting height.
-    Reward terms: reach = 0.25 closeness(TCP, object) + 0.18 x the fingers' part (see `fingers_at`); grasp = 0.22 while
+    Reward terms: reach = 0.25 closeness(TCP, object) + 0.18 fingers' part (`View.fingers_part`); grasp = 0.22 while
     held; progress = 0.3 height / 7 cm while held.
     """
 
@@ -344,14 +347,6 @@ def judge(tasks: tuple[Task, ...], task: Tensor, view: View) -> tuple[Tensor, Te
 def distance(p: Tensor, q: Tensor) -> Tensor:
     """Euclidean distance [B] of points [B, n]."""
     return torch.linalg.vector_norm(p - q, dim=1)
-
-
-def fingers_at(view: View) -> Tensor:
-    """[B] in [0, 1]: half the opening while the object is not between the fingers; else one half and half the closing.
-
-    Coming between open fingers changes nothing; were it to cost something, a policy would stay away.
-    """
-    return torch.where(view.between, 2 - view.aperture, view.aperture) / 2
 
 
 def distance_of(x: Tensor, y: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ def test_push_asks_for_the_object_on_the_goal_and_on_the_table():
     assert outcome("push", a_position=[0.0, 0.055, 0.02])[:2] == (True, 1.0)
     assert not outcome("push", a_position=[0.0, 0.045, 0.02])[0]
     assert not outcome("push", a_position=[0.0, 0.1, 0.05])[0], "carried over the goal is not pushed onto it"
+    over_it = outcome("push", a_position=[0.0, 0.1, 0.22])[2]
+    assert over_it["progress"] == pytest.approx(progress * close_to(0.2)), "nor is it paid as if it were"
 
 
 def test_lift_asks_for_7_cm_and_a_hold():
