@@ -69,7 +69,7 @@ def tabletop(copies: int, threads: int) -> tuple[Any, Parts]:
     parts = Parts()
     parts.watch(env.physics, "step", "physics")
     parts.watch(env.controller, "advance", "inverse kinematics")
-    parts.watch(env.kinematics, "forward", "forward kinematics")
+    parts.watch(env.arm, "forward", "forward kinematics")
     parts.watch(module, "judge", "reward")
     parts.watch(env, "view", "reward")
     parts.watch(env, "_observe", "observation")

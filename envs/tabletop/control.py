@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import warp as wp
 from torch import Tensor
 
-from embodied_rl.envs.tabletop.kinematics import ArmKinematics, Pose, turned
+from embodied_rl.envs.tabletop.kinematics import ArmKinematics
 from embodied_rl.envs.tabletop.scene import FINGER_MAX
+from embodied_rl.envs.tabletop.warp_runtime import Launch
 from embodied_rl.types import State
 
 MAX_MOVE = 0.02
@@ -24,10 +26,11 @@ LEASH = 0.06
 """Farthest the wanted position may be ahead of the real one on each axis, m: pushing on a wall stores no more."""
 YAW_LEASH = 0.4
 """The same for the rotation about the vertical, rad."""
-MAX_JOINT_STEP = 0.3
-"""Farthest a joint target may be ahead of the joint, rad."""
 FINGER_CLOSED = -0.01
 """Finger target of a fully closed command, m; below 0 so that it still presses on thin objects."""
+
+_LOW, _HIGH = (wp.constant(wp.vec3(*bound)) for bound in zip(*WORKSPACE, strict=True))
+wp.set_module_options({"enable_backward": False})
 
 
 class PoseController:
@@ -37,56 +40,39 @@ class PoseController:
     world axes (axis-angle), gripper (1 open, -1 closed).
     """
 
-    def __init__(self, kinematics: ArmKinematics, num_envs: int, device: torch.device) -> None:
+    def __init__(self, arm: ArmKinematics) -> None:
         """Start with every copy at the origin; `hold` sets the real pose."""
-        self._kinematics = kinematics
-        self.position = torch.zeros(num_envs, 3, device=device)
+        self._arm = arm
+        n, device = len(arm.position), arm.position.device
+        self.position = arm.target_position
         """[B, 3] wanted TCP position, m."""
-        self.rotation = torch.eye(3, device=device).repeat(num_envs, 1, 1)
+        self.rotation = arm.target_rotation
         """[B, 3, 3] wanted TCP frame."""
-        self.finger = torch.full((num_envs,), FINGER_MAX, device=device)
+        self.finger = torch.full((n,), FINGER_MAX, device=device)
         """[B] target of each finger joint, m."""
-        self._low, self._high = torch.tensor(WORKSPACE, device=device).unbind(1)
-        half_stroke = 0.5 * (FINGER_MAX - FINGER_CLOSED)
-        self._scale = torch.tensor([MAX_MOVE] * 3 + [MAX_TURN] * 3 + [half_stroke], device=device)
-        self._lean = torch.tensor([1.0, -1.0], device=device)
+        self._action = torch.zeros(n, 7, device=device)
+        changed = (self.position, self.rotation, self.finger, arm.ctrl)
+        self._steer = Launch(steer, n, device, self._action, arm.position, arm.rotation, *changed)
 
-    def hold(self, mask: Tensor, pose: Pose) -> None:
+    def hold(self, mask: Tensor) -> None:
         """Want the present pose with an open gripper in the masked copies."""
-        self.position[mask] = pose[0][mask]
-        self.rotation[mask] = pose[1][mask]
+        self.position[mask] = self._arm.position[mask]
+        self.rotation[mask] = self._arm.rotation[mask]
         self.finger[mask] = FINGER_MAX
 
-    def advance(self, action: Tensor, joints: Tensor, pose: Pose) -> Tensor:
+    def advance(self, action: Tensor) -> Tensor:
         """Move the wanted pose by an action and solve for joint targets.
 
         Args:
             action: [B, 7] in [-1, 1].
-            joints: [B, 7] rad, where the arm is.
-            pose: Its forward kinematics.
 
         Returns:
-            ctrl: [B, 9] joint and finger targets.
+            ctrl: [B, 9] joint and finger targets; valid until the next call.
         """
-        position, rotation, _ = pose
-        change = action * self._scale
-        wanted = self.position + change[:, :3]
-        wanted = torch.clamp(wanted, position - LEASH, position + LEASH)
-        self.position = torch.clamp(wanted, self._low, self._high)
-        self.rotation = turned(self.rotation, self._turn(change[:, 3:6], rotation))
-        self.finger = change[:, 6] + 0.5 * (FINGER_MAX + FINGER_CLOSED)
-        target = self._kinematics.solve(joints, pose, self.position, self.rotation, MAX_JOINT_STEP)
-        return torch.cat([target, self.finger[:, None].expand(-1, 2)], dim=1)
-
-    def _turn(self, turn: Tensor, rotation: Tensor) -> Tensor:
-        """Cut a rotation vector [B, 3] so that the wanted frame keeps within tilt and yaw limits."""
-        # The tool's z axis leans from straight down about the horizontal axis (z_y, -z_x), by the sine of the tilt.
-        tilt = self.rotation[:, :2, 2].flip(1) * self._lean
-        tilted = (tilt + turn[:, :2]).clamp(-SIN_TILT, SIN_TILT)
-        wanted = torch.atan2(self.rotation[:, 1, 0], self.rotation[:, 0, 0])
-        actual = torch.atan2(rotation[:, 1, 0], rotation[:, 0, 0])
-        yaw = torch.clamp(wanted + turn[:, 2], actual - YAW_LEASH, actual + YAW_LEASH).clamp(-MAX_YAW, MAX_YAW)
-        return torch.cat([tilted - tilt, (yaw - wanted)[:, None]], dim=1)
+        self._action.copy_(action)
+        self._steer()
+        self._arm.solve()
+        return self._arm.ctrl
 
     def get_state(self) -> State:
         """Wanted pose and finger target."""
@@ -94,6 +80,42 @@ class PoseController:
 
     def set_state(self, state: State) -> None:
         """Restore `get_state`'s result."""
-        self.position = state["position"].to(self.position.device).clone()
-        self.rotation = state["rotation"].to(self.rotation.device).clone()
-        self.finger = state["finger"].to(self.finger.device).clone()
+        self.position.copy_(state["position"])
+        self.rotation.copy_(state["rotation"])
+        self.finger.copy_(state["finger"])
+
+
+@wp.kernel
+def steer(
+    action: wp.array2d[float],
+    position: wp.array[wp.vec3],
+    rotation: wp.array[wp.mat33],
+    wanted_position: wp.array[wp.vec3],
+    wanted_rotation: wp.array[wp.mat33],
+    finger: wp.array[float],
+    ctrl: wp.array2d[float],
+) -> None:
+    """Move what is wanted by the action, on its leash and within the workspace, tilt and yaw limits."""
+    i = wp.tid()
+    leash = wp.vec3(LEASH, LEASH, LEASH)
+    wanted = wanted_position[i] + MAX_MOVE * wp.vec3(action[i, 0], action[i, 1], action[i, 2])
+    wanted = wp.min(wp.max(wanted, position[i] - leash), position[i] + leash)
+    wanted_position[i] = wp.min(wp.max(wanted, _LOW), _HIGH)
+    # The tool's z axis leans from straight down about the horizontal axis (z_y, -z_x), by the sine of the tilt.
+    frame = wanted_rotation[i]
+    x = within(frame[1, 2] + MAX_TURN * action[i, 3], SIN_TILT) - frame[1, 2]
+    y = within(-frame[0, 2] + MAX_TURN * action[i, 4], SIN_TILT) + frame[0, 2]
+    yaw, actual = wp.atan2(frame[1, 0], frame[0, 0]), wp.atan2(rotation[i][1, 0], rotation[i][0, 0])
+    z = within(actual + within(yaw + MAX_TURN * action[i, 5] - actual, YAW_LEASH), MAX_YAW) - yaw
+    turn = wp.vec3(x, y, z)
+    wanted_rotation[i] = wp.quat_to_matrix(wp.quat_from_axis_angle(wp.normalize(turn), wp.length(turn))) @ frame
+    target = FINGER_CLOSED + 0.5 * (action[i, 6] + 1.0) * (FINGER_MAX - FINGER_CLOSED)
+    finger[i] = target
+    ctrl[i, 7] = target
+    ctrl[i, 8] = target
+
+
+@wp.func
+def within(value: float, limit: float) -> float:
+    """The value, cut to [-limit, limit]."""
+    return wp.clamp(value, -limit, limit)

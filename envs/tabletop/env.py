@@ -65,16 +65,15 @@ class TabletopEnv:
         self._reward = reward
         self._max_steps = max_steps
         self._end_on_success = end_on_success
-        self.kinematics = ArmKinematics(scene.model, torch.from_numpy(HOME), inner)
-        self.controller = PoseController(self.kinematics, num_envs, inner)
+        self.arm = ArmKinematics(scene.model, HOME, physics.qpos)
+        self.controller = PoseController(self.arm)
         self.episode = Episode.empty(num_envs, inner)
-        self._observer = Observer(scene, inner)
-        self._observer.begin(self.episode)
+        self._observer = Observer(scene, physics.qpos, physics.qvel, self.arm, self.controller, self.episode)
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=inner)
         self._score = torch.zeros(num_envs, device=inner)
         self._texts = [""] * num_envs
         self._camera: BatchCamera | None = None
-        self._read()
+        self.arm.forward()
 
     # ---- the protocol ------------------------------------------------------------------------------------------
 
@@ -90,9 +89,8 @@ class TabletopEnv:
         action = self._checked(action)
         # Nothing here is learned: without autograd's book-keeping the small kernels start a fifth faster.
         with torch.inference_mode():
-            ctrl = self.controller.advance(action, self._joints, self._pose)
-            self.physics.step(ctrl, self.scene.substeps)
-            self._read()
+            self.physics.step(self.controller.advance(action), self.scene.substeps)
+            self.arm.forward()
             judged = judge(self._tasks, self.episode.task, self.view())
         self._steps += 1
         # Reward and success leave as ordinary tensors, which anyone may change or save for a backward pass.
@@ -142,8 +140,8 @@ class TabletopEnv:
         self._steps.copy_(state["steps"])
         self._score = state["score"].to(self._score.device).clone()
         self._texts = list(state["texts"])
-        self._observer.begin(self.episode)
-        self._read()
+        self._observer.begin()
+        self.arm.forward()
         return self._observe()
 
     def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
@@ -161,7 +159,7 @@ class TabletopEnv:
             self._camera = BatchCamera(self.scene.model, self.physics.device)
         rows = copies.to(self.physics.device)
         goal_marker, colors = paint(self.scene, self.episode.colors[rows], self.episode.goal[rows])
-        pictures = self._camera.render(self._qpos[rows], (camera,), height, width, goal_marker, colors)
+        pictures = self._camera.render(self.physics.qpos[rows], (camera,), height, width, goal_marker, colors)
         return pictures[camera].to(self.device)
 
     def close(self) -> None:
@@ -169,24 +167,24 @@ class TabletopEnv:
         self.physics.close()
         self._camera = None
 
-    # ---- for experts, tools and tests ---------------------------------------------------------------------------
+    # ---- for experts, tools and tests: on the physics device ---------------------------------------------------
 
     @property
     def tcp(self) -> tuple[Tensor, Tensor]:
-        """TCP position [B, 3] (m) and rotation [B, 3, 3] of all copies, on the physics device."""
-        return self._pose[0], self._pose[1]
+        """TCP position [B, 3] (m) and rotation [B, 3, 3] of all copies; valid until the next step."""
+        return self.arm.position, self.arm.rotation
 
     def instructions(self) -> list[str]:
         """The instruction of each copy as text."""
         return list(self._texts)
 
     def view(self) -> View:
-        """What success and reward are computed from, of all copies, on the physics device."""
-        return self._observer.view(self._qpos, self._qvel, self._pose, self.controller.finger)
+        """What success and reward are computed from, of all copies; valid until the next call."""
+        return self._observer.view()
 
     def object_poses(self) -> Tensor:
-        """[B, M, 7] position (m) and quaternion (w x y z) of every object, on the physics device."""
-        return self._observer.object_poses(self._qpos)
+        """[B, M, 7] position (m) and quaternion (w x y z) of every object; valid until the next step."""
+        return self._observer.object_poses()
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -210,22 +208,14 @@ class TabletopEnv:
         self._steps[index] = 0
         for row, text in zip(rows, starts.texts, strict=True):
             self._texts[row] = text
-        self._observer.begin(self.episode)
-        self._read()
-        with torch.inference_mode():
-            self.controller.hold(mask, self._pose)
+        self._observer.begin()
+        self.arm.forward()
+        self.controller.hold(mask)
         score = judge(self._tasks, self.episode.task, self.view())[1]
         self._score = torch.where(mask, score, self._score)
 
-    def _read(self) -> None:
-        """Take over what the physics says; the one forward kinematics of a control step."""
-        self._qpos, self._qvel = self.physics.qpos, self.physics.qvel
-        self._joints = self._qpos[:, self.scene.arm_qpos]
-        self._pose = self.kinematics.forward(self._joints)
-
     def _observe(self) -> Obs:
-        obs = self._observer.observation(self._qpos, self._qvel, self._pose, self.controller)
-        return {name: value.to(self.device) for name, value in obs.items()}
+        return {name: value.to(self.device) for name, value in self._observer.observation().items()}
 
     def _checked(self, action: Tensor) -> Tensor:
         wanted = (self.spec.num_envs, ACTION.size)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import warp as wp
 from torch import Tensor
 
 from embodied_rl.envs.tabletop.control import FINGER_CLOSED, LEASH, YAW_LEASH, PoseController
 from embodied_rl.envs.tabletop.instructions import COLORS, MAX_WORDS, WORD_IDS
-from embodied_rl.envs.tabletop.kinematics import Pose, rotation_error, rotation_from_quaternion
+from embodied_rl.envs.tabletop.kinematics import ArmKinematics, rotation_error
 from embodied_rl.envs.tabletop.scene import (
     CABINET_FRONT,
     DRAWER_MAX,
@@ -21,11 +22,17 @@ from embodied_rl.envs.tabletop.scene import (
     Scene,
 )
 from embodied_rl.envs.tabletop.tasks import View
+from embodied_rl.envs.tabletop.warp_runtime import Launch
 from embodied_rl.types import Obs, TensorSpec
 
 PLACE, OFFSET, SPEED, SIZE = 5.0, 10.0, 2.0, 30.0
 """Scales to order one of positions (1/m), positions relative to the TCP (1/m), speeds (s/m), half extents (1/m)."""
 NUM_SLOTS = len(SHAPES)
+HANDLE_CLOSED = wp.constant(wp.vec3(*(CABINET_FRONT + HANDLE_OFFSET)))
+"""Middle of the closed drawer's handle, m; opening moves it along -x."""
+GRIP = wp.constant(wp.vec3(0.022, 0.012, 0.024))
+"""Half extents, in the TCP's frame, of where an object's centre must be for closing fingers to grasp it, m."""
+wp.set_module_options({"enable_backward": False})
 
 OBSERVATION: dict[str, TensorSpec] = {
     "proprio": TensorSpec(
@@ -99,148 +106,197 @@ class Episode:
 
 
 class Observer:
-    """Reads positions and velocities [B, nq], [B, nv] of one scene.
+    """Reads positions and velocities [B, nq], [B, nv] of one scene, and the pose of its arm.
 
     `begin` must follow every change of the episodes: it precomputes what stays fixed until the next one.
     """
 
-    def __init__(self, scene: Scene, device: torch.device) -> None:
-        """Precompute indices and constants."""
-        self._scene = scene
+    def __init__(
+        self, scene: Scene, qpos: Tensor, qvel: Tensor, arm: ArmKinematics, control: PoseController, episode: Episode
+    ) -> None:
+        """Bind the tensors it reads, whose values may change, and those it writes."""
+        self._scene, self._episode = scene, episode
+        n, device = len(qpos), qpos.device
         first, velocity = scene.objects_qpos[0], scene.objects_qvel[0]
         assert scene.objects_qpos == tuple(first + 7 * i for i in range(NUM_SLOTS))
         assert scene.objects_qvel == tuple(velocity + 6 * i for i in range(NUM_SLOTS))
-        self._poses = slice(first, first + 7 * NUM_SLOTS)
-        self._velocities = slice(velocity, velocity + 6 * NUM_SLOTS)
-        self._half = torch.from_numpy(HALF_SIZE).float().to(device)
-        self._handle_closed = torch.from_numpy(CABINET_FRONT + HANDLE_OFFSET).float().to(device)
-        self._forward = torch.tensor([1.0, 0.0, 0.0], device=device)
-        self._grip = torch.tensor([0.022, 0.012, 0.024], device=device)
-        self._seven, self._three = torch.arange(7, device=device), torch.arange(3, device=device)
+        self._poses = qpos[:, first : first + 7 * NUM_SLOTS].unflatten(1, (NUM_SLOTS, 7))
+
+        def real(*shape: int) -> Tensor:
+            return torch.zeros(n, *shape, device=device)
+
+        def flag() -> Tensor:
+            return torch.zeros(n, dtype=torch.bool, device=device)
+
+        half = torch.from_numpy(HALF_SIZE).float().to(device)
+        self._view = {
+            "between": flag(), "held": flag(), "gripper_open": flag(), "aperture": real(), "a_position": real(3),
+            "a_half_height": real(), "a_speed": real(), "b_position": real(3), "b_half_height": real(),
+            "relation_on": flag(), "handle": real(3), "drawer": real(),
+        }  # fmt: skip
+        state = (qpos, qvel, arm.position, arm.rotation, control.finger)
+        self._look = Launch(
+            look, n, device, *state, episode.a, episode.b, episode.relation, half,
+            first, velocity, scene.fingers_qpos.start, scene.fingers_qvel.start, scene.drawer_qpos,
+            *self._view.values(),
+        )  # fmt: skip
+        self._view |= {"tcp": arm.position, "b_start": episode.b_start, "goal": episode.goal}
+        self._sensed = {"proprio": real(31), "objects": real(NUM_SLOTS, 18), "goal": real(11)}
+        rest = torch.from_numpy(HOME).float().to(device)
+        joints = (scene.arm_qpos.start, scene.arm_qvel.start)
+        self._describe = Launch(
+            describe, n, device, *state, control.position, control.rotation, episode.goal, rest,
+            first, velocity, *joints, scene.fingers_qpos.start, scene.drawer_qpos, *self._sensed.values(),
+        )  # fmt: skip
         self._shapes, self._palette = torch.eye(NUM_SLOTS, device=device), torch.eye(len(COLORS), device=device)
-        half_open = 0.5 * FINGER_MAX
-        self._proprio_rest = torch.tensor([*HOME, *[0.0] * 16, half_open, half_open, *[0.0] * 6]).float().to(device)
-        scale = [1.0] * 14 + [PLACE] * 3 + [1.0] * 6 + [1 / half_open] * 2 + [1 / LEASH] * 3 + [1 / YAW_LEASH] * 3
-        self._proprio_scale = torch.tensor(scale, device=device)
-        scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0] * 6 + [SPEED] * 3 + [OFFSET] * 3
-        self._objects_scale = torch.tensor(scale, device=device)
-        scale = [PLACE] * 3 + [OFFSET] * 3 + [1.0, 1 / DRAWER_MAX] + [PLACE] * 3
-        self._goal_scale = torch.tensor(scale, device=device)
-        # The first two columns of a rotation matrix are linear in the products of the quaternion's entries.
-        self._axes = _axes_of_products().to(device)
+        self._half = half
+        self.begin()
 
-    def begin(self, episode: Episode) -> None:
+    def begin(self) -> None:
         """Take over what is fixed in the running episodes."""
-        a, b = episode.a[:, None], episode.b[:, None]
-        first, velocity = self._scene.objects_qpos[0], self._scene.objects_qvel[0]
-        self._index = torch.cat([first + 7 * a + self._seven, first + 7 * b + self._three], dim=1)
-        self._velocity_index = velocity + 6 * a + self._three
-        self._a_half, self._b_half = self._half[episode.a, 2], self._half[episode.b, 2]
-        self._on = episode.relation == 0
-        self._goal, self._b_start, self._words = episode.goal.clone(), episode.b_start.clone(), episode.words.clone()
-        self._marked = (episode.goal[:, 2:] > -0.5).float()
-        self._goal_or_zero = self._marked * self._goal
-        fixed = torch.cat([self._shapes, SIZE * self._half], dim=1).expand(len(a), -1, -1)
-        self._looks = torch.cat([self._palette[episode.colors], fixed], dim=2)
+        fixed = torch.cat([self._shapes, SIZE * self._half], dim=1).expand(len(self._episode.colors), -1, -1)
+        self._looks = torch.cat([self._palette[self._episode.colors], fixed], dim=2)
+        self._words = self._episode.words.clone()
 
-    def handle(self, qpos: Tensor) -> Tensor:
-        """[B, 3] middle of the drawer's handle, m."""
-        return self._handle_closed - qpos[:, self._scene.drawer_qpos, None] * self._forward
+    def object_poses(self) -> Tensor:
+        """[B, M, 7] position (m) and quaternion (w x y z) of every object; valid until the next step."""
+        return self._poses
 
-    def object_poses(self, qpos: Tensor) -> Tensor:
-        """[B, M, 7] position (m) and quaternion (w x y z) of every object."""
-        return qpos[:, self._poses].unflatten(1, (NUM_SLOTS, 7))
+    def view(self) -> View:
+        """What success and reward are computed from; its tensors are valid until the next call."""
+        self._look()
+        return View(**self._view)
 
-    def view(self, qpos: Tensor, qvel: Tensor, pose: Pose, finger_target: Tensor) -> View:
-        """What success and reward are computed from.
-
-        An object counts as held when its centre is between the pads, the fingers are commanded clearly narrower than
-        they are, and they do not move: only something between them can hold them there.
-        """
-        scene = self._scene
-        tcp, rotation, _ = pose
-        meant = qpos.gather(1, self._index)
-        a_position = meant[:, :3]
-        within = torch.bmm((a_position - tcp)[:, None], rotation)[:, 0].abs()
-        opening = qpos[:, scene.fingers_qpos].mean(dim=1)
-        still = qvel[:, scene.fingers_qvel].abs().amax(dim=1) < 0.03
-        pressing = (opening - finger_target > 0.002) & (opening > 0.012) & still
-        between = (within < self._grip).all(dim=1)
-        return View(
-            tcp=tcp,
-            between=between,
-            held=pressing & between,
-            aperture=(finger_target - FINGER_CLOSED) / (FINGER_MAX - FINGER_CLOSED),
-            gripper_open=(finger_target > 0.025) & (opening > 0.02),
-            a_position=a_position,
-            a_half_height=self._a_half,
-            a_speed=torch.linalg.vector_norm(qvel.gather(1, self._velocity_index), dim=1),
-            b_position=meant[:, 7:],
-            b_half_height=self._b_half,
-            b_start=self._b_start,
-            goal=self._goal,
-            relation_on=self._on,
-            handle=self.handle(qpos),
-            drawer=qpos[:, scene.drawer_qpos],
-        )
-
-    def observation(self, qpos: Tensor, qvel: Tensor, pose: Pose, control: PoseController) -> Obs:
+    def observation(self) -> Obs:
         """What a policy sees; which object is meant is in the instruction only."""
-        scene = self._scene
-        tcp, rotation, _ = pose
-        proprio = torch.cat(
-            [
-                qpos[:, scene.arm_qpos],
-                qvel[:, scene.arm_qvel],
-                tcp,
-                rotation[:, :, :2].flatten(1),
-                qpos[:, scene.fingers_qpos].mean(dim=1, keepdim=True),
-                control.finger[:, None],
-                control.position - tcp,
-                rotation_error(control.rotation, rotation),
-            ],
-            dim=1,
-        )
-        poses = self.object_poses(qpos)
-        position, quaternion = poses[:, :, :3], poses[:, :, 3:]
-        products = (quaternion[..., :, None] * quaternion[..., None, :]).flatten(2)
-        velocity = qvel[:, self._velocities].unflatten(1, (NUM_SLOTS, 6))[:, :, :3]
-        axes = products @ self._axes
-        to_goal = self._marked[:, None] * (self._goal[:, None] - position)
-        objects = torch.cat([position, position - tcp[:, None], axes, velocity, to_goal], dim=2)
-        goal = torch.cat(
-            [
-                self._goal_or_zero,
-                self._marked * (self._goal - tcp),
-                self._marked,
-                qpos[:, scene.drawer_qpos, None],
-                self.handle(qpos) - tcp,
-            ],
-            dim=1,
-        )
-        return {
-            "proprio": (proprio - self._proprio_rest) * self._proprio_scale,
-            "objects": objects * self._objects_scale,
-            "looks": self._looks,
-            "goal": goal * self._goal_scale,
-            "instruction": self._words,
-        }
+        self._describe()
+        seen = {name: value.clone() for name, value in self._sensed.items()}
+        return {**seen, "looks": self._looks, "instruction": self._words}
 
 
-def _axes_of_products() -> Tensor:
-    """[16, 6] that turns the products q_i q_j of a unit quaternion into its matrix's x and y axes, row by row."""
-    basis = torch.eye(4)
-    weights = torch.zeros(4, 4, 6)
-    for i in range(4):
-        weights[i, i] = _quadratic(basis[i])
-        for j in range(i):
-            # Polarisation: the mixed part of the quadratic form, shared by q_i q_j and q_j q_i.
-            mixed = _quadratic(basis[i] + basis[j]) - _quadratic(basis[i]) - _quadratic(basis[j])
-            weights[i, j] = weights[j, i] = 0.5 * mixed
-    return weights.flatten(0, 1)
+@wp.kernel
+def look(
+    qpos: wp.array2d[float],
+    qvel: wp.array2d[float],
+    tcp: wp.array[wp.vec3],
+    rotation: wp.array[wp.mat33],
+    finger: wp.array[float],
+    a: wp.array[wp.int64],
+    b: wp.array[wp.int64],
+    relation: wp.array[wp.int64],
+    half_size: wp.array2d[float],
+    object_at: int,
+    velocity_at: int,
+    finger_at: int,
+    finger_velocity_at: int,
+    drawer_at: int,
+    between: wp.array[wp.bool],
+    held: wp.array[wp.bool],
+    gripper_open: wp.array[wp.bool],
+    aperture: wp.array[float],
+    a_position: wp.array[wp.vec3],
+    a_half_height: wp.array[float],
+    a_speed: wp.array[float],
+    b_position: wp.array[wp.vec3],
+    b_half_height: wp.array[float],
+    relation_on: wp.array[wp.bool],
+    handle: wp.array[wp.vec3],
+    drawer: wp.array[float],
+) -> None:
+    """The fields of `View`.
+
+    An object counts as held when its centre is between the pads, the fingers are commanded clearly narrower than
+    they are, and they do not move: only something between them can hold them there.
+    """
+    i = wp.tid()
+    mine, other = int(a[i]), int(b[i])
+    place = vector(qpos, i, object_at + 7 * mine)
+    # In the frame of the TCP.
+    inside = wp.transpose(rotation[i]) @ (place - tcp[i])
+    grasped = wp.abs(inside[0]) < GRIP[0] and wp.abs(inside[1]) < GRIP[1] and wp.abs(inside[2]) < GRIP[2]
+    opening = 0.5 * (qpos[i, finger_at] + qpos[i, finger_at + 1])
+    speed = wp.max(wp.abs(qvel[i, finger_velocity_at]), wp.abs(qvel[i, finger_velocity_at + 1]))
+    pressing = opening - finger[i] > 0.002 and opening > 0.012 and speed < 0.03
+    between[i] = grasped
+    held[i] = pressing and grasped
+    gripper_open[i] = finger[i] > 0.025 and opening > 0.02
+    aperture[i] = (finger[i] - FINGER_CLOSED) / (FINGER_MAX - FINGER_CLOSED)
+    a_position[i] = place
+    a_half_height[i] = half_size[mine, 2]
+    a_speed[i] = wp.length(vector(qvel, i, velocity_at + 6 * mine))
+    b_position[i] = vector(qpos, i, object_at + 7 * other)
+    b_half_height[i] = half_size[other, 2]
+    relation_on[i] = int(relation[i]) == 0
+    opened = qpos[i, drawer_at]
+    handle[i] = HANDLE_CLOSED - wp.vec3(opened, 0.0, 0.0)
+    drawer[i] = opened
 
 
-def _quadratic(q: Tensor) -> Tensor:
-    """The x and y axes [6] as a homogeneous quadratic form of q, that is |q|^2 R(q / |q|)."""
-    square = (q * q).sum()
-    return (square * rotation_from_quaternion(q / square.sqrt()))[:, :2].flatten()
+@wp.kernel
+def describe(
+    qpos: wp.array2d[float],
+    qvel: wp.array2d[float],
+    tcp: wp.array[wp.vec3],
+    rotation: wp.array[wp.mat33],
+    finger: wp.array[float],
+    wanted_position: wp.array[wp.vec3],
+    wanted_rotation: wp.array[wp.mat33],
+    marked: wp.array[wp.vec3],
+    rest: wp.array[float],
+    object_at: int,
+    velocity_at: int,
+    joint_at: int,
+    joint_velocity_at: int,
+    finger_at: int,
+    drawer_at: int,
+    proprio: wp.array2d[float],
+    objects: wp.array3d[float],
+    goal: wp.array2d[float],
+) -> None:
+    """The parts of OBSERVATION that change from step to step, in its order."""
+    i = wp.tid()
+    p, r = tcp[i], rotation[i]
+    for j in range(7):
+        proprio[i, j] = qpos[i, joint_at + j] - rest[j]
+        proprio[i, 7 + j] = qvel[i, joint_velocity_at + j]
+    ahead = (wanted_position[i] - p) / LEASH
+    turned = rotation_error(wanted_rotation[i], r) / YAW_LEASH
+    for k in range(3):
+        proprio[i, 14 + k] = PLACE * p[k]
+        proprio[i, 17 + 2 * k] = r[k, 0]
+        proprio[i, 18 + 2 * k] = r[k, 1]
+        proprio[i, 25 + k] = ahead[k]
+        proprio[i, 28 + k] = turned[k]
+    half_open = 0.5 * FINGER_MAX
+    opening = 0.5 * (qpos[i, finger_at] + qpos[i, finger_at + 1])
+    proprio[i, 23] = opening / half_open - 1.0
+    proprio[i, 24] = finger[i] / half_open - 1.0
+    there = wp.where(marked[i][2] > -0.5, 1.0, 0.0)
+    for m in range(wp.static(NUM_SLOTS)):
+        at = object_at + 7 * m
+        place = vector(qpos, i, at)
+        # Warp's quaternions end with w, MuJoCo's begin with it.
+        turn = wp.quat(qpos[i, at + 4], qpos[i, at + 5], qpos[i, at + 6], qpos[i, at + 3])
+        x_axis = wp.vec3(wp.quat_rotate(turn, wp.vec3(1.0, 0.0, 0.0)))
+        y_axis = wp.vec3(wp.quat_rotate(turn, wp.vec3(0.0, 1.0, 0.0)))
+        for k in range(3):
+            objects[i, m, k] = PLACE * place[k]
+            objects[i, m, 3 + k] = OFFSET * (place[k] - p[k])
+            objects[i, m, 6 + 2 * k] = x_axis[k]
+            objects[i, m, 7 + 2 * k] = y_axis[k]
+            objects[i, m, 12 + k] = SPEED * qvel[i, velocity_at + 6 * m + k]
+            objects[i, m, 15 + k] = there * OFFSET * (marked[i][k] - place[k])
+    drawer = qpos[i, drawer_at]
+    handle = HANDLE_CLOSED - wp.vec3(drawer, 0.0, 0.0) - p
+    for k in range(3):
+        goal[i, k] = there * PLACE * marked[i][k]
+        goal[i, 3 + k] = there * OFFSET * (marked[i][k] - p[k])
+        goal[i, 8 + k] = PLACE * handle[k]
+    goal[i, 6] = there
+    goal[i, 7] = drawer / DRAWER_MAX
+
+
+@wp.func
+def vector(rows: wp.array2d[float], i: int, at: int) -> wp.vec3:
+    """Three neighbours of row i, from column `at`."""
+    return wp.vec3(rows[i, at], rows[i, at + 1], rows[i, at + 2])

@@ -18,7 +18,8 @@ from embodied_rl.types import State
 class Physics(Protocol):
     """B copies of one MuJoCo model, stepped together.
 
-    Everything an env computes is a function of `qpos` and `qvel`, so that engines can be exchanged.
+    Everything an env computes is a function of `qpos` and `qvel`, so that engines can be exchanged. Both are the same
+    tensors for good; `place`, `step` and `set_state` change their values, nobody else does.
     """
 
     model: mujoco.MjModel
@@ -27,12 +28,12 @@ class Physics(Protocol):
 
     @property
     def qpos(self) -> Tensor:
-        """[B, nq] float32 on `device`; read only, valid until the next call."""
+        """[B, nq] float32 on `device`."""
         ...
 
     @property
     def qvel(self) -> Tensor:
-        """[B, nv] float32 on `device`; read only, valid until the next call."""
+        """[B, nv] float32 on `device`."""
         ...
 
     def place(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
@@ -89,7 +90,8 @@ class NativePhysics:
         self._state = np.zeros((num_envs, size))
         self._state[:, 1 : 1 + model.nq] = model.qpos0
         self._tensor = torch.from_numpy(self._state)
-        self._rounded: Tensor | None = None
+        self._qpos, self._qvel = torch.zeros(num_envs, model.nq), torch.zeros(num_envs, model.nv)
+        self._publish()
         self._path = np.zeros((num_envs, 0, size))
         self._ctrl = np.zeros((num_envs, 0, model.nu))
         self._sensors = np.zeros((num_envs, 0, model.nsensordata))
@@ -99,22 +101,21 @@ class NativePhysics:
     @property
     def qpos(self) -> Tensor:
         """[B, nq] float32."""
-        return self._single()[:, 1 : 1 + self.model.nq]
+        return self._qpos
 
     @property
     def qvel(self) -> Tensor:
         """[B, nv] float32."""
-        return self._single()[:, 1 + self.model.nq :]
+        return self._qvel
 
-    def _single(self) -> Tensor:
-        if self._rounded is None:
-            self._rounded = self._tensor.float()
-        return self._rounded
+    def _publish(self) -> None:
+        self._qpos.copy_(self._tensor[:, 1 : 1 + self.model.nq])
+        self._qvel.copy_(self._tensor[:, 1 + self.model.nq :])
 
     def place(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
         """Set positions [B, nq] and velocities [B, nv] of the masked copies and their clocks to zero."""
         self._tensor[mask] = torch.cat([torch.zeros(self.num_envs, 1), qpos, qvel], dim=1)[mask].double()
-        self._rounded = None
+        self._publish()
 
     def step(self, ctrl: Tensor, substeps: int) -> None:
         """Advance all copies by `substeps` physics steps under constant controls [B, nu]."""
@@ -148,7 +149,7 @@ class NativePhysics:
                 stacklevel=2,
             )
         self._state[:] = self._path[:, -1]
-        self._rounded = None
+        self._publish()
 
     def get_state(self) -> State:
         """{"native": [B, 1 + nq + nv] float64: time (s), positions, velocities}."""
@@ -168,7 +169,7 @@ class NativePhysics:
                 "restore it with the same physics engine and number of copies"
             )
         self._tensor.copy_(saved)
-        self._rounded = None
+        self._publish()
 
     def close(self) -> None:
         """Stop the threads."""

@@ -83,6 +83,11 @@ class View:
         return distance(self.tcp, self.a_position)
 
     @cached_property
+    def tcp_to_top(self) -> Tensor:
+        """[B] distance from the TCP to the middle of a's upper side."""
+        return distance(self.tcp, self.a_top)
+
+    @cached_property
     def near_a(self) -> Tensor:
         """[B] closeness of the TCP to a's centre."""
         return closeness(self.tcp_to_a)
@@ -94,6 +99,11 @@ class View:
         Coming between open fingers changes nothing; were it to cost something, a policy would stay away.
         """
         return torch.where(self.between, 2 - self.aperture, self.aperture) / 2
+
+    @cached_property
+    def a_to_goal(self) -> Tensor:
+        """[B] horizontal distance from a's centre to the marked goal."""
+        return distance(self.a_position[:, :2], self.goal[:, :2])
 
     @cached_property
     def a_to_b(self) -> Tensor:
@@ -142,11 +152,11 @@ class Reach(Task):
 
     def success(self, view: View) -> Tensor:
         """TCP within REACH_RADIUS of the object's upper side."""
-        return distance(view.tcp, view.a_top) < REACH_RADIUS
+        return view.tcp_to_top < REACH_RADIUS
 
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness of the TCP."""
-        return {"reach": 0.9 * closeness(distance(view.tcp, view.a_top))}
+        return {"reach": 0.9 * closeness(view.tcp_to_top)}
 
 
 class Push(Task):
@@ -166,14 +176,14 @@ class Push(Task):
 
     def success(self, view: View) -> Tensor:
         """Object over the goal and down."""
-        return (distance(view.a_position[:, :2], view.goal[:, :2]) < PUSH_RADIUS) & (view.a_height.abs() < 0.015)
+        return (view.a_to_goal < PUSH_RADIUS) & (view.a_height.abs() < 0.015)
 
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness of the TCP to the object, grip, closeness of the object to its rest on the goal."""
         return {
             "reach": 0.25 * view.near_a + 0.18 * view.fingers_part,
             "grasp": 0.22 * view.held,
-            "progress": 0.3 * closeness(distance_of(distance(view.a_position[:, :2], view.goal[:, :2]), view.a_height)),
+            "progress": 0.3 * closeness(distance_of(view.a_to_goal, view.a_height)),
         }
 
 
@@ -359,4 +369,5 @@ def closeness(d: Tensor) -> Tensor:
 
     The straight part pulls from afar, where tanh alone is flat; the curved part asks for precision near the place.
     """
-    return 1 - 0.5 * (2.5 * d).clamp_max(1.0) - 0.5 * torch.tanh(15 * d)
+    # In place and in one last step: six small kernels instead of eight, and this runs for every term of every task.
+    return torch.rsub((2.5 * d).clamp_max_(1.0).add_((15 * d).tanh_()), 1, alpha=0.5)

@@ -117,7 +117,7 @@ def test_every_shape_can_be_grasped_lifted_and_shaken_through_the_action_interfa
         if t >= 50:
             action[:, :6] = 0.7 * torch.randn(copies, 6, generator=generator)
         env.step(action)
-        held.append(env.view().held)
+        held.append(env.view().held.clone())
     assert int(held[49].sum()) >= copies - 1, "lifted"
     assert int(held[-1].sum()) >= copies - 2, "and still held after 1.5 s of shaking"
     env.close()
