@@ -1,6 +1,7 @@
 """Contract tests for any env or policy: what the engine relies on, tried out and told one line each.
 
-On the command line: `embodied-rl check env ./pouring.py` and `embodied-rl check policy mlp hidden=[64,64]`.
+On the command line: `embodied-rl check env ./pouring.py` and `embodied-rl check policy mlp hidden=[64,64]`; sets of
+demonstrations are looked through by `embodied-rl check demos FOLDER`.
 """
 
 from __future__ import annotations
@@ -116,8 +117,16 @@ def check_policy_factory(
     return examine_policy(make, specs, device or torch.device("cpu"))
 
 
-def run_check(kind: Literal["env", "policy"], name: str, overrides: Sequence[str] = ()) -> int:
-    """Check, print one line per finding, and return the exit code: 1 when something is broken, else 0."""
+def run_check(kind: Literal["env", "policy", "demos"], name: str, overrides: Sequence[str] = ()) -> int:
+    """Check, print one line per finding, and return the exit code: 1 when something is broken, else 0.
+
+    Raises:
+        UserError: It does not exist or refuses its settings.
+    """
+    if kind == "demos":
+        from embodied_rl.demo_check import check_demos
+
+        return print_findings(check_demos(name, overrides))
     findings = check_env(name, overrides) if kind == "env" else check_policy(name, overrides)
     return print_findings(findings)
 

@@ -1,4 +1,4 @@
-"""The command line: `embodied-rl train | evaluate | report | check | show-config | list | doctor`.
+"""The command line: `embodied-rl train | evaluate | report | collect | check | show-config | list | doctor`.
 
 Each command parses, calls one function of the engine and prints. Heavy modules are imported inside the commands, so
 that `--help` answers at once. A `UserError` becomes one message and exit code 2; anything else is a defect of ours
@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from embodied_rl import __version__
 from embodied_rl.errors import UserError, nearest
@@ -119,9 +119,17 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="a run folder")
 
 
+def _collect_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--episodes", type=_count, required=True, help="episodes of the whole set")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="the set; goes on with one that exists")
+    parser.add_argument("--noise", type=_noise, default=0.1, help="added to the expert's actions (default: 0.1)")
+    parser.add_argument("--all", action="store_true", help="keep failures too")
+
+
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=("env", "policy"))
-    parser.add_argument("name", metavar="NAME", help="a built-in name, a dotted module or a .py file")
+    parser.add_argument("kind", choices=("env", "policy", "demos"))
+    parser.add_argument("name", metavar="NAME", help="a built-in name, a dotted module or a .py file; demos: a folder")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", default=[], help="settings of the env or policy")
 
 
@@ -137,6 +145,16 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
     return int(text)
+
+
+def _noise(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got '{text}'")
+    return value
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -169,6 +187,16 @@ def _evaluate(args: argparse.Namespace) -> None:
         print_evaluation(target, result, _console())
     if len(results) == 2:
         print_comparison(compare(*results), (args.target, args.other), _console())
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from embodied_rl.config import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides).recipe
+    from embodied_rl.demo_console import collect_and_tell
+
+    keep: Literal["success", "all"] = "all" if args.all else "success"
+    return collect_and_tell(recipe, Path(args.out), args.episodes, noise=args.noise, keep=keep, console=_console())
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -260,11 +288,20 @@ COMMANDS: dict[str, tuple[Fill, Run, str, tuple[str, ...]]] = {
         "Write report.html of a run: curves, success, timing, videos, the recipe.",
         ("runs/tabletop_demo",),
     ),
+    "collect": (
+        _collect_arguments,
+        _collect,
+        "Record demonstrations with the env's scripted expert, collect.copies episodes side by side.",
+        (
+            "tabletop_demo --episodes 300 --out demos/tabletop",
+            "my.yaml env.tasks=[lift] --episodes 50 --out demos/lift --noise 0 --all",
+        ),
+    ),
     "check": (
         _check_arguments,
         _check,
-        "Run the contract tests on an env or a policy, also on a file of your own.",
-        ("env tabletop tasks=[reach]", "env ./pouring.py", "policy mlp hidden=[64,64]"),
+        "Run the contract tests on an env or a policy, also on a file of your own; look through demonstrations.",
+        ("env tabletop tasks=[reach]", "env ./pouring.py", "policy mlp hidden=[64,64]", "demos demos/tabletop"),
     ),
     "show-config": (
         _recipe_arguments,

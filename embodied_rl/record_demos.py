@@ -1,0 +1,290 @@
+"""Recording demonstrations: an env's own scripted expert plays, the episodes that succeed are kept.
+
+Attempt i has task i modulo the number of tasks and a start that depends on (seed, i) alone. Attempts are played in
+batches of `copies`, side by side; the expert's noise is seeded per batch. So what an attempt looks like depends on its
+number, `copies` and the settings, and never on when recording was interrupted.
+
+Episode k of the set has task k modulo the number of tasks, and is the next attempt of that task that is worth keeping:
+every task has the same number of episodes (one more for the first ones), a longer set begins with the shorter one, and
+a set that was interrupted equals one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embodied_rl import registry
+from embodied_rl.demo_format import FRAME, DemonstrationError, Feature, feature_of, instruction_problem, to_arrow
+from embodied_rl.demo_stats import episode_statistics, write_statistics
+from embodied_rl.demo_writer import DemoWriter, Packed
+from embodied_rl.errors import CapabilityError
+from embodied_rl.section import Section
+from embodied_rl.seeding import start_seed, start_seeds
+from embodied_rl.types import Env, Obs
+
+STARTS, NOISE = -2, -3
+"""Streams of the start seeds and of the noise: those of training are groups 0, 1, 2, ..."""
+PATIENCE = 100
+"""Attempts in a row that may fail at a task before recording gives up."""
+LONGEST = 100_000
+"""Control steps after which an episode of an env without a time limit is taken for endless."""
+
+
+class Expert(Protocol):
+    """What `env.expert(noise=..., seed=...)` returns: a scripted policy that watches the env it belongs to."""
+
+    def reset(self, mask: Tensor) -> None:
+        """Begin anew in the masked copies [B]; the env has been reset before."""
+        ...
+
+    def act(self) -> Tensor:
+        """Actions [B, D] float32 for the state the env is in."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides which episodes a set holds, beside the env."""
+
+    noise: float
+    keep: Literal["success", "all"]
+    copies: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TaskCount:
+    """Attempts at one task, up to the last that was kept."""
+
+    kept: int
+    solved: int
+    tried: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A set as it is now."""
+
+    folder: Path
+    episodes: int
+    frames: int
+    tasks: dict[str, TaskCount]
+    bytes: int
+    seconds: float
+    """Of this call."""
+
+
+def collect_demonstrations(
+    env: Section,
+    folder: str | Path,
+    episodes: int,
+    *,
+    noise: float = 0.1,
+    keep: Literal["success", "all"] = "success",
+    copies: int = 16,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    on_progress: Callable[[int], None] | None = None,
+) -> Collected:
+    """Record demonstrations until a set holds so many, then write its statistics; goes on with a set that exists.
+
+    Args:
+        env: The env's section of a recipe, `recipe.env`.
+        folder: Where the set lies or shall lie.
+        episodes: Episodes of the whole set; nothing is recorded when it holds as many.
+        noise: Standard deviation of what the expert adds to its actions, in action units.
+        keep: Episodes in which the goal held at some step, or all.
+        copies: Attempts played side by side.
+        seed: Of starts and noise.
+        device: Where the env computes.
+        on_progress: Called with the number of episodes in the set whenever it has changed.
+
+    Returns:
+        collected: What the set holds.
+
+    Raises:
+        CapabilityError: The env has no expert, cannot be seeded, takes no continuous actions, does not tell success,
+            or its expert fails at a task again and again.
+        DemonstrationError: The folder holds a set that was made differently, or cannot be written; or the env gives
+            an instruction or a number that cannot be stored.
+    """
+    began, where = time.monotonic(), torch.device(device)
+    module = registry.load("env", cast(Any, env).type)
+    built = cast(Env, module.build(env, num_envs=copies, device=where, split="train", seed=seed))
+    settings = Settings(noise, keep, copies, seed)
+    try:
+        _check_capable(built, cast(Any, env).type, settings)
+        features = _features(built)
+        made = {"env": env.model_dump(mode="json"), **vars(settings), "device": where.type}
+        writer = DemoWriter(
+            Path(folder), features, fps=built.spec.control_hz, robot=Path(str(cast(Any, env).type)).stem, made=made,
+            observation=built.spec.observation,
+        )  # fmt: skip
+        try:
+            _Recorder(built, writer, settings, features).run(episodes, on_progress)
+        finally:
+            writer.finish()
+    finally:
+        built.close()
+    write_statistics(folder)
+    return _summary(writer, built.spec.tasks, time.monotonic() - began)
+
+
+def _check_capable(env: Env, name: str, settings: Settings) -> None:
+    spec = env.spec
+    lacks = []
+    if not callable(getattr(env, "expert", None)):
+        lacks.append("a scripted expert (a method `expert(*, noise, seed)` of the env)")
+    if not spec.seedable:
+        lacks.append("starts that can be repeated (`EnvSpec.seedable`)")
+    if spec.action.kind != "continuous":
+        lacks.append("continuous actions")
+    if settings.keep == "success" and not spec.has_success:
+        lacks.append("a notion of success (`EnvSpec.has_success`; or keep every episode with --all)")
+    if lacks:
+        raise CapabilityError(f"env '{name}' cannot be demonstrated: it lacks {', and '.join(lacks)}")
+
+
+def _features(env: Env) -> dict[str, Feature]:
+    spec = env.spec
+    out = dict(feature_of(entry, tensor) for entry, tensor in spec.observation.items())
+    out["action"] = Feature("float32", (spec.action.size,), list(spec.action.names) or None)
+    told = ("next.reward", "next.success", "next.done") if spec.has_success else ("next.reward", "next.done")
+    return out | {name: FRAME[name] for name in told}
+
+
+class _Recorder:
+    """Plays attempts and hands the episodes to the writer in their order."""
+
+    def __init__(self, env: Env, writer: DemoWriter, settings: Settings, features: dict[str, Feature]) -> None:
+        self.env, self.writer, self.settings, self.features = env, writer, settings, features
+        t = len(env.spec.tasks)
+        self.last = [-1] * t
+        """The latest attempt of each task that is in the set."""
+        for k, line in enumerate(writer.lines):
+            self.last[k % t] = int(line.extra["attempt"])
+        self.waiting: list[deque[Packed]] = [deque() for _ in range(t)]
+        self.failures = [0] * t
+
+    def run(self, episodes: int, on_progress: Callable[[int], None] | None) -> None:
+        """Play until the set holds so many."""
+        lines, tasks, copies = self.writer.lines, len(self.env.spec.tasks), self.settings.copies
+        # Attempts that were kept but not yet written are played once more: that is all an interruption costs.
+        batch = min(last + tasks if last >= 0 else task for task, last in enumerate(self.last)) // copies
+        while len(lines) < episodes:
+            have = len(lines)
+            tape = _Tape(self.env, range(batch * copies, (batch + 1) * copies), self.settings)
+            self._choose(tape, episodes)
+            while len(lines) < episodes and (queue := self.waiting[len(lines) % tasks]):
+                self.writer.append(queue.popleft())
+                if on_progress is not None:
+                    on_progress(len(lines))
+            if len(lines) > have:
+                self.writer.write_info()
+            batch += 1
+
+    def _choose(self, tape: _Tape, episodes: int) -> None:
+        """Put the attempts that are worth keeping into their queues."""
+        names = self.env.spec.tasks
+        for copy, attempt in enumerate(tape.attempts):
+            task = attempt % len(names)
+            have = len(range(task, len(self.writer.lines), len(names))) + len(self.waiting[task])
+            if attempt <= self.last[task] or have >= len(range(task, episodes, len(names))):
+                continue
+            if self.settings.keep == "all" or tape.solved[copy]:
+                self.waiting[task].append(tape.pack(copy, self.features, names[task]))
+                self.failures[task] = 0
+                continue
+            self.failures[task] += 1
+            if self.failures[task] >= PATIENCE:
+                raise CapabilityError(
+                    f"the expert failed {PATIENCE} times in a row at task '{names[task]}': give it more time "
+                    "(env.max_steps), less noise (--noise), or leave the task out; what is recorded is kept"
+                )
+
+
+class _Tape:
+    """What happened in one batch of attempts."""
+
+    def __init__(self, env: Env, attempts: range, settings: Settings) -> None:
+        """Play them all to their ends."""
+        self.attempts = attempts
+        spec, device, b = env.spec, env.device, len(attempts)
+        numbers = torch.tensor(attempts)
+        self.seeds = start_seeds(settings.seed, "train", torch.full_like(numbers, STARTS), numbers)
+        tasks = numbers % len(spec.tasks)
+        noise_seed = start_seed(settings.seed, "train", NOISE, attempts.start // b)
+        expert: Expert = cast(Any, env).expert(noise=settings.noise, seed=noise_seed)
+        active = torch.ones(b, dtype=torch.bool, device=device)
+        obs = env.reset(active.clone(), self.seeds.to(device), tasks.to(device))
+        expert.reset(active.clone())
+        say = getattr(env, "instructions", None)
+        self.texts: list[str] = say() if say is not None else [spec.tasks[i] for i in tasks.tolist()]
+        self.length = np.zeros(b, np.int64)
+        self.solved = np.zeros(b, bool)
+        self._frames: list[dict[str, np.ndarray]] = []
+        while bool(active.any()):
+            if len(self._frames) >= LONGEST:
+                raise CapabilityError(
+                    f"an episode has not ended within {LONGEST:,} control steps, and the env has no time limit of its "
+                    "own; give it one (env.max_steps)"
+                )
+            seen = env.observe() if spec.on_demand else obs
+            frame = _to_numpy({feature_of(entry, spec.observation[entry])[0]: x for entry, x in seen.items()})
+            action = torch.where(active[:, None], expert.act().clamp(-1, 1), 0.0)
+            step = env.step(action, None if bool(active.all()) else active)
+            obs, done = step.obs, step.terminated | step.truncated
+            told = {"action": action, "next.reward": step.reward, "next.done": done}
+            if step.success is not None:
+                told["next.success"] = step.success
+                self.solved |= (step.success & active).cpu().numpy()
+            self._frames.append(frame | _to_numpy(told))
+            self.length += active.cpu().numpy()
+            active = active & ~done
+
+    def pack(self, copy: int, features: dict[str, Feature], task: str) -> Packed:
+        """One attempt, encoded; DemonstrationError when it holds what cannot be stored."""
+        attempt, length, text = self.attempts[copy], int(self.length[copy]), self.texts[copy]
+        where = f"attempt {attempt} (task '{task}')"
+        problem = instruction_problem(text)
+        if problem:
+            raise DemonstrationError(f"{where}: {problem}; mend the env's instructions(); what is recorded is kept")
+        columns = {}
+        for name, feature in features.items():
+            values = np.stack([frame[name][copy] for frame in self._frames[:length]]).reshape(length, *feature.shape)
+            columns[name] = values
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise DemonstrationError(f"{where}: '{name}' is not finite; mend the env; what is recorded is kept")
+        extra = {
+            "attempt": attempt,
+            "seed": int(self.seeds[copy]),
+            "task": task,
+            "success": bool(self.solved[copy]),
+        }
+        arrays = {name: to_arrow(values, features[name]) for name, values in columns.items()}
+        return Packed(arrays, episode_statistics(columns, features), length, text, extra)
+
+
+def _to_numpy(tensors: Obs) -> dict[str, np.ndarray]:
+    """Copies on the CPU: an env may reuse its arrays."""
+    return {name: x.detach().to("cpu", copy=True).numpy() for name, x in tensors.items()}
+
+
+def _summary(writer: DemoWriter, names: tuple[str, ...], seconds: float) -> Collected:
+    tasks = {}
+    for task, name in enumerate(names):
+        lines = writer.lines[task :: len(names)]
+        tried = (int(lines[-1].extra["attempt"]) - task) // len(names) + 1 if lines else 0
+        tasks[name] = TaskCount(len(lines), sum(bool(line.extra["success"]) for line in lines), tried)
+    size = sum(p.stat().st_size for p in writer.folder.rglob("*") if p.is_file())
+    frames = sum(line.length for line in writer.lines)
+    return Collected(writer.folder, len(writer.lines), frames, tasks, size, seconds)
