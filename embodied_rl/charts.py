@@ -60,6 +60,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart("Return", ("rollout/return_mean", "eval/<suite>/return_mean"), "task units", wide=True),
     Chart("Success by task, while collecting", ("rollout/success_once_rate/<task>",), share=True),
     Chart("Success by task, evaluation", ("eval/<suite>/success_rate/<task>",), share=True),
+    Chart("Imitation loss", ("actor/imitation_loss",)),
     Chart("Episode length", ("rollout/length_mean",), "control steps"),
     Chart("Entropy", ("actor/entropy",), "nat"),
     Chart("Step size: KL(old ‖ new)", ("actor/kl_k3", "actor/kl_k1"), "nat"),

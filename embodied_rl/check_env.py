@@ -248,6 +248,20 @@ def active_copies_do_not_mind_idle_ones(case: EnvCase) -> None:
             break
 
 
+def idle_copies_wait(case: EnvCase) -> str | None:
+    """Where observations are given on demand, copies that are not active stay exactly where they stopped."""
+    env = case.fresh()
+    if not env.spec.on_demand:
+        return "observations come with every step"
+    start(env)
+    plan = actions_for(env, 4, seed=4)
+    before, idle = move(env, plan[0]).obs, copy_mask(env, 0)
+    for t, action in enumerate(plan[1:]):
+        names = observations_differ(move(env, action, ~idle).obs, before, idle)
+        expect(not names, f"'{', '.join(names)}' of an idle copy changed in step {t + 2}: its last state would be lost")
+    return None
+
+
 def wrong_actions_are_refused(case: EnvCase) -> None:
     """An action of another shape or type, or one that is not finite, is refused with a ShapeError."""
     env = case.env
@@ -387,6 +401,7 @@ def close_twice(case: EnvCase) -> None:
 CHECKS: tuple[Callable[[EnvCase], str | None], ...] = (
     spec_is_coherent, reset_keeps_the_spec, one_copy_works, zero_agent_runs, random_agent_runs, time_limit_holds,
     last_observation_is_true, same_seed_same_start, evaluation_starts_are_new, partial_reset_is_local,
-    partial_reset_starts_a_whole_episode, active_copies_do_not_mind_idle_ones, wrong_actions_are_refused,
-    actions_are_clipped, state_round_trip, constants_are_constant, pictures_are_as_asked, close_twice,
+    partial_reset_starts_a_whole_episode, active_copies_do_not_mind_idle_ones, idle_copies_wait,
+    wrong_actions_are_refused, actions_are_clipped, state_round_trip, constants_are_constant, pictures_are_as_asked,
+    close_twice,
 )  # fmt: skip

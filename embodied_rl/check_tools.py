@@ -205,8 +205,11 @@ def restart(env: Env, mask: Tensor, first: int = 1000) -> Obs:
 
 
 def move(env: Env, action: Tensor, active: Tensor | None = None) -> Step:
-    """One step, copied: an env may reuse its arrays."""
+    """One step and its observation, copied: an env may reuse its arrays."""
     step = env.step(action, active)
+    if env.spec.on_demand:
+        expect(not step.obs, "spec.on_demand is True, but step gives an observation: leave Step.obs empty")
+        step.obs = env.observe()
     return Step(**{f.name: clone(getattr(step, f.name)) for f in dataclasses.fields(Step)})
 
 

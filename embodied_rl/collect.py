@@ -93,6 +93,8 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
                 total.obs = {k: v.clone() for k, v in total.obs.items()}
     assert total is not None
     total.metrics = metrics
+    if env.spec.on_demand:
+        total.obs = env.observe()
     return total
 
 

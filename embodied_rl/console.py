@@ -118,6 +118,7 @@ class ConsoleWriter:
                 ("success", _number(row, "rollout/success_once_rate")),
                 ("eval", _evaluation(row)),
                 ("return", _number(row, "rollout/return_mean")),
+                ("imitation loss", _number(row, "actor/imitation_loss")),
                 ("entropy", _number(row, "actor/entropy")),
                 ("kl", _number(row, "actor/kl_k3")),
                 ("explained", _number(row, "critic/explained_variance")),
@@ -157,6 +158,7 @@ def key_numbers(row: Row, success: list[float], eval_update: int | None) -> list
             ("length", _number(row, "rollout/length_mean")), ("episodes", f"{int(row.get('progress/episodes', 0)):,}"),
         )),
         ("policy", _join(
+            ("imitation loss", _number(row, "actor/imitation_loss")),
             ("entropy", _number(row, "actor/entropy")), ("KL", _number(row, "actor/kl_k3")),
             ("clipped", _number(row, "actor/clip_fraction")), ("gradient", _number(row, "actor/grad_norm")),
             ("lr", _number(row, "actor/lr")),

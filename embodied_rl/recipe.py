@@ -103,6 +103,9 @@ class Recipe(Section):
     """auto, cpu, cuda or cuda:<index>; auto takes the first CUDA device, else the CPU."""
     threads: int | None = Field(None, ge=1)
     """torch CPU threads; null leaves torch's own choice. Results are bit-identical only for an equal number."""
+    start_from: str | None = None
+    """Run folder or checkpoint whose policy training begins with, for example one trained on demonstrations; null
+    begins with random weights. The policy section must be the same."""
     env: SerializeAsAny[Section]
     policy: SerializeAsAny[Section]
     algorithm: SerializeAsAny[Section]

@@ -86,7 +86,9 @@ class Summary(TypedDict):
     env_steps: int
     """Control steps over all copies."""
     decisions: NotRequired[int]
-    episodes: int
+    episodes: NotRequired[int]
+    optimizer_steps: NotRequired[int]
+    """Of a run that imitates demonstrations; `env_steps` are then the frames it was shown."""
     wall_time_s: float
     """Over resumes, final evaluation included."""
     device: str

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from embodied_rl import registry
+from embodied_rl import checkpoint, registry
 from embodied_rl.advantage import CreditChain
 from embodied_rl.algorithms import AlgorithmConfig
+from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, UserError
 from embodied_rl.loss import LossFunction
+from embodied_rl.measure import Clock, rollout_metrics
+from embodied_rl.metrics import Partials
 from embodied_rl.recipe import Recipe
 from embodied_rl.seeding import global_rng_state, seed_everything, set_global_rng_state
 from embodied_rl.types import Env, EnvSpec, Policy, Split, State
@@ -107,80 +111,28 @@ def check_fit(recipe: Recipe, policy: Policy) -> None:
         )
 
 
-@dataclass
-class Session:
-    """One run in memory; `state_dict` is all that an exact resume needs."""
+class Saved:
+    """Saving and restoring a session around its own parts."""
 
-    recipe: Recipe
-    device: torch.device
     policy: Policy
-    credit: CreditChain
-    updater: Updater
-    collector: Collector
-    env_steps: int = 0
-    episodes: int = 0
-    decisions: int = 0
-    wall_s: float = 0.0
-    score: float | None = None
-    """Of the evaluation after the latest update; None when there was none."""
+    device: torch.device
+    _COUNTERS: ClassVar[tuple[str, ...]] = ()
 
-    _COUNTERS = ("env_steps", "episodes", "decisions", "wall_s", "score")
-
-    @classmethod
-    def build(cls, recipe: Recipe) -> Session:
-        """Build every part of a recipe.
-
-        Raises:
-            UserError: A part is missing, or parts do not fit together.
-        """
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
-        device = choose_device(recipe.device)
-        algorithm, c = cast(AlgorithmConfig, recipe.algorithm), recipe.collect
-        envs: list[Env] = []
-        try:
-            for part in range(c.pipeline):
-                envs.append(build_env(recipe, num_envs=c.copies // c.pipeline, device=device, split="train", part=part))
-            policy = build_policy(recipe, env=envs[0].spec, device=device)
-            check_fit(recipe, policy)
-            loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))
-            patience = recipe.train.max_bad_updates
-            updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience)
-            collector = Collector(
-                envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, run_seed=recipe.seed,
-                generator=torch.Generator(device).manual_seed(recipe.seed),
-            )  # fmt: skip
-        except BaseException:
-            for env in envs:
-                env.close()
-            raise
-        return cls(recipe, device, policy, CreditChain(algorithm.credit), updater, collector)
-
-    @property
-    def update(self) -> int:
-        """Finished updates."""
-        return self.updater.version
-
-    @property
-    def progress(self) -> float:
-        """Share of the training done, in [0, 1]."""
-        return min(1.0, self.env_steps / self.recipe.train.env_steps)
-
-    def state_dict(self) -> State:
-        """The state of every part."""
+    def common_state(self) -> State:
+        """Weights, counters and what the last bits of a result depend on."""
         return {
             "policy": dict(cast(nn.Module, self.policy).state_dict()),
-            "credit": self.credit.state_dict(),
-            "updater": self.updater.state_dict(),
-            "collector": self.collector.state_dict(),
             "counters": {name: getattr(self, name) for name in self._COUNTERS},
             "rng": global_rng_state(),
             "machine": self._machine(),
         }
 
     def _machine(self) -> dict[str, str]:
-        """What the last bits of a result depend on, beside the recipe."""
         return {"device": self.device.type, "torch": str(torch.__version__), "threads": str(torch.get_num_threads())}
+
+    def _restore_parts(self, state: State) -> bool:
+        """Restore what `state_dict` adds to `common_state`; False when the run will not continue bit for bit."""
+        raise NotImplementedError
 
     def load_state_dict(self, state: State, where: str) -> bool:
         """Restore `state_dict`.
@@ -207,9 +159,7 @@ class Session:
 
     def _restore(self, state: State, where: str) -> bool:
         load_weights(self.policy, state["policy"], where)
-        self.credit.load_state_dict(state["credit"])
-        self.updater.load_state_dict(state["updater"])
-        exact = self.collector.load_state_dict(state["collector"])
+        exact = self._restore_parts(state)
         for name in self._COUNTERS:
             setattr(self, name, state["counters"][name])
         set_global_rng_state(state["rng"])
@@ -219,9 +169,149 @@ class Session:
             log.warning("not the machine of before (%s): results may differ in the last bits", ", ".join(changed))
         return exact and not changed
 
+
+@dataclass
+class Session(Saved):
+    """One run of reinforcement learning in memory; `state_dict` is all that an exact resume needs."""
+
+    recipe: Recipe
+    device: torch.device
+    policy: Policy
+    credit: CreditChain
+    updater: Updater
+    collector: Collector
+    env_steps: int = 0
+    episodes: int = 0
+    decisions: int = 0
+    wall_s: float = 0.0
+    score: float | None = None
+    """Of the evaluation after the latest update; None when there was none."""
+
+    _COUNTERS = ("env_steps", "episodes", "decisions", "wall_s", "score")
+
+    @classmethod
+    def build(cls, recipe: Recipe, *, fresh: bool = True) -> Session:
+        """Build every part of a recipe.
+
+        Args:
+            recipe: Complete.
+            fresh: False when a checkpoint is to be loaded next: `start_from` is then not read.
+
+        Raises:
+            UserError: A part is missing, or parts do not fit together.
+        """
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        device = choose_device(recipe.device)
+        algorithm, c = cast(AlgorithmConfig, recipe.algorithm), recipe.collect
+        envs: list[Env] = []
+        try:
+            for part in range(c.pipeline):
+                envs.append(build_env(recipe, num_envs=c.copies // c.pipeline, device=device, split="train", part=part))
+            policy = build_policy(recipe, env=envs[0].spec, device=device)
+            check_fit(recipe, policy)
+            if fresh and recipe.start_from:
+                load_weights(policy, start_weights(recipe.start_from), recipe.start_from)
+            loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))
+            patience = recipe.train.max_bad_updates
+            updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience)
+            collector = Collector(
+                envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, run_seed=recipe.seed,
+                generator=torch.Generator(device).manual_seed(recipe.seed),
+            )  # fmt: skip
+        except BaseException:
+            for env in envs:
+                env.close()
+            raise
+        return cls(recipe, device, policy, CreditChain(algorithm.credit), updater, collector)
+
+    @property
+    def update(self) -> int:
+        """Finished updates."""
+        return self.updater.version
+
+    @property
+    def bad_in_a_row(self) -> int:
+        """Updates in a row that were skipped because nothing in them was finite."""
+        return self.updater.bad_in_a_row
+
+    @property
+    def progress(self) -> float:
+        """Share of the training done, in [0, 1]."""
+        return min(1.0, self.env_steps / self.total_steps)
+
+    @property
+    def total_steps(self) -> int:
+        """Control steps that the whole training takes."""
+        return self.recipe.train.env_steps
+
+    def iterate(self, clock: Clock) -> Partials:
+        """Make one iteration of the algorithm: collect, credit, update, measure.
+
+        Args:
+            clock: Takes the time of each phase.
+
+        Returns:
+            metrics: Of this iteration.
+        """
+        with clock.phase("rollout"):
+            rollout = self.collector.collect()
+        with clock.phase("advantage"):
+            advantage = self.credit(rollout)
+        with clock.phase("update"):
+            metrics = self.updater.update(rollout, advantage, progress=self.progress)
+            if (seen := observed(rollout)) is not None:
+                self.policy.observe(seen)
+        self.collector.version = self.update
+
+        steps, decisions = int(rollout.steps[rollout.valid].sum()), int(rollout.valid.sum())
+        self.env_steps += steps
+        self.decisions += decisions
+        self.episodes += len(rollout.finished.get("return", ()))
+        metrics.merge(rollout_metrics(rollout, self.collector.spec.tasks))
+        metrics.merge_pairs(advantage.metrics)
+        busy = sum(clock.seconds.values())
+        metrics.last("perf/env_steps_per_s", steps / busy)
+        metrics.last("perf/decisions_per_s", decisions / busy)
+        return metrics
+
+    def counters(self) -> dict[str, float]:
+        """Rows of metrics that only count."""
+        return {
+            "progress/update": self.update,
+            "progress/env_steps": self.env_steps,
+            "progress/decisions": self.decisions,
+            "progress/episodes": self.episodes,
+        }
+
+    def state_dict(self) -> State:
+        """The state of every part."""
+        return self.common_state() | {
+            "credit": self.credit.state_dict(),
+            "updater": self.updater.state_dict(),
+            "collector": self.collector.state_dict(),
+        }
+
+    def _restore_parts(self, state: State) -> bool:
+        self.credit.load_state_dict(state["credit"])
+        self.updater.load_state_dict(state["updater"])
+        return self.collector.load_state_dict(state["collector"])
+
     def close(self) -> None:
         """Close the env parts and their threads."""
         self.collector.close()
+
+
+def start_weights(path: str) -> dict[str, Tensor]:
+    """The policy's weights of a run or checkpoint.
+
+    Args:
+        path: A run folder (its newest checkpoint is taken) or one of its checkpoints.
+
+    Raises:
+        UserError: There is no intact checkpoint.
+    """
+    return cast(dict[str, Tensor], checkpoint.load(checkpoint.resolve(Path(path)))["policy"])
 
 
 def load_weights(policy: Policy, weights: dict[str, Tensor], where: str) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from embodied_rl import checkpoint
-from embodied_rl.batch import observed
+from embodied_rl.algorithms import sft
 from embodied_rl.config import dump_recipe, load_resolved
 from embodied_rl.errors import ConfigError, DivergenceError
 from embodied_rl.evaluate import evaluate, film
-from embodied_rl.measure import Clock, memory_mib, rollout_metrics
+from embodied_rl.imitate import ImitationSession
+from embodied_rl.measure import Clock, memory_mib
 from embodied_rl.recipe import Recipe
 from embodied_rl.report import write_report
 from embodied_rl.results import EvaluationResult
@@ -36,6 +37,17 @@ RESUMABLE = ("name", "train", "evaluate", "checkpoint", "log", "device")
 """Sections that may differ between a run and its continuation: they do not change what the next update computes."""
 GOALS = ("finished", "time", "target")
 """Reasons to stop that are an end of training; the others are a signal's name and "diverged"."""
+
+
+Learner = Session | ImitationSession
+"""What the loop drives."""
+
+
+def build_session(recipe: Recipe, *, fresh: bool = True) -> Learner:
+    """Build what a recipe's algorithm learns with; see `Session.build` and `ImitationSession.build`."""
+    if isinstance(recipe.algorithm, sft.Config):
+        return ImitationSession.build(recipe, fresh=fresh)
+    return Session.build(recipe, fresh=fresh)
 
 
 class StopRequest:
@@ -79,8 +91,8 @@ class StopRequest:
                 signal.signal(s, handler)
 
 
-def train(session: Session, folder: RunFolder, writers: Writers, stop: StopRequest) -> str:
-    """The algorithm: collect, credit, update, measure; now and then evaluate and save.
+def train(session: Learner, folder: RunFolder, writers: Writers, stop: StopRequest) -> str:
+    """The loop: iterate (see `Session.iterate`), measure; now and then evaluate and save.
 
     Args:
         session: Freshly built or restored.
@@ -96,23 +108,7 @@ def train(session: Session, folder: RunFolder, writers: Writers, stop: StopReque
     reason = why_stop(s, stop)
     with closing(Suite(r)) as suite:
         while reason is None:
-            with clock.phase("rollout"):
-                rollout = s.collector.collect()
-            with clock.phase("advantage"):
-                advantage = s.credit(rollout)
-            with clock.phase("update"):
-                metrics = s.updater.update(rollout, advantage, progress=s.progress)
-                if (seen := observed(rollout)) is not None:
-                    s.policy.observe(seen)
-            s.collector.version = s.update
-
-            steps, decisions = int(rollout.steps[rollout.valid].sum()), int(rollout.valid.sum())
-            s.env_steps += steps
-            s.decisions += decisions
-            s.episodes += len(rollout.finished.get("return", ()))
-            metrics.merge(rollout_metrics(rollout, s.collector.spec.tasks))
-            metrics.merge_pairs(advantage.metrics)
-
+            metrics = s.iterate(clock)
             s.score = None
             if r.evaluate.every and s.update % r.evaluate.every == 0:
                 with clock.phase("evaluate"):
@@ -120,18 +116,15 @@ def train(session: Session, folder: RunFolder, writers: Writers, stop: StopReque
                 metrics.merge(result.metrics(suite.name))
                 s.score = result.score
             s.wall_s = wall_before + perf_counter() - started
-            seconds = clock.take()
-            busy = seconds["rollout"] + seconds["advantage"] + seconds["update"]
-            row = metrics.reduce() | {f"time/{k}_s": v for k, v in seconds.items()} | {
-                "progress/update": s.update, "progress/env_steps": s.env_steps, "progress/decisions": s.decisions,
-                "progress/episodes": s.episodes, "time/total_s": s.wall_s, "perf/memory_mib": memory_mib(),
-                "perf/env_steps_per_s": steps / busy, "perf/decisions_per_s": decisions / busy,
+            seconds = {f"time/{k}_s": v for k, v in clock.take().items()}
+            row = metrics.reduce() | seconds | s.counters() | {
+                "time/total_s": s.wall_s, "perf/memory_mib": memory_mib(),
             }  # fmt: skip
             writers.write(row)
             reason = why_stop(s, stop)
             # Nothing was learned since the last checkpoint while updates are skipped; it stays the last good one.
             due = s.score is not None or s.update % r.checkpoint.every == 0
-            if reason or (due and not s.updater.bad_in_a_row):
+            if reason or (due and not s.bad_in_a_row):
                 with clock.phase("checkpoint"):
                     writers.flush()
                     keep = r.checkpoint.keep
@@ -139,12 +132,12 @@ def train(session: Session, folder: RunFolder, writers: Writers, stop: StopReque
     return reason
 
 
-def why_stop(session: Session, stop: StopRequest) -> str | None:
+def why_stop(session: Learner, stop: StopRequest) -> str | None:
     """Return the reason to stop now, or None to go on."""
     t = session.recipe.train
     if stop.signal is not None:
         return stop.signal.name
-    if session.env_steps >= t.env_steps:
+    if session.progress >= 1:
         return "finished"
     if t.target_success is not None and session.score is not None and session.score >= t.target_success:
         return "target"
@@ -163,7 +156,7 @@ class Suite:
         self.recipe = recipe
         self.env: Env | None = None
 
-    def run(self, session: Session, episodes: int, *, final: bool) -> EvaluationResult:
+    def run(self, session: Learner, episodes: int, *, final: bool) -> EvaluationResult:
         """Evaluate the session's policy on `episodes` held-out starts, the same ones every time.
 
         The final evaluation has starts of its own: those that chose the best checkpoint would flatter it.
@@ -224,7 +217,7 @@ def run(recipe: Recipe, *, resume: bool = False, folder: Path | None = None) -> 
     Raises:
         UserError: Anything the user can mend; nothing in an existing run folder is lost.
     """
-    session = Session.build(recipe)
+    session = build_session(recipe, fresh=not resume)
     with closing(session):
         opened = open_run(folder or Path(recipe.log.folder) / recipe.name, resume=resume)
         try:
@@ -233,14 +226,14 @@ def run(recipe: Recipe, *, resume: bool = False, folder: Path | None = None) -> 
             opened.release()
 
 
-def _run_in(folder: RunFolder, session: Session, resume: bool) -> Finished:
+def _run_in(folder: RunFolder, session: Learner, resume: bool) -> Finished:
     recipe = session.recipe
     if resume:
         _restore(folder, session)
     folder.write_start(dump_recipe(recipe), device=session.device)
     with StopRequest().listening() as stop:
         try:
-            with closing(open_writers(folder, recipe, device=session.device, update=session.update)) as writers:
+            with closing(_writers(folder, session)) as writers:
                 reason = train(session, folder, writers, stop)
         except DivergenceError:
             folder.write_summary(_summary(session, "diverged", None))
@@ -258,7 +251,12 @@ def _run_in(folder: RunFolder, session: Session, resume: bool) -> Finished:
     return Finished(folder.path, reason, result)
 
 
-def _restore(folder: RunFolder, session: Session) -> None:
+def _writers(folder: RunFolder, session: Learner) -> Writers:
+    s = session
+    return open_writers(folder, s.recipe, total_steps=s.total_steps, device=s.device, update=s.update)
+
+
+def _restore(folder: RunFolder, session: Learner) -> None:
     """Load the newest intact checkpoint, after making sure that it belongs to this recipe."""
     stored = folder.path / "recipe.yaml"
     if stored.is_file():
@@ -290,7 +288,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return out
 
 
-def _conclude(folder: RunFolder, session: Session) -> EvaluationResult | None:
+def _conclude(folder: RunFolder, session: Learner) -> EvaluationResult | None:
     """Final evaluation and videos."""
     e = session.recipe.evaluate
     if e.episodes == 0:
@@ -309,17 +307,18 @@ def _conclude(folder: RunFolder, session: Session) -> EvaluationResult | None:
     return result
 
 
-def _summary(session: Session, reason: str, result: EvaluationResult | None) -> Summary:
-    return {
+def _summary(session: Learner, reason: str, result: EvaluationResult | None) -> Summary:
+    summary: Summary = {
         "name": session.recipe.name,
         "finished": reason in GOALS,
         "stop_reason": reason,
         "updates": session.update,
-        "env_steps": session.env_steps,
-        "decisions": session.decisions,
-        "episodes": session.episodes,
+        "env_steps": int(session.counters()["progress/env_steps"]),
         "wall_time_s": session.wall_s,
         "device": str(session.device),
         "seed": session.recipe.seed,
         "evaluation": {} if result is None else {Suite.name: result.to_dict()},
     }
+    if isinstance(session, ImitationSession):
+        return summary | {"optimizer_steps": session.steps}
+    return summary | {"decisions": session.decisions, "episodes": session.episodes}

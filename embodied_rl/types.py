@@ -91,6 +91,9 @@ class EnvSpec:
     """Camera names accepted by `render`; empty when the env draws no pictures."""
     control_hz: float | None = None
     """Control steps per second of simulated time."""
+    on_demand: bool = False
+    """`Step.obs` is empty and `observe` gives the observation: for envs whose pictures cost more than a control step.
+    Copies that are not active in `step` then stay exactly where they stopped."""
 
 
 @dataclass
@@ -98,7 +101,8 @@ class Step:
     """What happened in one control step, for all copies; nothing has been reset yet.
 
     `obs` is always the state that really followed the action: an env never resets by itself, `collect` asks
-    for it with `reset(mask, ...)`. So there is no "final observation" to keep apart.
+    for it with `reset(mask, ...)`. So there is no "final observation" to keep apart. It is empty where the env gives
+    observations on demand.
     """
 
     obs: Obs
@@ -146,6 +150,10 @@ class Env(Protocol):
         Raises:
             ShapeError: Wrong shape, dtype or device, or a non-finite action (says which copies).
         """
+        ...
+
+    def observe(self) -> Obs:
+        """Observation of all copies as they are now; only asked of envs with `spec.on_demand`."""
         ...
 
     def get_state(self) -> State:
@@ -235,6 +243,30 @@ class Policy(Protocol):
 
     def observe(self, obs: Obs) -> None:
         """Move running statistics (observation normaliser) with a finished rollout's observations [N, ...]."""
+        ...
+
+
+@runtime_checkable
+class Imitator(Protocol):
+    """What a policy offers beside `Policy` when it can learn from demonstrations."""
+
+    chunk: int
+
+    def fit_actions(self, low: Tensor, high: Tensor) -> None:
+        """Take over the range [D] of demonstrated actions; it is part of the policy's state."""
+        ...
+
+    def imitation_loss(self, obs: Obs, action: Tensor, generator: torch.Generator) -> Tensor:
+        """Loss of each demonstrated control step, with gradients.
+
+        Args:
+            obs: [N, ...]
+            action: [N, C, D] what the demonstrator did next.
+            generator: Of any noise, on the policy's device.
+
+        Returns:
+            loss: [N, C]
+        """
         ...
 
 

@@ -229,13 +229,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def open_writers(folder: RunFolder, recipe: Recipe, *, device: torch.device, update: int = 0) -> Writers:
+def open_writers(
+    folder: RunFolder, recipe: Recipe, *, device: torch.device, total_steps: int | None = None, update: int = 0
+) -> Writers:
     """Open every destination the recipe asks for.
 
     Args:
         folder: The run's.
         recipe: Its `log` section chooses.
         device: Said in the first line on the terminal.
+        total_steps: Control steps that the whole training takes; None for the recipe's.
         update: Finished updates of the checkpoint from which the run goes on; rows of later updates are dropped.
 
     Returns:
@@ -263,10 +266,9 @@ def open_writers(folder: RunFolder, recipe: Recipe, *, device: torch.device, upd
                 )
             )
             stack.callback(writers[-1].close)
+        total = total_steps or recipe.train.env_steps
         writers.append(
-            ConsoleWriter(
-                recipe.name, recipe.train.env_steps, device=device, live=log.progress, first_step=steps, row=last
-            )
+            ConsoleWriter(recipe.name, total, device=device, live=log.progress, first_step=steps, row=last)
         )
         stack.pop_all()
     return Writers(writers)

@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from embodied_rl.envs.tabletop.env import TabletopEnv
 from embodied_rl.envs.tabletop.physics import NativePhysics, Physics
-from embodied_rl.envs.tabletop.scene import Scene, build_scene
+from embodied_rl.envs.tabletop.pictures import Pictures
+from embodied_rl.envs.tabletop.scene import CAMERAS, Scene, build_scene
 from embodied_rl.envs.tabletop.tasks import TASKS
 from embodied_rl.errors import nearest
 from embodied_rl.section import Section
@@ -37,8 +38,35 @@ class Config(Section):
     """End the episode (terminated) in the first control step in which the task is solved."""
     physics: Literal["auto", "native", "warp"] = "auto"
     """native: MuJoCo's C engine on CPU threads; warp: MuJoCo Warp on `device`; auto: warp on CUDA, native on a CPU."""
+    observation: Literal["state", "pictures"] = "state"
+    """state: positions of everything; pictures: what cameras see, beside the robot's own state and the words."""
+    cameras: tuple[str, ...] = ("table", "wrist")
+    """Cameras of observation: pictures; any of front, overhead, table, wrist. Each costs about as much as a control
+    step."""
+    picture_size: int = Field(64, ge=8, le=512)
+    """Rows and columns of each picture in pixels."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of the native engine; null takes every core this process may use."""
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Config:
+        for name in ("cameras", "picture_size"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.observation == "state" and value != default:
+                raise ValueError(
+                    f"{name} ({value}) does nothing with observation (state): remove it, or set observation: pictures"
+                )
+        return self
+
+    @field_validator("cameras")
+    @classmethod
+    def _cameras_exist(cls, cameras: tuple[str, ...]) -> tuple[str, ...]:
+        for name in cameras:
+            if name not in CAMERAS:
+                raise ValueError(f"camera '{name}' does not exist{nearest(name, CAMERAS)}")
+        if not cameras or len(set(cameras)) < len(cameras):
+            raise ValueError(f"cameras {list(cameras)}: name at least one, and each once")
+        return cameras
 
     @model_validator(mode="after")
     def _success_pays(self) -> Config:
@@ -74,14 +102,19 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         env: Every copy at rest; call `reset` before the first step.
     """
     scene = build_scene()
+    physics = _physics(config, scene, num_envs, device)
+    pictures = None
+    if config.observation == "pictures":
+        pictures = Pictures(scene, num_envs, config.cameras, config.picture_size, physics.device)
     return TabletopEnv(
         scene,
-        _physics(config, scene, num_envs, device),
+        physics,
         tuple(config.tasks),
         reward=config.reward,
         max_steps=config.max_steps,
         end_on_success=config.end_on_success,
         device=device,
+        pictures=pictures,
     )
 
 

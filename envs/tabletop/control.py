@@ -51,8 +51,9 @@ class PoseController:
         self.finger = torch.full((n,), FINGER_MAX, device=device)
         """[B] target of each finger joint, m."""
         self._action = torch.zeros(n, 7, device=device)
+        self._active = torch.ones(n, dtype=torch.bool, device=device)
         changed = (self.position, self.rotation, self.finger, arm.ctrl)
-        self._steer = Launch(steer, n, device, self._action, arm.position, arm.rotation, *changed)
+        self._steer = Launch(steer, n, device, self._active, self._action, arm.position, arm.rotation, *changed)
 
     def hold(self, mask: Tensor) -> None:
         """Want the present pose with an open gripper in the masked copies."""
@@ -60,16 +61,18 @@ class PoseController:
         self.rotation[mask] = self._arm.rotation[mask]
         self.finger[mask] = FINGER_MAX
 
-    def advance(self, action: Tensor) -> Tensor:
+    def advance(self, action: Tensor, active: Tensor | None = None) -> Tensor:
         """Move the wanted pose by an action and solve for joint targets.
 
         Args:
             action: [B, 7] in [-1, 1].
+            active: [B] bool, copies to move; what the others want stays. None for all.
 
         Returns:
             ctrl: [B, 9] joint and finger targets; valid until the next call.
         """
         self._action.copy_(action)
+        self._active.fill_(True) if active is None else self._active.copy_(active)
         self._steer()
         self._arm.solve()
         return self._arm.ctrl
@@ -87,6 +90,7 @@ class PoseController:
 
 @wp.kernel
 def steer(
+    active: wp.array[wp.bool],
     action: wp.array2d[float],
     position: wp.array[wp.vec3],
     rotation: wp.array[wp.mat33],
@@ -97,6 +101,8 @@ def steer(
 ) -> None:
     """Move what is wanted by the action, on its leash and within the workspace, tilt and yaw limits."""
     i = wp.tid()
+    if not active[i]:
+        return
     leash = wp.vec3(LEASH, LEASH, LEASH)
     wanted = wanted_position[i] + MAX_MOVE * wp.vec3(action[i, 0], action[i, 1], action[i, 2])
     wanted = wp.min(wp.max(wanted, position[i] - leash), position[i] + leash)

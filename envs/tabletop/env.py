@@ -16,12 +16,18 @@ from embodied_rl.envs.tabletop.physics import Physics
 from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
 from embodied_rl.errors import CheckpointError, NotFoundError, ShapeError, nearest
-from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step
+from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
 if TYPE_CHECKING:
     from embodied_rl.envs.tabletop.camera import BatchCamera
+    from embodied_rl.envs.tabletop.expert import Expert
+    from embodied_rl.envs.tabletop.pictures import Pictures
 
 ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))
+HAND = slice(14, 24)
+"""Columns of the state observation's "proprio" that remain where a policy looks at pictures: where the hand is and how
+far it is open. Velocities and targets say what the last action was, and a policy that imitates repeats that instead of
+looking."""
 PROGRESS = 10.0
 """Scale of the progress reward: an episode that is solved from far away is worth a little less than this."""
 
@@ -43,14 +49,20 @@ class TabletopEnv:
         max_steps: int,
         end_on_success: bool,
         device: torch.device,
+        pictures: Pictures | None = None,
     ) -> None:
         """Wire the parts; use `build` to make one from a config."""
         num_envs, inner = physics.num_envs, physics.device
+        observation = dict(OBSERVATION)
+        if pictures is not None:
+            meaning = "TCP position (5/m) 3, TCP x and y axes 6, gripper opening -1..1"
+            hand = TensorSpec((HAND.stop - HAND.start,), meaning=meaning)
+            observation = pictures.specs | {"hand": hand, "instruction": observation["instruction"]}
         self.scene = scene
         self.device = device
         self.physics = physics
         self.spec = EnvSpec(
-            observation=dict(OBSERVATION),
+            observation=observation,
             action=ACTION,
             num_envs=num_envs,
             max_steps=max_steps,
@@ -60,6 +72,7 @@ class TabletopEnv:
             has_success=True,
             cameras=CAMERAS,
             control_hz=CONTROL_HZ,
+            on_demand=pictures is not None,
         )
         self._tasks = tuple(TASKS[name] for name in tasks)
         self._reward = reward
@@ -73,6 +86,7 @@ class TabletopEnv:
         self._score = torch.zeros(num_envs, device=inner)
         self._texts = [""] * num_envs
         self._camera: BatchCamera | None = None
+        self._pictures = pictures
         self.arm.forward()
 
     # ---- the protocol ------------------------------------------------------------------------------------------
@@ -82,33 +96,46 @@ class TabletopEnv:
         rows = mask.nonzero().flatten().tolist()
         if rows:
             self._start(rows, seeds.tolist(), tasks.tolist())
-        return self._observe()
+        return self.observe()
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
-        """Advance one control step (1/20 s); copies that are not active are advanced as well."""
+        """Advance one control step (1/20 s); copies that are not active stay as they are."""
         action = self._checked(action)
+        if active is not None:
+            active = active.to(self.physics.device)
         # Nothing here is learned: without autograd's book-keeping the small kernels start a fifth faster.
         with torch.inference_mode():
-            self.physics.step(self.controller.advance(action), self.scene.substeps)
+            self.physics.step(self.controller.advance(action, active), self.scene.substeps, active)
             self.arm.forward()
             judged = judge(self._tasks, self.episode.task, self.view())
-        self._steps += 1
+        self._steps += 1 if active is None else active
+        if self._pictures is not None:
+            self._pictures.forget(active)
         # Reward and success leave as ordinary tensors, which anyone may change or save for a backward pass.
         success, reward, terms = judged[0].clone(), judged[1].clone(), judged[2]
         if self._reward == "sparse":
             reward = success.float()
         elif self._reward == "progress":
-            reward, self._score = PROGRESS * (reward - self._score), reward
+            before, self._score = self._score, reward if active is None else torch.where(active, reward, self._score)
+            reward = PROGRESS * (self._score - before)
         truncated = self._steps >= self._max_steps
         terminated = success.clone() if self._end_on_success else torch.zeros_like(success)
         return Step(
-            obs=self._observe(),
+            obs={} if self.spec.on_demand else self.observe(),
             reward=reward.to(self.device),
             terminated=terminated.to(self.device),
             truncated=(truncated & ~terminated).to(self.device),
             success=success.to(self.device),
             metrics={name: value.to(self.device) for name, value in terms.items()},
         )
+
+    def observe(self) -> Obs:
+        """Observation of all copies as they are now; draws only those that have moved since the last call."""
+        seen = self._observer.observation()
+        if self._pictures is not None:
+            pictures = self._pictures.look(self.physics.qpos, self.episode)
+            seen = pictures | {"hand": seen["proprio"][:, HAND], "instruction": seen["instruction"]}
+        return {name: value.to(self.device) for name, value in seen.items()}
 
     def get_state(self) -> State:
         """Everything needed to continue; on the native engine bit for bit."""
@@ -142,7 +169,9 @@ class TabletopEnv:
         self._texts = list(state["texts"])
         self._observer.begin()
         self.arm.forward()
-        return self._observe()
+        if self._pictures is not None:
+            self._pictures.forget()
+        return self.observe()
 
     def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
         """Pictures [len(copies), H, W, 3] uint8 of the copies asked for.
@@ -173,6 +202,12 @@ class TabletopEnv:
     def tcp(self) -> tuple[Tensor, Tensor]:
         """TCP position [B, 3] (m) and rotation [B, 3, 3] of all copies; valid until the next step."""
         return self.arm.position, self.arm.rotation
+
+    def expert(self, *, noise: float, seed: int) -> Expert:
+        """A scripted policy that solves every task; see `expert.py`."""
+        from embodied_rl.envs.tabletop.expert import Expert
+
+        return Expert(self, noise=noise, seed=seed)
 
     def instructions(self) -> list[str]:
         """The instruction of each copy as text."""
@@ -211,11 +246,10 @@ class TabletopEnv:
         self._observer.begin()
         self.arm.forward()
         self.controller.hold(mask)
+        if self._pictures is not None:
+            self._pictures.forget(mask)
         score = judge(self._tasks, self.episode.task, self.view())[1]
         self._score = torch.where(mask, score, self._score)
-
-    def _observe(self) -> Obs:
-        return {name: value.to(self.device) for name, value in self._observer.observation().items()}
 
     def _checked(self, action: Tensor) -> Tensor:
         wanted = (self.spec.num_envs, ACTION.size)

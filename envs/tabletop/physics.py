@@ -46,8 +46,14 @@ class Physics(Protocol):
         """
         ...
 
-    def step(self, ctrl: Tensor, substeps: int) -> None:
-        """Advance all copies by `substeps` physics steps under constant controls [B, nu]."""
+    def step(self, ctrl: Tensor, substeps: int, active: Tensor | None = None) -> None:
+        """Advance copies by physics steps under constant controls.
+
+        Args:
+            ctrl: [B, nu]
+            substeps: Physics steps.
+            active: [B] bool, copies to advance; the others keep their state bit for bit. None for all.
+        """
         ...
 
     def get_state(self) -> State:
@@ -117,38 +123,44 @@ class NativePhysics:
         self._tensor[mask] = torch.cat([torch.zeros(self.num_envs, 1), qpos, qvel], dim=1)[mask].double()
         self._publish()
 
-    def step(self, ctrl: Tensor, substeps: int) -> None:
-        """Advance all copies by `substeps` physics steps under constant controls [B, nu]."""
+    def step(self, ctrl: Tensor, substeps: int, active: Tensor | None = None) -> None:
+        """Advance copies by `substeps` physics steps under constant controls [B, nu]; see `Physics.step`."""
         if self._ctrl.shape[1] != substeps:
             self._path = np.zeros((self.num_envs, substeps, self._state.shape[1]))
             self._ctrl = np.zeros((self.num_envs, substeps, self.model.nu))
             self._sensors = np.zeros((self.num_envs, substeps, self.model.nsensordata))
-        self._ctrl[:] = ctrl.numpy()[:, None]
+        rows = slice(None) if active is None or bool(active.all()) else active.nonzero()[:, 0].numpy()
+        state = self._state[rows]
+        n = len(state)
+        if n == 0:
+            return
+        path, controls = self._path[:n], self._ctrl[:n]
+        controls[:] = ctrl.numpy()[rows, None]
         assert self._pool is not None, "step after close"
         self._pool.rollout(
-            self._models,
+            self._models[:n],
             self._data,
-            self._state,
-            self._ctrl,
+            state,
+            controls,
             skip_checks=True,
             nstep=substeps,
-            state=self._path,
-            sensordata=self._sensors,
+            state=path,
+            sensordata=self._sensors[:n],
             chunk_size=self._chunk,
         )
         # MuJoCo stops a copy whose state has blown up, or starts it again from its reference pose: its clock tells.
-        clock = self._state[:, 0] + (substeps - 0.5) * self.model.opt.timestep
-        broken = ~(self._path[:, -1, 0] > clock)
+        clock = state[:, 0] + (substeps - 0.5) * self.model.opt.timestep
+        broken = ~(path[:, -1, 0] > clock)
         if broken.any():
-            self._path[broken, -1] = self._state[broken]
-            self._path[broken, -1, 1 + self.model.nq :] = 0.0
+            path[broken, -1] = state[broken]
+            path[broken, -1, 1 + self.model.nq :] = 0.0
             warnings.warn(
-                f"tabletop physics: copies {np.flatnonzero(broken).tolist()} became unstable and were put back to rest "
-                "where they were one control step before",
+                f"tabletop physics: copies {np.arange(self.num_envs)[rows][broken].tolist()} became unstable and were "
+                "put back to rest where they were one control step before",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._state[:] = self._path[:, -1]
+        self._state[rows] = path[:, -1]
         self._publish()
 
     def get_state(self) -> State:

@@ -45,7 +45,7 @@ DRAWER_MAX = 0.14
 HANDLE_OFFSET = np.array([-0.055, 0.0, 0.055])
 """Middle of the handle bar relative to CABINET_FRONT while the drawer is closed, m."""
 
-CAMERAS = ("front", "overhead", "wrist")
+CAMERAS = ("front", "overhead", "table", "wrist")
 GOAL_RADIUS = 0.05
 HIDDEN = np.array([0.0, 0.0, -1.0])
 """Where the goal marker waits in tasks that have no marked goal, m."""
@@ -210,9 +210,12 @@ def _look_at(name: str, position: Point, target: Point, fovy: float, up: Point) 
 
 
 def _cameras() -> str:
-    # The wrist camera belongs to the hand, see _hand. The overhead one leans back: the arm would hide the table.
-    return _look_at("front", (0.70, 0.36, 0.56), (-0.02, -0.09, 0.11), 48, (0, 0, 1)) + _look_at(
-        "overhead", (0.38, -0.07, 0.92), (-0.03, -0.07, 0.03), 46, (0, 0, 1)
+    # The wrist camera belongs to the hand, see _hand. The overhead one leans back: the arm would hide the table. The
+    # table camera is a policy's: all starts of the objects fill it, so that a cube is 6 of its 64 pixels wide.
+    return (
+        _look_at("front", (0.70, 0.36, 0.56), (-0.02, -0.09, 0.11), 48, (0, 0, 1))
+        + _look_at("overhead", (0.38, -0.07, 0.92), (-0.03, -0.07, 0.03), 46, (0, 0, 1))
+        + _look_at("table", (0.52, 0.055, 0.50), (0.01, 0.055, 0.01), 34, (0, 0, 1))
     )
 
 
@@ -238,7 +241,7 @@ def _hand() -> str:
       <inertial mass=".73" pos="-.01 0 .03" diaginertia=".001 .0025 .0017"/>
       <geom name="palm" class="gripper" type="box" size=".03 .1 .031" pos="0 0 .031" rgba=".93 .93 .95 1"/>
       <site name="tcp" pos="0 0 .1034" size=".004" rgba="0 0 0 0"/>
-      <camera name="wrist" pos=".08 0 .03" xyaxes="0 1 0 1 0 .3" fovy="75"/>
+      <camera name="wrist" pos=".08 0 .03" xyaxes="0 1 0 1 0 .3" fovy="90"/>
       <body name="finger_left" pos="0 0 .0584" gravcomp="1">{inertial}
         <joint name="finger_left" class="finger"/><geom name="pad_left" class="finger"/></body>
       <body name="finger_right" pos="0 0 .0584" quat="0 0 0 1" gravcomp="1">{inertial}

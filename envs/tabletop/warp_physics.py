@@ -94,7 +94,7 @@ class WarpPhysics:
         self._ctrl = wp.to_torch(self._data.ctrl)
         self._warmstart = wp.to_torch(self._data.qacc_warmstart)
         self._overflow = wp.to_torch(self._data.overflow)
-        self._before = self._qpos.clone()
+        self._before, self._before_qvel = self._qpos.clone(), self._qvel.clone()
         self._broken = torch.zeros(num_envs, dtype=torch.bool, device=device)
         self._graphs: dict[int, wp.Graph] = {}
         self._steps = 0
@@ -115,8 +115,10 @@ class WarpPhysics:
         torch.where(rows, qpos.float(), self._qpos, out=self._qpos)
         torch.where(rows, qvel.float(), self._qvel, out=self._qvel)
 
-    def step(self, ctrl: Tensor, substeps: int) -> None:
-        """Advance all copies by `substeps` physics steps under constant controls [B, nu].
+    def step(self, ctrl: Tensor, substeps: int, active: Tensor | None = None) -> None:
+        """Advance copies by `substeps` physics steps under constant controls [B, nu]; see `Physics.step`.
+
+        All copies are simulated, because a recorded graph has a fixed size; those that are not active are put back.
 
         Raises:
             CapabilityError: A copy had more contacts than there is room for; on CUDA this is told up to
@@ -127,11 +129,15 @@ class WarpPhysics:
         self._ctrl.copy_(ctrl)
         self._warmstart.zero_()
         self._before.copy_(self._qpos)
+        self._before_qvel.copy_(self._qvel)
         if self._warp_device.is_cuda:
             stream = wp.stream_from_torch(torch.cuda.current_stream(self.device))
             wp.capture_launch(self._graphs[substeps], stream=stream)
         else:
             self._advance(substeps)
+        if active is not None:
+            torch.where(active[:, None], self._qpos, self._before, out=self._qpos)
+            torch.where(active[:, None], self._qvel, self._before_qvel, out=self._qvel)
         self._mend()
         self._steps += 1
         if not self._warp_device.is_cuda or self._steps % CHECK_EVERY == 0:

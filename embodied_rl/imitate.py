@@ -1,0 +1,190 @@
+"""Learning from demonstrations: a session that the training loop drives like any other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.algorithms.sft import Config
+from embodied_rl.demonstrations import Batches, Demonstrations
+from embodied_rl.errors import CapabilityError, DivergenceError
+from embodied_rl.measure import Clock
+from embodied_rl.metrics import Partials
+from embodied_rl.recipe import Recipe
+from embodied_rl.session import Saved, build_env, build_policy, choose_device, load_weights, start_weights
+from embodied_rl.types import EnvSpec, Imitator, Policy, State
+from embodied_rl.update import Adam, FlatParameters
+
+
+@dataclass
+class ImitationSession(Saved):
+    """Policy, demonstrations and optimizer; `state_dict` is all that an exact resume needs."""
+
+    recipe: Recipe
+    device: torch.device
+    policy: Policy
+    config: Config
+    parameters: FlatParameters
+    optimizer: Adam
+    batches: Batches
+    generator: torch.Generator
+    steps: int = 0
+    """Optimizer steps made."""
+    frames: int = 0
+    """Control steps of demonstrations trained on, repetitions included."""
+    bad_in_a_row: int = 0
+    """Updates in a row without one finite step."""
+    wall_s: float = 0.0
+    score: float | None = None
+    """Of the evaluation after the latest update; None when there was none."""
+
+    _COUNTERS = ("steps", "frames", "bad_in_a_row", "wall_s", "score")
+
+    @classmethod
+    def build(cls, recipe: Recipe, *, fresh: bool = True) -> ImitationSession:
+        """Open the demonstrations and build the policy for the recipe's env.
+
+        Args:
+            recipe: Complete; `algorithm` is the one of `algorithms/sft.py`.
+            fresh: False when a checkpoint is to be loaded next: `start_from` is then not read.
+
+        Raises:
+            UserError: A part is missing, or the demonstrations do not fit the env or the policy.
+        """
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        device, config = choose_device(recipe.device), cast(Config, recipe.algorithm)
+        demos = Demonstrations(config.demonstrations)
+        env = build_env(recipe, num_envs=1, device=device, split="train")
+        try:
+            spec = env.spec
+        finally:
+            env.close()
+        demos.require(spec)
+        policy = build_policy(recipe, env=spec, device=device)
+        if not isinstance(policy, Imitator):
+            raise CapabilityError(
+                f"policy {cast(Any, recipe.policy).type} has no imitation_loss, so demonstrations teach it nothing: "
+                "choose tiny_vla_tokens or tiny_vla_flow"
+            )
+        fit_actions(policy, demos, config)
+        if fresh and recipe.start_from:
+            load_weights(policy, start_weights(recipe.start_from), recipe.start_from)
+        parameters = FlatParameters(cast(nn.Module, policy))
+        optimizer = Adam(parameters.vector, parameters.grad, eps=config.adam_eps, weight_decay=config.weight_decay)
+        order = torch.Generator().manual_seed(recipe.seed)
+        batches = demos.batches(order, config.batch_size, policy.chunk, cameras=_cameras(spec))
+        generator = torch.Generator(device).manual_seed(recipe.seed)
+        return cls(recipe, device, cast(Policy, policy), config, parameters, optimizer, batches, generator)
+
+    @property
+    def update(self) -> int:
+        """Finished updates, of `steps_per_update` optimizer steps each."""
+        return -(-self.steps // self.config.steps_per_update)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training done, in [0, 1]."""
+        return self.steps / self.config.steps
+
+    def iterate(self, clock: Clock) -> Partials:
+        """Make one update: the next `steps_per_update` optimizer steps.
+
+        Raises:
+            DivergenceError: Not one step was finite in `train.max_bad_updates` updates in a row.
+        """
+        metrics = Partials()
+        good = False
+        frames = self.frames
+        for _ in range(min(self.config.steps_per_update, self.config.steps - self.steps)):
+            with clock.phase("rollout"):
+                obs, action, mask = next(self.batches)
+            with clock.phase("update"):
+                good |= self._step({k: v.to(self.device) for k, v in obs.items()}, action, mask, metrics)
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+        if self.bad_in_a_row >= self.recipe.train.max_bad_updates:
+            raise DivergenceError(
+                f"not one optimizer step of the last {self.bad_in_a_row} updates was finite; the weights were left as "
+                "they were; lower algorithm.lr, or look for non-finite numbers with: embodied-rl check demos "
+                f"{self.config.demonstrations}"
+            )
+        metrics.last("actor/lr", self._lr())
+        metrics.last("perf/env_steps_per_s", (self.frames - frames) / sum(clock.seconds.values()))
+        return metrics
+
+    def _step(self, obs: dict[str, Tensor], action: Tensor, mask: Tensor, metrics: Partials) -> bool:
+        """One optimizer step; False when it was skipped because something was not finite."""
+        c, flat = self.config, self.parameters
+        flat.grad.zero_()
+        weight = mask.to(self.device).float()
+        each = cast(Imitator, self.policy).imitation_loss(obs, action.to(self.device), self.generator)
+        loss = (each * weight).sum() / weight.sum()
+        loss.backward()
+        norm, value = float(torch.linalg.vector_norm(flat.grad)), float(loss.detach())
+        self.steps += 1
+        self.frames += len(mask)
+        if not (math.isfinite(norm) and math.isfinite(value)):
+            metrics.add("actor/skipped_updates", 1.0, 0.0)
+            return False
+        if norm > c.max_grad_norm:
+            flat.grad.mul_(c.max_grad_norm / norm)
+        self.optimizer.step(self._lr())
+        metrics.add("actor/imitation_loss", value, 1.0)
+        metrics.add("actor/grad_norm", norm, 1.0)
+        metrics.add("actor/skipped_updates", 0.0, 0.0)
+        return True
+
+    def _lr(self) -> float:
+        c, step = self.config, self.steps
+        rise = min(1.0, step / max(1, c.warmup))
+        return c.lr * rise * (0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.lr_schedule == "cosine" else 1.0)
+
+    def counters(self) -> dict[str, float]:
+        """Rows of metrics that only count."""
+        return {
+            "progress/update": self.update,
+            "progress/optimizer_steps": self.steps,
+            "progress/env_steps": self.frames,
+        }
+
+    @property
+    def total_steps(self) -> int:
+        """Frames that the whole training takes."""
+        return self.config.steps * self.config.batch_size
+
+    def state_dict(self) -> State:
+        """The state of every part."""
+        return self.common_state() | {
+            "moments": dict(self.optimizer.moments),
+            "batches": self.batches.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def _restore_parts(self, state: State) -> bool:
+        for name, x in self.optimizer.moments.items():
+            x.copy_(state["moments"][name])
+        self.batches.load_state_dict(state["batches"])
+        self.generator.set_state(state["generator"])
+        return True
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+
+def fit_actions(policy: Imitator, demos: Demonstrations, config: Config) -> None:
+    """Give the policy the range of the demonstrated actions."""
+    if config.action_range == "none":
+        return
+    stats = demos.statistics()["action"]
+    if config.action_range == "quantiles":
+        policy.fit_actions(stats["q01"], stats["q99"])
+    else:
+        policy.fit_actions(stats["mean"] - 3 * stats["std"], stats["mean"] + 3 * stats["std"])
+
+
+def _cameras(env: EnvSpec) -> list[str]:
+    return [name for name, spec in env.observation.items() if spec.dtype == torch.uint8 and len(spec.shape) == 3]

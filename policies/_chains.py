@@ -1,0 +1,114 @@
+r"""Denoising chains as Gaussian policies: how a sample goes from noise to an action, and how likely each step was.
+
+Time runs from 1 (noise) to 0 (action) in K equal steps of d = 1/K. A chain is a small Markov decision process of its
+own (Black et al. 2023, arXiv:2305.13301): step k moves x_k to x_{k+1} ~ N(mean_k, std_k^2), so the probability of a
+whole chain is a product of Gaussians, whatever the network is.
+
+    flow, training pair      x_t = (1 - t) a + t e,  the network learns v = e - a
+    flow, ODE step           x - v d
+    flow, SDE step           (x - v t)(1 - t + d) + (x + v (1 - t))(t - d - s^2 d / (2 t)),  std = s sqrt(d)
+                             with s = noise sqrt(t / (1 - t)), at t = 1 with t - d in the denominator
+    flow, learned noise      the ODE step as mean, the network's own standard deviation
+    diffusion, training pair x_t = alpha a + sigma e, alpha = cos(pi t / 2), sigma = sin(pi t / 2), it learns e
+    diffusion, step to t'    alpha' a^ + sqrt(sigma'^2 - std^2) e^
+                             with std = noise (sigma' / sigma) sqrt(1 - (alpha / alpha')^2)
+                             noise 0 is DDIM, noise 1 is DDPM on these K steps
+
+Source: Flow-SDE and Flow-Noise, Chen et al. 2025 (pi_RL, arXiv:2510.25889), after Liu et al. 2025 (Flow-GRPO,
+arXiv:2505.05470) and Zhang et al. 2025 (ReinFlow, arXiv:2505.22094); diffusion steps, Song et al. 2021 (DDIM,
+arXiv:2010.02502, eq. 12 and 16) and Ren et al. 2024 (DPPO, arXiv:2409.00588). Differs: diffusion starts at t = 0.98,
+where alpha is not 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Process = Literal["flow", "diffusion"]
+LATEST = 0.98
+"""Time at which a diffusion chain begins."""
+
+
+class Times(NamedTuple):
+    """The grid of a chain."""
+
+    now: Tensor
+    """[K] time before each step."""
+    after: Tensor
+    """[K] time after it; the last is 0."""
+
+
+def times(process: Process, steps: int) -> Times:
+    """Grid of K steps from noise to action."""
+    grid = torch.linspace(1.0 if process == "flow" else LATEST, 0.0, steps + 1)
+    return Times(grid[:-1], grid[1:])
+
+
+def training_pair(process: Process, action: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network is shown and what it should answer.
+
+    Args:
+        process: Which chain.
+        action: [N, ...] normalised.
+        noise: [N, ...] standard normal.
+        t: [N] in [0, 1].
+
+    Returns:
+        x: [N, ...] at time t.
+        target: [N, ...] velocity or noise.
+    """
+    t = t.view(-1, *[1] * (action.ndim - 1))
+    if process == "flow":
+        return (1 - t) * action + t * noise, noise - action
+    return torch.cos(math.pi / 2 * t) * action + torch.sin(math.pi / 2 * t) * noise, noise
+
+
+def ode_step(process: Process, x: Tensor, answer: Tensor, now: Tensor, after: Tensor) -> Tensor:
+    """The deterministic step; `now` and `after` are times that broadcast against x."""
+    if process == "flow":
+        return x - answer * (now - after)
+    return _diffusion_step(x, answer, now, after, torch.zeros_like(now))
+
+
+def sde_step(
+    process: Process, x: Tensor, answer: Tensor, now: Tensor, after: Tensor, noise: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the stochastic step.
+
+    Args:
+        process: Which chain.
+        x: [..., C, D] before the step.
+        answer: Of the network, same shape.
+        now: Time before the step, broadcasts against x.
+        after: Time after it.
+        noise: Strength; 0 is the deterministic step.
+
+    Returns:
+        mean: Same shape as x.
+        std: Broadcasts against x.
+    """
+    if process == "diffusion":
+        ratio = torch.cos(math.pi / 2 * now) / torch.cos(math.pi / 2 * after)
+        std = noise * torch.sin(math.pi / 2 * after) / torch.sin(math.pi / 2 * now) * (1 - ratio.square()).sqrt()
+        return _diffusion_step(x, answer, now, after, std), std
+    d = now - after
+    away = torch.where(now >= 1, 1 - after, 1 - now)
+    variance = noise**2 * now / away
+    start, end = x - answer * now, x + answer * (1 - now)
+    return start * (1 - after) + end * (after - variance * d / (2 * now)), (variance * d).sqrt()
+
+
+def _diffusion_step(x: Tensor, noise: Tensor, now: Tensor, after: Tensor, std: Tensor) -> Tensor:
+    alpha, sigma = torch.cos(math.pi / 2 * now), torch.sin(math.pi / 2 * now)
+    action = (x - sigma * noise) / alpha
+    left = (torch.sin(math.pi / 2 * after).square() - std.square()).clamp(min=0).sqrt()
+    return torch.cos(math.pi / 2 * after) * action + left * noise
+
+
+def gaussian_logp(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Logarithm of N(x; mean, std^2) of each number."""
+    return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)

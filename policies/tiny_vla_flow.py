@@ -1,0 +1,319 @@
+"""A small vision-language-action model with a generative action head: flow matching or diffusion over a chunk.
+
+The head is a few tokens, one per control step, that carry a noisy action and its time and read the prefix (pictures,
+words, joints) of the trunk. K steps turn noise into a chunk; the prefix is encoded once for all of them.
+
+How reinforcement learning sees a sample (`likelihood`):
+
+    sde      every step (or one random step of K) is a Gaussian that keeps the marginals of the ODE (Flow-SDE; DPPO
+             with process: diffusion)
+    learned  the ODE step with a standard deviation that the network learns, within bounds (Flow-Noise, ReinFlow)
+    cfm      no likelihood: the ratio is exp(old - new) of the flow-matching loss at stored noises and times (FPO)
+    latent   the flow stays frozen; a small actor chooses the noise that it starts from (DSRL's idea, on policy)
+
+Units are denoising steps (one unit with cfm and latent). loss.ratio: unit clips each step by itself, as DPPO does;
+decision forms the joint ratio of the chain. Greedy evaluation is the ODE from the middle of the noise.
+
+Source: Black et al. 2024 (pi0, arXiv:2410.24164); Chen et al. 2025 (pi_RL, arXiv:2510.25889); Ren et al. 2024 (DPPO,
+arXiv:2409.00588); McAllister et al. 2025 (FPO, arXiv:2507.21053); Wagenmaker et al. 2025 (DSRL, arXiv:2506.15799).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from embodied_rl.errors import CapabilityError
+from embodied_rl.policies._chains import gaussian_logp, ode_step, sde_step, times, training_pair
+from embodied_rl.policies._trunk import ActionScale, Cache, Critic, Trunk, TrunkConfig, pad_rows, padded
+from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
+
+
+class Config(TrunkConfig):
+    """Settings of the flow policy."""
+
+    type: Literal["tiny_vla_flow"] = "tiny_vla_flow"
+    process: Literal["flow", "diffusion"] = "flow"
+    """flow: straight paths, the network answers with a velocity; diffusion: it answers with the noise."""
+    denoising_steps: int = Field(4, ge=1)
+    """K; more follow the curve better and cost one pass of the head each."""
+    likelihood: Literal["sde", "learned", "cfm", "latent"] = "sde"
+    """See the module docstring; imitation is the same for all."""
+    stochastic: Literal["all", "one"] = "all"
+    """sde: noise in every step, or in one step of each decision, drawn at random; the others are deterministic."""
+    noise: float = Field(0.5, gt=0)
+    """sde: strength of the noise; for diffusion 1 is DDPM."""
+    min_std: float = Field(0.08, gt=0)
+    """learned: smallest standard deviation of a step; sde: the same, which keeps the last steps from being exact."""
+    max_std: float = Field(0.16, gt=0)
+    """learned: the largest."""
+    log_prob: Literal["sum", "mean"] = "sum"
+    """Over the C x D numbers of a step. sum is the step's log-probability; mean divides it, so that a clip of 0.2
+    allows C x D times as much in the true log-ratio (what pi_RL and DPPO do)."""
+    samples: int = Field(8, ge=1)
+    """cfm: stored pairs of noise and time per decision; more make the ratio less noisy."""
+    latent_std: float = Field(0.3, gt=0)
+    """latent: the actor's standard deviation at first; the frozen flow was trained on 1."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.process == "diffusion" and self.likelihood in ("learned", "cfm"):
+            raise ValueError(
+                f"likelihood ({self.likelihood}) belongs to process flow, process is {self.process}: "
+                "choose likelihood sde or latent, or process: flow"
+            )
+        if self.min_std >= self.max_std:
+            raise ValueError(f"min_std ({self.min_std}) must be below max_std ({self.max_std})")
+        used = {"stochastic": "sde", "noise": "sde", "max_std": "learned", "samples": "cfm", "latent_std": "latent"}
+        for name, owner in used.items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default and self.likelihood != owner:
+                raise ValueError(
+                    f"{name} ({value}) does nothing with likelihood ({self.likelihood}): remove it, or set "
+                    f"likelihood: {owner}"
+                )
+        return self
+
+
+class FlowPolicy(nn.Module):
+    """See the module docstring; follows `embodied_rl.types.Policy` and `Imitator`."""
+
+    now: Tensor
+    after: Tensor
+
+    def __init__(self, env: EnvSpec, config: Config) -> None:
+        """Build for one env; parameters are drawn from torch's global generator.
+
+        Raises:
+            CapabilityError: The env's actions are not continuous.
+        """
+        super().__init__()
+        if env.action.kind != "continuous":
+            raise CapabilityError("policy tiny_vla_flow moves continuous actions; this env's are discrete")
+        self.config, self.spec = config, env
+        self.chunk, self.actions_per_decision, self.size = config.chunk, 1, env.action.size
+        self.kind = config.likelihood
+        chain = self.kind in ("sde", "learned")
+        self.num_units = config.denoising_steps if chain and config.stochastic == "all" else 1
+        self.has_critic = config.critic.kind != "none"
+        self.value_range = (config.critic.low, config.critic.high) if config.critic.kind == "hl_gauss" else None
+        self.scale = ActionScale(self.size)
+        self.trunk = Trunk(env, config)
+        width = config.width
+        self.enter = nn.Linear(self.size, width)
+        self.place = nn.Parameter(0.1 * torch.randn(config.chunk, width))
+        self.clock = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.GELU(), nn.Linear(width, width))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, self.size)
+        self.spread = nn.Linear(width, self.size) if self.kind == "learned" else None
+        self.critic = Critic(width, config.critic) if self.has_critic else None
+        grid = times(config.process, config.denoising_steps)
+        self.register_buffer("now", grid.now, persistent=False)
+        self.register_buffer("after", grid.after, persistent=False)
+        if self.kind == "latent":
+            flat = config.chunk * self.size
+            last = nn.Linear(width, flat)
+            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+            self.actor = nn.Sequential(nn.Linear(width, width), nn.GELU(), last)
+            self.actor_log_std = nn.Parameter(torch.full((flat,), math.log(config.latent_std)))
+
+    # ---- acting and learning by reinforcement -------------------------------------------------------------------
+
+    def act(self, obs: Obs, *, generator: torch.Generator | None, greedy: bool = False) -> PolicyOutput:
+        """Draw a chunk [B, C, D] and the units that `evaluate` needs to judge it."""
+        with torch.inference_mode():
+            obs, n = padded(obs)
+            summary, cache = self.trunk.prefix(obs)
+            x, units = self._draw(summary, cache, n, generator, greedy)
+            # Of the very function that training calls, so the ratio starts at exactly 1.
+            logp, _ = self._log_prob(summary, cache, units)
+            value = self.critic(summary)[0][:n] if self.critic is not None else None
+            return PolicyOutput(units[:n], logp[:n], self.scale.restore(x)[:n], value)
+
+    def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
+        """Log-probabilities (and entropies, where there are any) [N, A], values [N]."""
+        obs, n = padded(obs)
+        frozen = self.kind == "latent"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            summary, cache = self.trunk.prefix(obs)
+        logp, h = self._log_prob(summary, cache, pad_rows(units))
+        value, value_logits = self.critic(summary) if self.critic is not None else (None, None)
+        return Evaluation(
+            logp[:n], h[:n] if entropy and h is not None else None, None if value is None else value[:n],
+            None if value_logits is None else value_logits[:n],
+        )  # fmt: skip
+
+    def value(self, obs: Obs) -> Tensor:
+        """[N] critic's estimate, without gradients."""
+        assert self.critic is not None, "value() on a policy without a critic"
+        with torch.inference_mode():
+            obs, n = padded(obs)
+            return self.critic(self.trunk.prefix(obs)[0])[0][:n]
+
+    def observe(self, obs: Obs) -> None:
+        """Nothing moves but by gradients."""
+
+    # ---- learning from demonstrations ---------------------------------------------------------------------------
+
+    def fit_actions(self, low: Tensor, high: Tensor) -> None:
+        """Map the range [D] of demonstrated actions to [-1, 1]."""
+        self.scale.fit(low, high)
+
+    def imitation_loss(self, obs: Obs, action: Tensor, generator: torch.Generator) -> Tensor:
+        """Squared error of the velocity (or noise), mean over dimensions: [N, C] for actions [N, C, D]."""
+        obs, n = padded(obs)
+        a = self.scale.normalise(action)
+        noise = torch.randn(a.shape, generator=generator, device=a.device)
+        t = torch.rand(len(a), generator=generator, device=a.device) * self.now[0]
+        cache = self.trunk.prefix(obs)[1]
+        x, target = training_pair(self.config.process, a, noise, t)
+        out, _ = self._answer(cache, pad_rows(x).unsqueeze(1), pad_rows(t).unsqueeze(1))
+        return (out[:n, 0] - target).square().mean(-1)
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _answer(self, cache: Cache, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's answers to M noisy chunks of each row, which do not see each other.
+
+        Args:
+            cache: Of the prefix.
+            x: [N, M, C, D]
+            t: [N, M]
+
+        Returns:
+            answer: [N, M, C, D] velocity or noise.
+            std: [N, M, C, D] of likelihood learned, else None.
+        """
+        n, m, c, _ = x.shape
+        tokens = self.enter(x) + self.place + self.clock(_waves(t)).unsqueeze(2)
+        mask = None
+        if m > 1:
+            own = torch.arange(m, device=x.device).repeat_interleave(c)
+            same = own[:, None] == own[None, :]
+            mask = torch.cat([same.new_ones(m * c, cache[0][0].shape[2]), same], dim=1)
+        out = self.norm(self.trunk.suffix(tokens.flatten(1, 2), cache, mask=mask)).view(n, m, c, -1)
+        if self.spread is None:
+            return self.head(out), None
+        low, high = math.log(self.config.min_std), math.log(self.config.max_std)
+        log_std = low + (high - low) * torch.sigmoid(self.spread(out))
+        return self.head(out), log_std.exp()
+
+    def _draw(
+        self, summary: Tensor, cache: Cache, n: int, generator: torch.Generator | None, greedy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """A normalised chunk [N, C, D] and its units."""
+        shape = (n, self.chunk, self.size)
+
+        def normal(*more: int) -> Tensor:
+            if greedy:
+                return summary.new_zeros(len(summary), *more, *shape[1:])
+            # For real rows only: padding moves no generator.
+            return pad_rows(torch.randn((n, *more, *shape[1:]), generator=generator, device=summary.device))
+
+        x = normal()
+        if self.kind == "latent":
+            w = self.actor(summary).view_as(x) + self.actor_log_std.exp().view(self.chunk, -1) * x
+            return self._denoise(cache, w), w.flatten(1).unsqueeze(1)
+        if self.kind == "cfm":
+            x = self._denoise(cache, x)
+            s = self.config.samples
+            t = torch.rand((n, s), generator=None if greedy else generator, device=x.device)
+            return x, torch.cat([x.flatten(1), normal(s).flatten(1), pad_rows(t)], dim=1).unsqueeze(1)
+        steps = self.config.denoising_steps
+        chosen: Tensor | None = None
+        if self.num_units == 1 and steps > 1:
+            chosen = torch.randint(steps, (n,), generator=None if greedy else generator, device=x.device)
+            chosen = pad_rows(chosen)
+        units = []
+        for k in range(steps):
+            mean, std = self._step(cache, x.unsqueeze(1), torch.full((len(x), 1), k, device=x.device))
+            after = mean[:, 0] + std[:, 0] * normal()
+            if greedy:
+                after = self._ode(cache, x, k)
+            elif chosen is not None:
+                after = torch.where(chosen.eq(k).view(-1, 1, 1), after, self._ode(cache, x, k))
+            step = torch.full((len(x), 1), float(k), device=x.device)
+            units.append(torch.cat([x.flatten(1), after.flatten(1), step], dim=1))
+            x = after
+        table = torch.stack(units, dim=1)
+        if chosen is not None:
+            table = table[torch.arange(len(x), device=x.device), chosen].unsqueeze(1)
+        return x, table
+
+    def _ode(self, cache: Cache, x: Tensor, k: int) -> Tensor:
+        answer, _ = self._answer(cache, x.unsqueeze(1), self.now[k].expand(len(x), 1))
+        return ode_step(self.config.process, x, answer[:, 0], self.now[k], self.after[k])
+
+    def _denoise(self, cache: Cache, x: Tensor) -> Tensor:
+        """From noise [N, C, D] to a chunk by the ODE."""
+        for k in range(self.config.denoising_steps):
+            x = self._ode(cache, x, k)
+        return x
+
+    def _step(self, cache: Cache, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [N, M, C, D] of steps k [N, M] from x [N, M, C, D]."""
+        now, after = (grid[k].unsqueeze(-1).unsqueeze(-1) for grid in (self.now, self.after))
+        answer, std = self._answer(cache, x, self.now[k])
+        if std is not None:
+            return ode_step(self.config.process, x, answer, now, after), std
+        mean, std = sde_step(self.config.process, x, answer, now, after, self.config.noise)
+        return mean, std.clamp(min=self.config.min_std).expand_as(mean)
+
+    def _log_prob(self, summary: Tensor, cache: Cache, units: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probability and entropy of each unit [N, A]."""
+        flat = self.chunk * self.size
+        if self.kind == "latent":
+            mean, log_std = self.actor(summary), self.actor_log_std
+            logp = gaussian_logp(units[:, 0], mean, log_std.exp())
+            return self._total(logp).unsqueeze(1), self._total(_entropy(log_std).expand_as(mean)).unsqueeze(1)
+        if self.kind == "cfm":
+            return -self._matching_loss(cache, units[:, 0]).unsqueeze(1), None
+        x, after, k = units[..., :flat], units[..., flat : 2 * flat], units[..., -1].long()
+        mean, std = self._step(cache, x.unflatten(-1, (self.chunk, self.size)), k)
+        logp = gaussian_logp(after, mean.flatten(2), std.flatten(2))
+        return self._total(logp), self._total(_entropy(std.flatten(2).log()))
+
+    def _total(self, x: Tensor) -> Tensor:
+        return x.sum(-1) if self.config.log_prob == "sum" else x.mean(-1)
+
+    def _matching_loss(self, cache: Cache, unit: Tensor) -> Tensor:
+        """[N] flow-matching loss of a chunk at its stored noises and times."""
+        s, flat = self.config.samples, self.chunk * self.size
+        action = unit[:, None, :flat].expand(-1, s, -1).unflatten(-1, (self.chunk, self.size))
+        noise = unit[:, flat : flat * (s + 1)].view_as(action)
+        t = unit[:, -s:]
+        x, target = training_pair("flow", action.flatten(0, 1), noise.flatten(0, 1), t.flatten())
+        answer, _ = self._answer(cache, x.view_as(action), t)
+        error = (answer - target.view_as(action)).square().flatten(2)
+        return self._total(error).mean(1)
+
+
+FREQUENCIES = 8
+"""Sines and cosines of the time that the head is told."""
+
+
+def _waves(t: Tensor) -> Tensor:
+    """[...] times to [..., 2 FREQUENCIES]."""
+    angle = t.unsqueeze(-1) * math.pi * 2.0 ** (torch.arange(FREQUENCIES, device=t.device) - 1)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def _entropy(log_std: Tensor) -> Tensor:
+    return log_std + 0.5 * math.log(2 * math.pi * math.e)
+
+
+def build(config: Config, *, env: EnvSpec, device: torch.device) -> FlowPolicy:
+    """Build the policy for an env on a device; with likelihood latent everything but actor and critic is frozen.
+
+    Raises:
+        CapabilityError: An observation or action it cannot handle.
+    """
+    policy = FlowPolicy(env, config)
+    if config.likelihood == "latent":
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(name.startswith(("actor", "critic")))
+    return policy.to(device)

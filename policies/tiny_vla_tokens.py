@@ -1,0 +1,188 @@
+"""A small vision-language-action model that speaks actions as tokens: 256 bins for each dimension of each control step.
+
+    parallel        one query token per control step; all its dimensions are decided at once and independently
+    autoregressive  one token per dimension, each seeing those before it (with a cache, D x C short steps)
+
+Units are tokens, A = C x D of them, ordered control step by control step. Actions are the bins' middles, mapped from
+[-1, 1] to the range that the demonstrations used.
+
+Source: 256 bins, Kim et al. 2024 (OpenVLA, arXiv:2406.09246), there spread between the 1 % and 99 % quantiles of each
+dimension as here; parallel decoding, Kim et al. 2025 (OpenVLA-OFT, arXiv:2502.19645). Differs: bins are output classes
+of their own instead of rare words of a language model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from embodied_rl.errors import CapabilityError
+from embodied_rl.policies._trunk import ActionScale, Cache, Critic, Trunk, TrunkConfig, causal_mask, pad_rows, padded
+from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
+
+
+class Config(TrunkConfig):
+    """Settings of the token policy."""
+
+    type: Literal["tiny_vla_tokens"] = "tiny_vla_tokens"
+    decoding: Literal["parallel", "autoregressive"] = "parallel"
+    """parallel: all tokens at once, a few times faster; autoregressive: each token sees those before it."""
+    bins: int = Field(256, ge=2)
+    """Classes per action dimension."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits while sampling and in every log-probability; greedy evaluation does not depend on it."""
+
+
+class TokenPolicy(nn.Module):
+    """See the module docstring; follows `embodied_rl.types.Policy` and `Imitator`."""
+
+    def __init__(self, env: EnvSpec, config: Config) -> None:
+        """Build for one env; parameters are drawn from torch's global generator.
+
+        Raises:
+            CapabilityError: The env's actions are not continuous.
+        """
+        super().__init__()
+        if env.action.kind != "continuous":
+            raise CapabilityError("policy tiny_vla_tokens cuts continuous actions into bins; this env's are discrete")
+        self.config, self.spec = config, env
+        self.chunk = self.actions_per_decision = config.chunk
+        self.size = env.action.size
+        self.num_units = config.chunk * self.size
+        self.has_critic = config.critic.kind != "none"
+        self.value_range = (config.critic.low, config.critic.high) if config.critic.kind == "hl_gauss" else None
+        self.autoregressive = config.decoding == "autoregressive"
+        self.scale = ActionScale(self.size)
+        self.trunk = Trunk(env, config)
+        width = config.width
+        length = self.num_units if self.autoregressive else config.chunk
+        self.query = nn.Parameter(0.1 * torch.randn(length, width))
+        if self.autoregressive:
+            self.bin_token = nn.Embedding(config.bins, width)
+            nn.init.normal_(self.bin_token.weight, std=0.1)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, config.bins * (1 if self.autoregressive else self.size))
+        nn.init.zeros_(self.head.bias), nn.init.normal_(self.head.weight, std=0.02)
+        self.critic = Critic(width, config.critic) if self.has_critic else None
+
+    # ---- acting and learning by reinforcement -------------------------------------------------------------------
+
+    def act(self, obs: Obs, *, generator: torch.Generator | None, greedy: bool = False) -> PolicyOutput:
+        """Sample (or take the likeliest) tokens [B, A]; the action is [B, C, D]."""
+        with torch.inference_mode():
+            obs, n = padded(obs)
+            summary, cache = self.trunk.prefix(obs)
+            if self.autoregressive:
+                units = self._decode(cache, n, generator, greedy)
+                logits = self._logits(cache, units)
+            else:
+                logits = self._logits(cache, None)
+                units = self._sample(logits, n, generator, greedy)
+            # Of the very function that training calls, so the ratio starts at exactly 1.
+            logp = self._log_prob(logits, units)
+            value = self.critic(summary)[0][:n] if self.critic is not None else None
+            action = self.scale.restore(self._middle(units)).view(len(units), self.chunk, self.size)
+            return PolicyOutput(units[:n], logp[:n], action[:n], value)
+
+    def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
+        """Log-probabilities and entropies [N, A], values [N]."""
+        obs, n = padded(obs)
+        units = pad_rows(units)
+        summary, cache = self.trunk.prefix(obs)
+        logits = self._logits(cache, units)
+        h = None
+        if entropy:
+            log_probs = torch.log_softmax(logits, dim=-1)
+            h = -(log_probs.exp() * log_probs).sum(-1)[:n]
+        value, value_logits = self.critic(summary) if self.critic is not None else (None, None)
+        return Evaluation(
+            self._log_prob(logits, units)[:n], h, None if value is None else value[:n],
+            None if value_logits is None else value_logits[:n],
+        )  # fmt: skip
+
+    def value(self, obs: Obs) -> Tensor:
+        """[N] critic's estimate, without gradients."""
+        assert self.critic is not None, "value() on a policy without a critic"
+        with torch.inference_mode():
+            obs, n = padded(obs)
+            return self.critic(self.trunk.prefix(obs)[0])[0][:n]
+
+    def observe(self, obs: Obs) -> None:
+        """Nothing moves but by gradients."""
+
+    # ---- learning from demonstrations ---------------------------------------------------------------------------
+
+    def fit_actions(self, low: Tensor, high: Tensor) -> None:
+        """Spread the bins over the range [D] of demonstrated actions."""
+        self.scale.fit(low, high)
+
+    def imitation_loss(self, obs: Obs, action: Tensor, generator: torch.Generator) -> Tensor:
+        """Cross-entropy of the demonstrated tokens, mean over the dimensions: [N, C] for actions [N, C, D]."""
+        del generator  # nothing is drawn
+        obs, n = padded(obs)
+        bins = self.config.bins
+        # A class is (u + 1) / 2 * bins, rounded down; the range's upper edge belongs to the last.
+        units = ((self.scale.normalise(action) + 1) / 2 * bins).long().clamp(0, bins - 1).flatten(1)
+        logits = self._logits(self.trunk.prefix(obs)[1], pad_rows(units), temperature=1.0)
+        loss = F.cross_entropy(logits[:n].flatten(0, 1), units.flatten(), reduction="none")
+        return loss.view(n, self.chunk, self.size).mean(-1)
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _logits(self, cache: Cache, units: Tensor | None, temperature: float | None = None) -> Tensor:
+        """[N, A, bins]; autoregressive ones are given the tokens `units` [N, A] that came before each."""
+        n = len(cache[0][0])
+        x = self.query.expand(n, -1, -1)
+        if self.autoregressive:
+            assert units is not None
+            x = torch.cat([x[:, :1], x[:, 1:] + self.bin_token(units[:, :-1])], dim=1)
+        mask = causal_mask(self.num_units, cache) if self.autoregressive else None
+        out = self.trunk.suffix(x, cache, mask=mask)
+        logits = self.head(self.norm(out)).reshape(n, self.num_units, self.config.bins)
+        return logits / (self.config.temperature if temperature is None else temperature)
+
+    def _decode(self, cache: Cache, n: int, generator: torch.Generator | None, greedy: bool) -> Tensor:
+        """Token after token, each one small step over the cache."""
+        cache = list(cache)
+        x = self.query[:1].expand(len(cache[0][0]), -1, -1)
+        units: list[Tensor] = []
+        for i in range(self.num_units):
+            out = self.trunk.suffix(x, cache, grow=True)
+            logits = self.head(self.norm(out)) / self.config.temperature
+            units.append(self._sample(logits, n, generator, greedy))
+            if i + 1 < self.num_units:
+                x = self.query[i + 1] + self.bin_token(units[-1])
+        return torch.cat(units, dim=1)
+
+    @staticmethod
+    def _sample(logits: Tensor, n: int, generator: torch.Generator | None, greedy: bool) -> Tensor:
+        """Arg-max of the logits, with Gumbel noise unless greedy (for real rows only: padding moves no generator)."""
+        if greedy:
+            return logits.argmax(-1)
+        noise = torch.rand((n, *logits.shape[1:]), generator=generator, device=logits.device)
+        gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
+        scores = logits.clone()
+        scores[:n] += gumbel
+        return scores.argmax(-1)
+
+    @staticmethod
+    def _log_prob(logits: Tensor, units: Tensor) -> Tensor:
+        return torch.log_softmax(logits, dim=-1).gather(-1, units.unsqueeze(-1)).squeeze(-1)
+
+    def _middle(self, units: Tensor) -> Tensor:
+        """Middles of the bins in [-1, 1], [N, C, D]."""
+        u = (units.to(torch.float32) + 0.5) * (2 / self.config.bins) - 1
+        return u.view(len(units), self.chunk, self.size)
+
+
+def build(config: Config, *, env: EnvSpec, device: torch.device) -> TokenPolicy:
+    """Build the policy for an env on a device.
+
+    Raises:
+        CapabilityError: An observation or action it cannot handle.
+    """
+    return TokenPolicy(env, config).to(device)
