@@ -22,7 +22,7 @@ from torch import Tensor
 from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed, start_seeds
-from embodied_rl.types import Env, Obs, Policy, Rollout, State
+from embodied_rl.types import Env, EnvSpec, Obs, Policy, Rollout, State
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Part:
         elif send is not None and recv is not None and action.shape[1] == 1:
             # The env has threads of its own: no need to cross one of ours.
             send(action[:, 0], active)
-            self.pending = lambda: execute(_Received(recv()), action, active)  # type: ignore[arg-type]
+            self.pending = lambda: execute(_Received(self.env.spec, recv()), action, active)  # type: ignore[arg-type]
         else:
             future: Future[Executed] = self.worker.submit(execute, self.env, action, active)
             self.pending = future.result
@@ -139,8 +139,8 @@ def _where(mask: Tensor, new: Obs, old: Obs) -> Obs:
 class _Received:
     """An env whose step has already been made."""
 
-    def __init__(self, step: object) -> None:
-        self._step = step
+    def __init__(self, spec: EnvSpec, step: object) -> None:
+        self.spec, self._step = spec, step
 
     def step(self, action: Tensor, active: Tensor | None) -> object:
         return self._step

@@ -211,6 +211,7 @@ class _Watched:
 
     def __init__(self, env: Env, on_frame: OnFrame) -> None:
         self.env, self.on_frame = env, on_frame
+        self.spec, self.observe = env.spec, getattr(env, "observe", None)
         self.playing = torch.full((env.spec.num_envs,), -1)
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:

@@ -190,6 +190,20 @@ class IdleMatters(Sound):
         return super().step(action if active is None else action * 0.5, active)
 
 
+class GoesOnWaiting(Sound):
+    """Observations on demand, from copies that move on while nobody asks them to."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.spec = dataclasses.replace(self.spec, on_demand=True)
+
+    def step(self, action, active=None):
+        return dataclasses.replace(super().step(action), obs={})
+
+    def observe(self):
+        return self.inner._obs()
+
+
 class AcceptsNan(Sound):
     def step(self, action, active=None):
         return super().step(torch.nan_to_num(action, posinf=1.0), active)
@@ -296,6 +310,7 @@ MISTAKES = [
     (ResetsAll, "partial_reset_is_local", "of copies 1 and up changed when copy 0 was reset"),
     (PushesOthers, "partial_reset_is_local", "1 steps later 'position' of copies 1 and up"),
     (IdleMatters, "active_copies_do_not_mind_idle_ones", "differs from a step of all copies"),
+    (GoesOnWaiting, "idle_copies_wait", "'position' of an idle copy changed in step 2"),
     (AcceptsNan, "wrong_actions_are_refused", "NaN: accepted"),
     (OtherError, "wrong_actions_are_refused", "raises RuntimeError instead of ShapeError"),
     (Anonymous, "wrong_actions_are_refused", "does not name the copy"),
