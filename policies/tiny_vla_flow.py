@@ -66,7 +66,7 @@ class Config(TrunkConfig):
                 f"likelihood ({self.likelihood}) belongs to process flow, process is {self.process}: "
                 "choose likelihood sde or latent, or process: flow"
             )
-        if self.min_std >= self.max_std:
+        if self.likelihood == "learned" and self.min_std >= self.max_std:
             raise ValueError(f"min_std ({self.min_std}) must be below max_std ({self.max_std})")
         used = {"stochastic": "sde", "noise": "sde", "max_std": "learned", "samples": "cfm", "latent_std": "latent"}
         for name, owner in used.items():

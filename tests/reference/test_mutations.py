@@ -39,6 +39,8 @@ SURROGATE, CELL, WEIGHTS, KL, BINS, VALUE = (
 LOSS = "embodied_rl.loss:LossFunction.__call__"
 FLATTEN, SHUFFLE = "embodied_rl.batch:flatten", "embodied_rl.batch:_shuffle"
 MLP = "embodied_rl.policies.mlp:MlpPolicy"
+CHAINS, SCALE_OF_ACTIONS = "embodied_rl.policies._chains", "embodied_rl.policies._trunk:ActionScale"
+FLOW, TOKENS = "embodied_rl.policies.tiny_vla_flow", "embodied_rl.policies.tiny_vla_tokens:TokenPolicy"
 PROPERTIES = "tests.properties."
 
 MUTATIONS = [
@@ -136,6 +138,61 @@ MUTATIONS = [
              {"std": "free"}),
     Mutation(f"{MLP}._entropy", "weights / weights.sum()", "weights", "test_distributions:test_the_entropy_of_squashed_actions_is_the_integral_of_minus_p_log_p",
              {"init_std": 0.3}),
+    # denoising chains
+    Mutation(f"{CHAINS}:sde_step", "after - variance * d / (2 * now)", "after + variance * d / (2 * now)",
+             "test_chains:test_with_many_steps_the_marginals_are_exact", {"process": "flow", "noise": 0.3}),
+    Mutation(f"{CHAINS}:sde_step", "(variance * d).sqrt()", "variance.sqrt()", "test_chains:test_flow_steps_worked_by_hand"),
+    Mutation(f"{CHAINS}:sde_step", "1 - after, 1 - now", "1 - now, 1 - after", "test_chains:test_flow_steps_worked_by_hand"),
+    Mutation(f"{CHAINS}:sde_step", "torch.sin(math.pi / 2 * after) / torch.sin(math.pi / 2 * now)", "torch.sin(math.pi / 2 * now) / torch.sin(math.pi / 2 * after)",
+             "test_chains:test_diffusion_steps_are_those_of_the_ddim_paper"),
+    Mutation(f"{CHAINS}:_diffusion_step", " - std.square()", "", "test_chains:test_with_many_steps_the_marginals_are_exact",
+             {"process": "diffusion", "noise": 1.0}),
+    Mutation(f"{CHAINS}:_diffusion_step", "(x - sigma * noise)", "(x + sigma * noise)", "test_chains:test_diffusion_steps_with_noise_1_are_the_posterior_of_ddpm"),
+    Mutation(f"{CHAINS}:ode_step", "x - answer", "x + answer",
+             "test_chains:test_a_network_that_answers_the_target_finds_the_action_in_any_number_of_steps", {"process": "flow", "steps": 3}),
+    Mutation(f"{CHAINS}:training_pair", "noise - action", "action - noise",
+             "test_chains:test_a_network_that_answers_the_target_finds_the_action_in_any_number_of_steps", {"process": "flow", "steps": 1}),
+    Mutation(f"{CHAINS}:training_pair", "torch.sin(math.pi / 2 * t)", "t",
+             "test_chains:test_the_best_guess_of_the_target_is_the_perfect_answer", {"process": "diffusion"}),
+    Mutation(f"{CHAINS}:gaussian_logp", "- std.log()", "+ std.log()", "test_chains:test_the_density_of_a_step"),
+    # flow and diffusion policies
+    Mutation(f"{FLOW}:FlowPolicy._answer", "if m > 1", "if m > 99", "test_vla_policies:test_the_probability_of_a_chain_is_that_of_its_gaussian_steps",
+             {"case": "sde"}),
+    Mutation(f"{FLOW}:FlowPolicy._answer", "torch.sigmoid", "torch.tanh", "test_vla_policies:test_the_learned_deviation_stays_within_its_bounds"),
+    Mutation(f"{FLOW}:FlowPolicy._step", "self.now[k])", "self.after[k])", "test_vla_policies:test_the_probability_of_a_chain_is_that_of_its_gaussian_steps",
+             {"case": "learned"}),
+    Mutation(f"{FLOW}:FlowPolicy._step", ".clamp(min=self.config.min_std)", "", "test_vla_policies:test_the_probability_of_a_chain_is_that_of_its_gaussian_steps",
+             {"case": "sde, floor"}),
+    Mutation(f"{FLOW}:FlowPolicy._ode", "self.now[k], self.after[k])", "self.after[k], self.now[k])",
+             "test_vla_policies:test_the_greedy_chunk_is_the_ode_from_the_middle_of_the_noise", {"case": "sde"}),
+    Mutation(f"{FLOW}:FlowPolicy._draw", "std[:, 0] * normal()", "normal()", "test_vla_policies:test_steps_are_drawn_from_the_gaussian_they_are_scored_with",
+             {"case": "sde"}),
+    Mutation(f"{FLOW}:FlowPolicy._draw", "chosen.eq(k)", "chosen.ne(k)", "test_vla_policies:test_with_one_noisy_step_the_others_follow_the_ode"),
+    Mutation(f"{FLOW}:FlowPolicy._draw", "self.actor_log_std.exp()", "self.actor_log_std",
+             "test_vla_policies:test_latent_noise_is_drawn_from_the_gaussian_it_is_scored_with"),
+    Mutation(f"{FLOW}:FlowPolicy._total", "x.mean(-1)", "x.sum(-1)", "test_vla_policies:test_mean_divides_by_the_numbers_of_a_step", {"case": "sde"}),
+    Mutation(f"{FLOW}:FlowPolicy._log_prob", "-self._matching_loss", "self._matching_loss",
+             "test_vla_policies:test_the_ratio_of_cfm_is_that_of_the_matching_losses"),
+    Mutation(f"{FLOW}:FlowPolicy._matching_loss", ".mean(1)", ".sum(1)", "test_vla_policies:test_the_ratio_of_cfm_is_that_of_the_matching_losses"),
+    Mutation(f"{FLOW}:FlowPolicy.imitation_loss", " * self.now[0]", "", "test_vla_policies:test_flows_imitate_by_the_squared_error_of_their_answer",
+             {"case": "diffusion"}),
+    Mutation(f"{FLOW}:build", 'name.startswith(("actor", "critic"))', "True", "test_vla_policies:test_with_latent_only_actor_and_critic_learn"),
+    # tokens
+    Mutation(f"{TOKENS}._logits", "self.config.temperature if temperature is None else temperature", "temperature or 1.0",
+             "test_vla_policies:test_the_probability_of_tokens_is_the_softmax_worked_out_one_after_the_other", {"decoding": "parallel", "temperature": 0.4}),
+    Mutation(f"{TOKENS}._logits", "causal_mask(self.num_units, cache) if self.autoregressive else None", "None",
+             "test_vla_policies:test_a_token_sees_those_before_it_and_no_later_one"),
+    Mutation(f"{TOKENS}._logits", "units[:, :-1]", "units[:, 1:]",
+             "test_vla_policies:test_the_probability_of_tokens_is_the_softmax_worked_out_one_after_the_other", {"decoding": "autoregressive", "temperature": 1.0}),
+    Mutation(f"{TOKENS}._decode", " / self.config.temperature", "", "test_vla_policies:test_tokens_are_drawn_from_their_softmax",
+             {"decoding": "autoregressive", "temperature": 0.3}),
+    Mutation(f"{TOKENS}._middle", " + 0.5", "", "test_vla_policies:test_what_a_token_does_is_the_middle_of_what_it_was_taught_for",
+             {"decoding": "parallel", "bins": 5}),
+    Mutation(f"{TOKENS}.imitation_loss", ", temperature=1.0", "", "test_vla_policies:test_tokens_imitate_by_the_cross_entropy_of_the_demonstrated_bins",
+             {"decoding": "parallel"}),
+    Mutation(f"{TOKENS}.imitation_loss", "/ 2 * bins).long()", "/ 2 * (bins - 1)).long()", "test_vla_policies:test_what_a_token_does_is_the_middle_of_what_it_was_taught_for",
+             {"decoding": "autoregressive", "bins": 5}),
+    Mutation(f"{SCALE_OF_ACTIONS}.fit", ".clamp(min=0.01)", "", "test_vla_policies:test_the_scale_maps_the_range_to_1_and_back"),
     # the optimizer
     Mutation("embodied_rl.update:Updater._adapt", "self.lr / 1.5", "self.lr * 1.5",
              "test_optimizer:test_the_adaptive_step_shrinks_when_the_policy_moves_too_far_and_grows_when_it_hardly_moves"),
