@@ -19,6 +19,7 @@ from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError
 from embodied_rl.evaluate import evaluate
 from embodied_rl.recipe import Recipe
 from embodied_rl.results import EvaluationResult
+from embodied_rl.runfolder import Change
 from embodied_rl.session import build_env, build_policy, choose_device, load_weights
 from embodied_rl.stats import Interval, bootstrap, mcnemar, paired_difference, wilson
 from embodied_rl.types import Env, Policy
@@ -111,6 +112,27 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, success: Success = "onc
         present = [(name, a.task == i) for i, name in enumerate(a.tasks) if bool((a.task == i).any())]
         tasks = {name: _paired(x[rows], y[rows]) for name, rows in present} if len(a.tasks) > 1 else {}
     return PairedComparison(overall, tasks, bootstrap((a.returns - b.returns).numpy()), success)
+
+
+def since_start(after: EvaluationResult, before: EvaluationResult) -> dict[str, Change]:
+    """What training changed, task by task and in all, on the same starts.
+
+    Args:
+        after: The trained policy's evaluation.
+        before: That of the policy it started from.
+
+    Returns:
+        changes: "all" and each task -> rates and the paired difference; empty when the env has no notion of success.
+    """
+    paired = compare(after, before)
+    rows = {**paired.tasks, **({} if paired.overall is None else {"all": paired.overall})}
+    return {
+        name: {
+            "before": p.rate_b.value, "after": p.rate_a.value, "difference": p.difference.value,
+            "low95": p.difference.low, "high95": p.difference.high, "p": p.p, "episodes": p.episodes,
+        }
+        for name, p in rows.items()
+    }  # fmt: skip
 
 
 def _paired(x: Tensor, y: Tensor) -> Paired:

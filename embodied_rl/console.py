@@ -190,8 +190,16 @@ def stop_sentence(summary: Summary) -> str:
 
 
 def summary_table(summary: Summary) -> Table:
-    """The closing table: success per task and overall with 95 % intervals."""
-    table = Table(title=Text(f"{summary['name']}: {stop_sentence(summary)}"), title_justify="left")
+    """The closing table: success per task and overall with 95 % intervals, and the change since `start_from`."""
+    change = summary.get("since_start", {}).get("all")
+    caption = None
+    if change:
+        caption = Text(
+            f"before training {change['before']:.3f}; paired difference {change['difference']:+.3f} "
+            f"({change['low95']:+.3f} to {change['high95']:+.3f})"
+        )
+    title = Text(f"{summary['name']}: {stop_sentence(summary)}")
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("suite", "task"):
         table.add_column(column)
     for column in ("success", "95 % interval", "at the end", "return", "length", "episodes"):

@@ -18,7 +18,10 @@ CACHE_BYTES = 2 * 2**30
 """Decoded frames kept in memory: 2 GiB hold about 87,000 frames of two cameras with 64 x 64 pixels."""
 
 
-class Batches(Iterator[tuple[Obs, Tensor, Tensor]]):
+Drawn = tuple[Obs, Tensor, Tensor, Obs]
+
+
+class Batches(Iterator[Drawn]):
     """Frames drawn uniformly without replacement, each once per epoch; a batch may cross from one epoch to the next.
 
     The set is decoded in blocks of whole episodes that fit into `cache_bytes`. A set that fits as a whole is one block:
@@ -26,11 +29,12 @@ class Batches(Iterator[tuple[Obs, Tensor, Tensor]]):
     order, cuts it into blocks, and draws from one block after the other; so a batch mixes the episodes of one block
     (hundreds), and every episode is decoded once per epoch. A single episode above the limit is still a block.
 
-    Each item is (obs, action, mask):
+    Each item is (obs, action, mask, last):
         obs: name -> [N, ...]
         action: [N, C, D] float32, the action of the frame and of the C - 1 frames that follow it; beyond the end of
             the episode its last action is repeated.
         mask: [N, C] bool, False beyond the end of the episode.
+        last: name -> [N, D], the vectors of the observation as they are in the last frame of the episode.
     """
 
     def __init__(
@@ -80,9 +84,9 @@ class Batches(Iterator[tuple[Obs, Tensor, Tensor]]):
         """Bytes of the decoded frames in memory now."""
         return sum(x.nbytes for x in (*self._block.obs.values(), self._block.action))
 
-    def __next__(self) -> tuple[Obs, Tensor, Tensor]:
+    def __next__(self) -> Drawn:
         """Draw one batch; see the class."""
-        parts: list[tuple[Obs, Tensor, Tensor]] = []
+        parts: list[Drawn] = []
         missing = self.batch_size
         while missing:
             if self.epoch < 0 or self._position == self._demos.frames:
@@ -92,8 +96,9 @@ class Batches(Iterator[tuple[Obs, Tensor, Tensor]]):
             missing -= len(rows)
         if len(parts) == 1:
             return parts[0]
-        obs = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
-        return obs, torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+        obs = {k: torch.cat([part[0][k] for part in parts]) for k in parts[0][0]}
+        last = {k: torch.cat([part[3][k] for part in parts]) for k in parts[0][3]}
+        return obs, torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts]), last
 
     def state_dict(self) -> State:
         """Where it is: the same batches follow after `load_state_dict`, also in another process.
@@ -178,14 +183,16 @@ class Block:
         """Hold frames [F, ...]; `ends` [F] is the row after the last one of each frame's episode."""
         self.episodes, self.obs, self.action, self.ends = episodes, obs, action, ends
 
-    def take(self, rows: Tensor, chunk: int) -> tuple[Obs, Tensor, Tensor]:
-        """Observation, actions and mask of some rows."""
+    def take(self, rows: Tensor, chunk: int) -> Drawn:
+        """Observation, actions and mask of some rows, and the vectors at the end of their episodes."""
         ends = self.ends[rows, None]
         ahead = rows[:, None] + torch.arange(chunk)
         obs = {
             name: values.index_select(0, rows) for name, values in self.obs.items()
         }  # several times as fast as [rows]
-        return obs, self.action[torch.minimum(ahead, ends - 1)], ahead < ends
+        vectors = (k for k, x in self.obs.items() if x.ndim == 2 and x.is_floating_point())
+        last = {name: self.obs[name].index_select(0, ends[:, 0] - 1) for name in vectors}
+        return obs, self.action[torch.minimum(ahead, ends - 1)], ahead < ends, last
 
 
 def _groups(order: list[int], lengths: Tensor, capacity: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ The layout on disk is LeRobot's v2.1 (see `demo_format`); `record_demos` makes s
 Example:
     demos = Demonstrations("demos/lift")
     stats = demos.statistics()["action"]["q99"]                    # [7]
-    for obs, action, mask in demos.batches(torch.Generator().manual_seed(0), batch_size=256, chunk=8):
+    for obs, action, mask, last in demos.batches(torch.Generator().manual_seed(0), batch_size=256, chunk=8):
         ...                                                        # action [256, 8, 7], mask [256, 8]
 """
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from embodied_rl.algorithms.sft import Config
-from embodied_rl.demonstrations import Batches, Demonstrations
+from embodied_rl.demo_batches import Batches, Drawn
+from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.measure import Clock
 from embodied_rl.metrics import Partials
@@ -72,6 +73,7 @@ class ImitationSession(Saved):
                 "choose tiny_vla_tokens or tiny_vla_flow"
             )
         fit_actions(policy, demos, config)
+        policy.fit_vectors(demos.statistics())
         if fresh and recipe.start_from:
             load_weights(policy, start_weights(recipe.start_from), recipe.start_from)
         parameters = FlatParameters(cast(nn.Module, policy))
@@ -102,9 +104,9 @@ class ImitationSession(Saved):
         frames = self.frames
         for _ in range(min(self.config.steps_per_update, self.config.steps - self.steps)):
             with clock.phase("rollout"):
-                obs, action, mask = next(self.batches)
+                drawn = next(self.batches)
             with clock.phase("update"):
-                good |= self._step({k: v.to(self.device) for k, v in obs.items()}, action, mask, metrics)
+                good |= self._step(drawn, metrics)
         self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
         if self.bad_in_a_row >= self.recipe.train.max_bad_updates:
             raise DivergenceError(
@@ -116,12 +118,14 @@ class ImitationSession(Saved):
         metrics.last("perf/env_steps_per_s", (self.frames - frames) / sum(clock.seconds.values()))
         return metrics
 
-    def _step(self, obs: dict[str, Tensor], action: Tensor, mask: Tensor, metrics: Partials) -> bool:
+    def _step(self, drawn: Drawn, metrics: Partials) -> bool:
         """One optimizer step; False when it was skipped because something was not finite."""
         c, flat = self.config, self.parameters
         flat.grad.zero_()
+        obs, action, mask, last = drawn
+        obs, last = ({k: v.to(self.device) for k, v in x.items()} for x in (obs, last))
         weight = mask.to(self.device).float()
-        each = cast(Imitator, self.policy).imitation_loss(obs, action.to(self.device), self.generator)
+        each = cast(Imitator, self.policy).imitation_loss(obs, action.to(self.device), last, self.generator)
         loss = (each * weight).sum() / weight.sum()
         loss.backward()
         norm, value = float(torch.linalg.vector_norm(flat.grad)), float(loss.detach())

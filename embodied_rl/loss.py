@@ -7,7 +7,8 @@ whole optimizer step before the first micro-batch; a loss is a plain weighted su
 the step was split.
 
 Source of the formulas: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ye et al. 2020 (dual clip, arXiv:1912.09729);
-Yu et al. 2025 (asymmetric clip, DAPO, arXiv:2503.14476); Zheng et al. 2025 (trajectory ratio, GSPO, arXiv:2507.18071);
+Yu et al. 2025 (asymmetric clip, DAPO, arXiv:2503.14476); Xie et al. 2024 (quadratic trust region, SPO,
+arXiv:2401.16025); Zheng et al. 2025 (trajectory ratio, GSPO, arXiv:2507.18071);
 Schulman 2020 (KL estimators, joschu.net/blog/kl-approx.html); Farebrother et al. 2024 (HL-Gauss, arXiv:2403.03950).
 """
 
@@ -66,8 +67,9 @@ class Loss(Section):
     """What one importance ratio covers."""
     reduce: Literal["sum", "mean"] = "sum"
     """Sum (joint probability) or mean (geometric mean) of log-ratios over the units of a cell."""
-    trust: Literal["clip", "none"] = "clip"
-    """clip: PPO's pessimistic clip; none: the plain importance-weighted objective."""
+    trust: Literal["clip", "quadratic", "none"] = "clip"
+    """clip: PPO's pessimistic clip, which lets go of a ratio once it has left the region; quadratic: a penalty that
+    pulls it back (SPO, width clip_low); none: the plain importance-weighted objective."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """The ratio stops helping below 1 - clip_low."""
     clip_high: float = Field(0.2, gt=0)
@@ -100,10 +102,12 @@ class Loss(Section):
                 "set reduce: sum, or ratio: action, decision or trajectory"
             )
         fields = type(self).model_fields
-        for name in ("clip_low", "clip_high", "dual_clip"):
-            if self.trust == "none" and getattr(self, name) != fields[name].default:
+        used = {"clip": ("clip_low", "clip_high", "dual_clip"), "quadratic": ("clip_low",), "none": ()}
+        for name in used["clip"]:
+            if name not in used[self.trust] and getattr(self, name) != fields[name].default:
                 raise ValueError(
-                    f"{name} ({getattr(self, name)}) does nothing with trust (none): remove it, or set trust: clip"
+                    f"{name} ({getattr(self, name)}) does nothing with trust ({self.trust}): remove it, or set "
+                    "trust: clip"
                 )
         return self
 
@@ -211,6 +215,7 @@ def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, T
     """Objective of each cell, to be maximised.
 
     clip:  min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and for A < 0 with dual_clip c: max(that, c A)
+    quadratic:  r A - |A| (r - 1)^2 / (2 clip_low), largest at r = 1 + clip_low sign(A)
     none:  r A
 
     Args:
@@ -220,11 +225,14 @@ def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, T
 
     Returns:
         objective: [N, L].
-        clipped: [N, L] bool, cells whose gradient the trust region removed.
+        clipped: [N, L] bool, cells whose gradient the trust region removed (quadratic: turned round).
     """
     plain = ratio * advantage
     if config.trust == "none":
         return plain, torch.zeros_like(plain, dtype=torch.bool)
+    if config.trust == "quadratic":
+        beyond = (ratio - 1) * advantage.sign() > config.clip_low
+        return plain - advantage.abs() * (ratio - 1).square() / (2 * config.clip_low), beyond
     # No gradient flows through a clipped ratio, so none of it needs a backward pass.
     bounded = ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
     clipped = bounded < plain

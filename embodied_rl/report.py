@@ -54,6 +54,7 @@ def write_report(run: Path) -> Path:
     body = [
         _header(run, rows, summary, versions),
         _results(summary, rows),
+        _changes(summary),
         _videos(run),
         _curves(rows),
         _time(rows),
@@ -150,6 +151,22 @@ def _results(summary: Summary | None, rows: Sequence[dict[str, Any]]) -> str:
         "Bars show the rate, whiskers its 95 % interval (Wilson). Evaluation starts are never used in training."
     )
     return f"<section><h2>Result</h2>{''.join(tables)}<p class=note>{note}</p></section>"
+
+
+def _changes(summary: Summary | None) -> str:
+    changes = summary.get("since_start") if summary else None
+    if not changes:
+        return ""
+    lines = "".join(
+        f"<tr class='{'total' if name == 'all' else ''}'><th scope=row>{escape(name)}</th><td>{c['before']:.3f}</td>"
+        f"<td><b>{c['after']:.3f}</b></td><td>{c['difference']:+.3f} <small>{c['low95']:+.3f} to {c['high95']:+.3f}"
+        f"</small></td><td>{c['p']:.2g}</td><td>{c['episodes']}</td></tr>"
+        for name, c in changes.items()
+    )
+    head = "".join(f"<th>{h}</th>" for h in ("task", "before", "after", "difference, 95 %", "p", "episodes"))
+    note = "Both policies played the same starts: the difference is paired (Newcombe), p is McNemar's exact test."
+    table = f"<div class=scroll><table class=results><tr>{head}</tr>{lines}</table></div>"
+    return f"<section><h2>Before and after</h2>{table}<p class=note>{note}</p></section>"
 
 
 def _result_row(task: str, r: Result, has_success: bool, kind: str = "") -> str:

@@ -69,6 +69,22 @@ class SuiteResult(TypedDict):
     """Task name -> its episodes; empty for an env of one task."""
 
 
+class Change(TypedDict):
+    """Success before and after training on the same starts, and the paired difference with its 95 % interval.
+
+    Example: {"before": 0.41, "after": 0.93, "difference": 0.52, "low95": 0.46, "high95": 0.58, "p": 1e-40,
+    "episodes": 300}; p is McNemar's exact test.
+    """
+
+    before: float
+    after: float
+    difference: float
+    low95: float
+    high95: float
+    p: float
+    episodes: int
+
+
 class Summary(TypedDict):
     """`summary.json`: what a finished or stopped run came to.
 
@@ -95,6 +111,8 @@ class Summary(TypedDict):
     seed: NotRequired[int]
     evaluation: dict[str, SuiteResult]
     """Suite name -> result of the final evaluation; empty when it was skipped."""
+    since_start: NotRequired[dict[str, Change]]
+    """"all" and each task -> what changed since `start_from`; only where there is one."""
 
 
 class RunFolder:

@@ -17,6 +17,7 @@ import torch
 
 from embodied_rl import checkpoint
 from embodied_rl.algorithms import sft
+from embodied_rl.compare import since_start
 from embodied_rl.config import dump_recipe, load_resolved
 from embodied_rl.errors import ConfigError, DivergenceError
 from embodied_rl.evaluate import evaluate, film
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 RESUMABLE = ("name", "train", "evaluate", "checkpoint", "log", "device")
 """Sections that may differ between a run and its continuation: they do not change what the next update computes."""
+START_EVALUATION = "evaluation_start.json"
+"""Of the policy that training starts from."""
 GOALS = ("finished", "time", "target")
 """Reasons to stop that are an end of training; the others are a signal's name and "diverged"."""
 
@@ -232,6 +235,7 @@ def _run_in(folder: RunFolder, session: Learner, resume: bool) -> Finished:
         _restore(folder, session)
     folder.write_start(dump_recipe(recipe), device=session.device)
     with StopRequest().listening() as stop:
+        _measure_start(folder, session)
         try:
             with closing(_writers(folder, session)) as writers:
                 reason = train(session, folder, writers, stop)
@@ -246,7 +250,10 @@ def _run_in(folder: RunFolder, session: Learner, resume: bool) -> Finished:
             pass
         if stop.signal is not None:
             reason, result = stop.signal.name, None
-    folder.write_summary(_summary(session, reason, result))
+    summary = _summary(session, reason, result)
+    if result is not None and (folder.path / START_EVALUATION).exists():
+        summary["since_start"] = since_start(result, EvaluationResult.load(folder.path / START_EVALUATION))
+    folder.write_summary(summary)
     write_report(folder.path)
     return Finished(folder.path, reason, result)
 
@@ -286,6 +293,16 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             out.append(prefix + key)
     return out
+
+
+def _measure_start(folder: RunFolder, session: Learner) -> None:
+    """Evaluate the policy that training starts from, on the starts of the final evaluation."""
+    path, recipe = folder.path / START_EVALUATION, session.recipe
+    if recipe.start_from is None or not recipe.evaluate.episodes or session.update or path.exists():
+        return
+    log.info("evaluating %s, which training starts from", recipe.start_from)
+    with closing(Suite(recipe)) as suite:
+        suite.run(session, recipe.evaluate.episodes, final=True).save(path)
 
 
 def _conclude(folder: RunFolder, session: Learner) -> EvaluationResult | None:

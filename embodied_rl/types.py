@@ -256,12 +256,17 @@ class Imitator(Protocol):
         """Take over the range [D] of demonstrated actions; it is part of the policy's state."""
         ...
 
-    def imitation_loss(self, obs: Obs, action: Tensor, generator: torch.Generator) -> Tensor:
+    def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
+        """Take over mean and std of the observation's vectors (name -> "mean", "std" -> [D])."""
+        ...
+
+    def imitation_loss(self, obs: Obs, action: Tensor, last: Obs, generator: torch.Generator) -> Tensor:
         """Loss of each demonstrated control step, with gradients.
 
         Args:
             obs: [N, ...]
             action: [N, C, D] what the demonstrator did next.
+            last: The observation's vectors [N, D] at the end of the demonstration.
             generator: Of any noise, on the policy's device.
 
         Returns:

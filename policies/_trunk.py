@@ -80,6 +80,9 @@ class TrunkConfig(Section):
     """Tokens per picture: places that the words and the network ask for."""
     chunk: int = Field(4, ge=1)
     """Control steps that one decision covers."""
+    foresight: float = Field(1.0, ge=0)
+    """Weight, while imitating, of a second loss: predict from the summary where the robot will be at the end of the
+    demonstration. It teaches the trunk where to look long before the actions could; 0 leaves it out."""
     critic: ValueHead = ValueHead()
 
     @model_validator(mode="after")
@@ -230,6 +233,19 @@ class Trunk(nn.Module):
         self.register_buffer("no_words", torch.zeros(word_width), persistent=False)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
         self.summary = nn.Parameter(0.1 * torch.randn(config.width))
+        wanted = bool(config.foresight and self.vectors)
+        self.foresight = Foresight(env, self.vectors, config.width) if wanted else None
+
+    def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
+        """See `embodied_rl.types.Imitator`."""
+        if self.foresight is not None:
+            self.foresight.fit(statistics)
+
+    def foresight_loss(self, summary: Tensor, last: Obs) -> Tensor:
+        """[N, 1] what `foresight` adds to the loss of a demonstrated frame."""
+        if self.foresight is None:
+            return summary.new_zeros(len(summary), 1)
+        return self.config.foresight * self.foresight.loss(summary, last).unsqueeze(1)
 
     def prefix(self, obs: Obs) -> tuple[Tensor, Cache]:
         """Encode what is seen.
@@ -278,6 +294,37 @@ def causal_mask(length: int, cache: Cache) -> Tensor:
     """[L, prefix + L] bool: the prefix and the tokens before one, and itself."""
     past = cache[0][0].shape[2]
     return torch.ones(length, past + length, dtype=torch.bool, device=cache[0][0].device).tril(past)
+
+
+class Foresight(nn.Module):
+    """Predict, from the prefix's summary, the observation's vectors at the end of a demonstration.
+
+    Only imitation trains it; it is frozen until `fit`, so that reinforcement learning carries it along unchanged.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, env: EnvSpec, names: list[str], width: int) -> None:
+        """One linear layer over all vectors of the observation."""
+        super().__init__()
+        self.names = names
+        size = sum(env.observation[name].shape[0] for name in names)
+        self.head = nn.Linear(width, size)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+        self.requires_grad_(False)
+
+    def fit(self, statistics: dict[str, dict[str, Tensor]]) -> None:
+        """Take over mean and std of each entry, and become trainable."""
+        self.mean.copy_(torch.cat([statistics[name]["mean"] for name in self.names]))
+        self.std.copy_(torch.cat([statistics[name]["std"] for name in self.names]).clamp(min=0.01))
+        self.requires_grad_(True)
+
+    def loss(self, summary: Tensor, last: Obs) -> Tensor:
+        """[N] mean squared error in standard deviations."""
+        target = (torch.cat([last[name] for name in self.names], dim=1) - self.mean) / self.std
+        return (self.head(summary) - target).square().mean(1)
 
 
 class Critic(nn.Module):

@@ -163,16 +163,22 @@ class FlowPolicy(nn.Module):
         """Map the range [D] of demonstrated actions to [-1, 1]."""
         self.scale.fit(low, high)
 
-    def imitation_loss(self, obs: Obs, action: Tensor, generator: torch.Generator) -> Tensor:
-        """Squared error of the velocity (or noise), mean over dimensions: [N, C] for actions [N, C, D]."""
+    def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
+        """Prepare to foresee where demonstrations end, and let go of a flow that likelihood latent froze."""
+        self.requires_grad_(True)
+        self.trunk.fit_vectors(statistics)
+
+    def imitation_loss(self, obs: Obs, action: Tensor, last: Obs, generator: torch.Generator) -> Tensor:
+        """Squared error of the velocity (or noise), mean over dimensions, and foresight: [N, C]."""
         obs, n = padded(obs)
         a = self.scale.normalise(action)
         noise = torch.randn(a.shape, generator=generator, device=a.device)
         t = torch.rand(len(a), generator=generator, device=a.device) * self.now[0]
-        cache = self.trunk.prefix(obs)[1]
+        summary, cache = self.trunk.prefix(obs)
         x, target = training_pair(self.config.process, a, noise, t)
         out, _ = self._answer(cache, pad_rows(x).unsqueeze(1), pad_rows(t).unsqueeze(1))
-        return (out[:n, 0] - target).square().mean(-1)
+        error = (out[:n, 0] - target).square().mean(-1)
+        return error + self.trunk.foresight_loss(summary[:n], last)
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

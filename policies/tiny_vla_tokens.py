@@ -120,16 +120,21 @@ class TokenPolicy(nn.Module):
         """Spread the bins over the range [D] of demonstrated actions."""
         self.scale.fit(low, high)
 
-    def imitation_loss(self, obs: Obs, action: Tensor, generator: torch.Generator) -> Tensor:
-        """Cross-entropy of the demonstrated tokens, mean over the dimensions: [N, C] for actions [N, C, D]."""
+    def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
+        """Prepare to foresee where demonstrations end."""
+        self.trunk.fit_vectors(statistics)
+
+    def imitation_loss(self, obs: Obs, action: Tensor, last: Obs, generator: torch.Generator) -> Tensor:
+        """Cross-entropy of the demonstrated tokens, mean over the dimensions, and foresight: [N, C]."""
         del generator  # nothing is drawn
         obs, n = padded(obs)
         bins = self.config.bins
         # A class is (u + 1) / 2 * bins, rounded down; the range's upper edge belongs to the last.
         units = ((self.scale.normalise(action) + 1) / 2 * bins).long().clamp(0, bins - 1).flatten(1)
-        logits = self._logits(self.trunk.prefix(obs)[1], pad_rows(units), temperature=1.0)
+        summary, cache = self.trunk.prefix(obs)
+        logits = self._logits(cache, pad_rows(units), temperature=1.0)
         loss = F.cross_entropy(logits[:n].flatten(0, 1), units.flatten(), reduction="none")
-        return loss.view(n, self.chunk, self.size).mean(-1)
+        return loss.view(n, self.chunk, self.size).mean(-1) + self.trunk.foresight_loss(summary[:n], last)
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

@@ -144,6 +144,11 @@ ROWS = {
         [],
         "my.yaml:2: algorithm.loss: dual_clip (3.0) does nothing with trust (none): remove it, or set trust: clip",
     ),
+    "an upper clip of a quadratic trust region": (
+        "algorithm: {loss: {trust: quadratic, clip_high: 0.3}}",
+        [],
+        "my.yaml:2: algorithm.loss: clip_high (0.3) does nothing with trust (quadratic): remove it, or set trust: clip",
+    ),
     "lambda without GAE": (
         "algorithm: {credit: {returns: trajectory, baseline: none, lam: 0.9}}",
         [],

@@ -87,6 +87,12 @@ MUTATIONS = [
     Mutation(SURROGATE, "(advantage < 0) & ", "", "test_surrogate:test_the_dual_clip_bounds_the_loss_of_bad_actions_only"),
     Mutation(SURROGATE, "torch.where(below, floor, objective)", "objective", "test_surrogate:test_the_dual_clip_bounds_the_loss_of_bad_actions_only"),
     Mutation(SURROGATE, "clipped = bounded < plain", "clipped = bounded != plain", "test_surrogate:test_clip_of_good_and_bad_actions_on_both_sides"),
+    Mutation(SURROGATE, "plain - advantage.abs() * ", "plain + advantage.abs() * ",
+             "test_surrogate:test_the_quadratic_trust_region_peaks_at_its_edge_and_pulls_back_beyond_it"),
+    Mutation(SURROGATE, "advantage.abs() * (ratio", "advantage * (ratio",
+             "test_surrogate:test_the_quadratic_trust_region_peaks_at_its_edge_and_pulls_back_beyond_it"),
+    Mutation(SURROGATE, "(ratio - 1) * advantage.sign() >", "(ratio - 1) >",
+             "test_surrogate:test_the_quadratic_trust_region_peaks_at_its_edge_and_pulls_back_beyond_it"),
     # ratio levels and aggregation
     Mutation(CELL, "torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))", "x", "test_levels:test_masked_units_neither_multiply_nor_count"),
     Mutation(CELL, "mask.view(shape).sum(-1)", "torch.full_like(total, shape[-1])", "test_levels:test_masked_units_neither_multiply_nor_count"),
@@ -192,6 +198,8 @@ MUTATIONS = [
              {"decoding": "parallel"}),
     Mutation(f"{TOKENS}.imitation_loss", "/ 2 * bins).long()", "/ 2 * (bins - 1)).long()", "test_vla_policies:test_what_a_token_does_is_the_middle_of_what_it_was_taught_for",
              {"decoding": "autoregressive", "bins": 5}),
+    Mutation("embodied_rl.policies._trunk:Foresight.loss", " / self.std", "", "test_vla_policies:test_flows_imitate_by_the_squared_error_of_their_answer",
+             {"case": "sde"}),
     Mutation(f"{SCALE_OF_ACTIONS}.fit", ".clamp(min=0.01)", "", "test_vla_policies:test_the_scale_maps_the_range_to_1_and_back"),
     # the optimizer
     Mutation("embodied_rl.update:Updater._adapt", "self.lr / 1.5", "self.lr * 1.5",

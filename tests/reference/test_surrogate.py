@@ -60,8 +60,18 @@ def test_without_a_trust_region_the_objective_is_the_ratio_times_the_advantage()
             assert objective_and_slope(ratio, advantage, trust="none") == (pytest.approx(ratio * advantage), advantage, False)
 
 
+def test_the_quadratic_trust_region_peaks_at_its_edge_and_pulls_back_beyond_it():
+    # r A - |A| (r - 1)^2 / (2 e): the slope A - |A| (r - 1) / e is 0 at r = 1 + e sign(A)
+    for advantage, edge in ((1.0, 1.1), (-1.0, 0.9)):
+        value, slope, _ = objective_and_slope(edge, advantage, trust="quadratic", clip_low=0.1)
+        assert value == pytest.approx(advantage * edge - 0.05) and slope == pytest.approx(0.0, abs=1e-12)
+    assert objective_and_slope(1.3, 2.0, trust="quadratic", clip_low=0.2) == (pytest.approx(2.15), pytest.approx(-1.0), True)
+    assert objective_and_slope(0.7, -2.0, trust="quadratic", clip_low=0.2) == (pytest.approx(-1.85), pytest.approx(1.0), True)
+    assert objective_and_slope(1.3, -1.0, trust="quadratic") == (pytest.approx(-1.525), pytest.approx(-2.5), False)
+
+
 def test_at_ratio_1_every_trust_region_has_the_slope_of_the_policy_gradient():
-    for switches in ({}, {"trust": "none"}, {"dual_clip": 2.0}, {"clip_low": 0.01, "clip_high": 0.01}):
+    for switches in ({}, {"trust": "none"}, {"dual_clip": 2.0}, {"clip_low": 0.01, "clip_high": 0.01}, {"trust": "quadratic"}):
         for advantage in (1.5, -0.5):
             assert objective_and_slope(1.0, advantage, **switches)[1] == pytest.approx(advantage)
 

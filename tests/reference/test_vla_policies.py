@@ -430,6 +430,9 @@ def test_greedy_tokens_are_the_likeliest_and_do_not_depend_on_chance(decoding):
 
 # ---- imitation -------------------------------------------------------------------------------------------------------
 
+STATE = {"mean": torch.tensor([0.1, -0.3, 0.5]), "std": torch.tensor([0.7, 2.0, 0.0])}
+"""Statistics of the only vector of the observation; one number of it never moves."""
+
 
 def shown(n, seed=0):
     """Demonstrated actions within the range."""
@@ -437,10 +440,32 @@ def shown(n, seed=0):
     return LOW + (HIGH - LOW) * u
 
 
+def ends(n):
+    """The observation's vectors at the end of each demonstration."""
+    return {"state": torch.randn(n, 3, generator=generator(8), dtype=F64)}
+
+
+def learning(policy):
+    """A policy as imitation prepares it."""
+    policy.fit_vectors({"state": STATE})
+    return policy
+
+
+def foreseen(policy, obs):
+    """What foresight adds for one row: the squared error of a line over the summary, in standard deviations."""
+    from embodied_rl.policies._trunk import padded
+
+    with torch.no_grad():
+        summary = policy.trunk.prefix(padded(obs)[0])[0][0].numpy()
+    weight, bias = (x.detach().numpy() for x in policy.trunk.foresight.head.parameters())
+    target = (obs["end"][0].numpy() - STATE["mean"].numpy()) / np.array([0.7, 2.0, 0.01])
+    return policy.config.foresight * ((weight @ summary + bias - target) ** 2).mean()
+
+
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_tokens_imitate_by_the_cross_entropy_of_the_demonstrated_bins(decoding):
     """Whatever the temperature: that is of sampling."""
-    plain, cool, obs = tokens(decoding), tokens(decoding, temperature=0.4), look(4)
+    plain, cool, obs = tokens(decoding, foresight=0.7), tokens(decoding, foresight=0.7, temperature=0.4), look(4)
     action = shown(4)
     action[0, 0] = torch.tensor([0.9, -1.0, 0.2])  # the upper edge of the range, the lower one, a constant
     action[1, 0] = torch.tensor([1.0, 0.6, 0.9])  # outside
@@ -450,16 +475,18 @@ def test_tokens_imitate_by_the_cross_entropy_of_the_demonstrated_bins(decoding):
     assert units[0, 0].tolist() == [4, 0, 2] and units[1, 0].tolist() == [4, 4, 4]
     expected = -plain.evaluate(obs, units.flatten(1)).logp.view(4, C, D).mean(-1)
     for policy in (plain, cool):
+        learning(policy)
+        extra = [foreseen(policy, row(obs, i) | {"end": ends(4)["state"][i : i + 1]}) for i in range(4)]
         with float64():
-            loss = policy.imitation_loss(obs, action, generator())
-        torch.testing.assert_close(loss, expected)
+            loss = policy.imitation_loss(obs, action, ends(4), generator())
+        torch.testing.assert_close(loss, expected + torch.tensor(extra, dtype=F64).view(4, 1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bins", [5, 256])
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_what_a_token_does_is_the_middle_of_what_it_was_taught_for(decoding, bins):
     """A head that always says bin b acts as it was shown, and half a bin to either side; further away it is wrong."""
-    policy, obs = tokens(decoding, bins=bins), look(2)
+    policy, obs = tokens(decoding, bins=bins, foresight=0.0), look(2)
     width = torch.maximum((HIGH - LOW) / 2, torch.tensor(0.01)).double() * 2 / bins
     for b in (0, 1, bins // 2, bins - 1):
         with torch.no_grad():
@@ -468,16 +495,16 @@ def test_what_a_token_does_is_the_middle_of_what_it_was_taught_for(decoding, bin
         _, _, action = decide(policy, obs, greedy=True)
         for shift, right in ((0.0, True), (0.49, True), (-0.49, True), (0.51, b == bins - 1), (-0.51, b == 0)):
             with float64(), torch.no_grad():
-                loss = policy.imitation_loss(obs, action + shift * width, generator())
+                loss = policy.imitation_loss(obs, action + shift * width, {}, generator())
             assert loss.shape == (2, C)
             assert bool(((loss < 1e-6) if right else (loss > 49)).all()), (b, shift, loss)
 
 
 @pytest.mark.parametrize("case", ["sde", "diffusion", "learned", "cfm", "latent"])
 def test_flows_imitate_by_the_squared_error_of_their_answer(case):
-    policy, obs, action = flow(case), look(3), shown(3)
+    policy, obs, action = learning(flow(case, foresight=0.7)), look(3), shown(3)
     with float64(), torch.no_grad():
-        loss = policy.imitation_loss(obs, action, generator(5))
+        loss = policy.imitation_loss(obs, action, ends(3), generator(5))
     # The same draws: noise first, then one time for each row.
     g = generator(5)
     noise = torch.randn(3, C, D, generator=g, dtype=F64).numpy()
@@ -490,7 +517,8 @@ def test_flows_imitate_by_the_squared_error_of_their_answer(case):
         else:
             x, target = math.cos(math.pi / 2 * t[i]) * a[i] + math.sin(math.pi / 2 * t[i]) * noise[i], noise[i]
         v, _ = answer(policy, row(obs, i), x, t[i])
-        np.testing.assert_allclose(loss[i].numpy(), ((v - target) ** 2).mean(-1), rtol=1e-5)
+        extra = foreseen(policy, row(obs, i) | {"end": ends(3)["state"][i : i + 1]})
+        np.testing.assert_allclose(loss[i].numpy(), ((v - target) ** 2).mean(-1) + extra, rtol=1e-5)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -547,17 +575,18 @@ def test_gradients_of_tokens_are_those_of_finite_differences(decoding):
 
 
 IMITATORS = {
-    "flow": lambda: flow("sde"), "diffusion": lambda: flow("diffusion"), "latent": lambda: flow("latent").requires_grad_(True),
+    "flow": lambda: flow("sde"), "diffusion": lambda: flow("diffusion"), "latent": lambda: flow("latent"),
     "parallel": lambda: tokens("parallel"), "autoregressive": lambda: tokens("autoregressive"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", IMITATORS)
 def test_gradients_of_imitation_are_those_of_finite_differences(name):
-    policy, obs, action = IMITATORS[name](), look(2), shown(2)
+    policy, obs, action = learning(IMITATORS[name]()), look(2), shown(2)
+    assert all(p.requires_grad for p in policy.parameters()), "imitation trains everything"
 
     def loss():
-        return policy.imitation_loss(obs, action, generator(4)).square().mean()
+        return policy.imitation_loss(obs, action, ends(2), generator(4)).square().mean()
 
     with float64():
         assert disagreements(policy, loss) == []

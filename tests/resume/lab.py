@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,12 @@ import torch
 
 from embodied_rl import checkpoint
 from embodied_rl.cli import main
-from embodied_rl.config import build_recipe, dump_recipe
+from embodied_rl.config import build_recipe, dump_recipe, load_component
 from embodied_rl.metrics import deterministic
 from embodied_rl.recipe import Recipe
+from embodied_rl.record_demos import collect_demonstrations
 from embodied_rl.runfolder import open_run
-from embodied_rl.session import Session
-from embodied_rl.train import StopRequest, _restore, train
+from embodied_rl.train import StopRequest, _restore, build_session, train
 from embodied_rl.writers import JsonlWriter, Writers, read_rows
 
 TOYS = Path(__file__).resolve().parents[1] / "toys"
@@ -81,8 +85,57 @@ RECIPES: dict[str, dict[str, Any]] = {
         "collect": {"copies": 6, "decisions": 8, "pipeline": 2},
         "evaluate": {"every": 4, "episodes_during": 3, "copies": 3},
     },
+    "imitation": {
+        "policy": {"type": "tiny_vla_flow", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
+        # The last update is shorter than the others.
+        "algorithm": {"type": "sft", "steps": 29, "steps_per_update": 3, "batch_size": 16, "warmup": 2},
+        "evaluate": {"every": 4},
+    },
 }  # fmt: skip
 UPDATES = 10
+
+SEEN = '''
+"""The point of shown.py as a small VLA policy can see it: the goals as one vector, 8 x 8 pixels."""
+from dataclasses import replace
+import torch
+from embodied_rl import registry
+from embodied_rl.types import TensorSpec
+shown = registry.load("env", r"{shown}")
+class Config(shown.Config):
+    """Settings."""
+    tilt: bool = False
+    """Shows one entry more."""
+class Seen(shown.Shown):
+    def __init__(self, config, num_envs, device):
+        super().__init__(config, num_envs, device)
+        own = {{"goals": TensorSpec((4,))}}
+        if config.pictures:
+            own["camera"] = TensorSpec((8, 8, 3), torch.uint8, low=0, high=255)
+        if config.tilt:
+            own["tilt"] = TensorSpec((1,))
+        self.spec = replace(self.spec, observation=self.spec.observation | own)
+    def _see(self):
+        obs = super()._see()
+        obs["goals"] = obs["goals"][..., :2].flatten(1)
+        if self.config.pictures:
+            obs["camera"] = torch.nn.functional.pad(obs["camera"], (0, 0, 0, 0, 1, 1))
+        if self.config.tilt:
+            obs["tilt"] = obs["position"][:, :1]
+        return obs
+def build(config, *, num_envs, device, split, seed):
+    return Seen(config, num_envs, device)
+'''
+
+
+@cache
+def seen(episodes: int = 40) -> tuple[str, str]:
+    """The env SEEN as a file, and demonstrations of it; made once, gone with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="embodied_rl_tests_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "seen.py").write_text(SEEN.format(shown=TOYS / "shown.py"))
+    env = load_component("env", str(folder / "seen.py"), [])
+    collect_demonstrations(env, folder / "demos", episodes, noise=0.3)
+    return str(folder / "seen.py"), str(folder / "demos")
 
 
 def lay(below: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -96,8 +149,12 @@ def lay(below: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipe(name: str = "", updates: int = UPDATES, **changes: Any) -> Recipe:
-    """A recipe of the table that makes about `updates` updates, with changes laid over it."""
-    data = lay(lay(BASE, RECIPES[name] if name else {}), changes)
+    """A recipe of the table that makes about `updates` updates, with changes laid over it; "imitation" has its own steps."""
+    data = lay(BASE, RECIPES[name] if name else {})
+    if name == "imitation":
+        env, demonstrations = seen()
+        data = lay(data, {"env": {"type": env}, "algorithm": {"demonstrations": demonstrations}})
+    data = lay(data, changes)
     steps = data["collect"]["copies"] * data["collect"]["decisions"] * data["policy"].get("chunk", 1) * updates
     return build_recipe(lay({"train": {"env_steps": steps}}, data))
 
@@ -122,7 +179,7 @@ class Tape:
 
 def go(wanted: Recipe, path: Path, *, until: int = -1, resume: bool = False) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Train in this process, until an update (as if by SIGTERM) or the end: rows, and the state at the end."""
-    session = Session.build(wanted)
+    session = build_session(wanted)
     folder = open_run(path, resume=resume)
     try:
         if resume:

@@ -34,7 +34,7 @@ def test_stopped_and_resumed_three_times(name, whole, tmp_path):
     same(rows, state, whole(name))
 
 
-@pytest.mark.parametrize("name", ["stream", "groups", "pendulum", "tabletop"])
+@pytest.mark.parametrize("name", ["stream", "groups", "pendulum", "tabletop", "imitation"])
 def test_killed_at_random_moments_and_resumed(name, whole, tmp_path):
     assert lab.train_with_kills(lab.recipe(name), tmp_path, kills=5, seed=len(name)) >= 2
     same(lab.rows_of(tmp_path / "run"), lab.state_of(tmp_path / "run" / "checkpoints"), whole(name))
@@ -119,7 +119,7 @@ def test_a_run_that_reached_its_target_does_not_train_on_when_resumed(tmp_path):
     assert again == [] and lab.differing(state, state_again) == []
 
 
-@pytest.mark.parametrize("name", ["stream", "groups", "tabletop"])
+@pytest.mark.parametrize("name", ["stream", "groups", "tabletop", "imitation"])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(name, whole, tmp_path):
     rows, state = lab.go(lab.recipe(name), tmp_path / "again")
     same(rows, state, whole(name))

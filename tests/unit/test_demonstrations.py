@@ -280,7 +280,7 @@ def test_each_epoch_draws_every_frame_once_within_the_limit(frames_in_cache, twe
     batches = demos.batches(torch.Generator().manual_seed(0), 5, 1, cache_bytes=frames_in_cache * frame_bytes)
     drawn = []
     for _ in range(3 * demos.frames):
-        obs, action, mask = next(batches)
+        obs, action, mask, _ = next(batches)
         assert bool(mask.all()) and action.shape == (5, 1, 2)
         drawn += who(names, obs, action)
         most = max(frames_in_cache, max(demos.lengths.tolist()) if frames_in_cache == 1 else 0)
@@ -298,7 +298,7 @@ def test_chunks_hold_the_actions_that_followed_and_end_with_the_episode(twelve):
     batches = demos.batches(torch.Generator().manual_seed(1), 16, 4)
     ends = 0
     for _ in range(20):
-        obs, action, mask = next(batches)
+        obs, action, mask, _ = next(batches)
         assert action.dtype == torch.float32 and mask.dtype == torch.bool
         for i, (e, t) in enumerate(who(names, obs, action)):
             follow = episodes[e].action[t : t + 4]
@@ -325,8 +325,8 @@ def test_a_sampler_goes_on_where_it_was(frames_in_cache, drawn, twelve):
     second = demos.batches(torch.Generator().manual_seed(99), 7, 3, **limit)
     next(second)
     second.load_state_dict(state)
-    for obs, action, mask in expected:
-        obs_again, action_again, mask_again = next(second)
+    for obs, action, mask, _ in expected:
+        obs_again, action_again, mask_again, _ = next(second)
         assert torch.equal(action, action_again) and torch.equal(mask, mask_again)
         assert all(torch.equal(obs[name], obs_again[name]) for name in obs)
 
@@ -344,7 +344,7 @@ def test_another_order_of_the_set_is_not_taken_for_the_same(twelve, tmp_path):
 def test_cameras_can_be_left_out(twelve):
     demos = Demonstrations(twelve)
     assert "camera" not in next(demos.load(cameras=())).obs
-    obs, _, _ = next(demos.batches(torch.Generator(), 2, 1, cameras=()))
+    obs, _, _, _ = next(demos.batches(torch.Generator(), 2, 1, cameras=()))
     assert set(obs) == {"position", "goals", "word"}
 
 
@@ -429,7 +429,7 @@ def test_a_small_set_of_the_tabletop(tmp_path):
     assert [line.extra["task"] for line in demos.lines] == ["reach", "push", "lift"] * 2
     assert all(line.tasks[0] for line in demos.lines)
     assert validate(demos.folder) == []
-    obs, action, mask = next(demos.batches(torch.Generator(), 32, 8))
+    obs, action, mask, _ = next(demos.batches(torch.Generator(), 32, 8))
     assert action.shape == (32, 8, 7) and obs["objects"].shape[0] == 32
     assert set(demos.statistics()) == {"action", "proprio", "objects", "looks", "goal"}
     module = registry.load("env", "tabletop")
