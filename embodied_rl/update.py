@@ -44,6 +44,10 @@ class Update(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (AdamW)."""
 
+    critic_warmup: int = Field(0, ge=0)
+    """Updates at the start in which advantages count as 0, so that only the critic learns: it knows nothing yet of a
+    policy that begins with skills."""
+
     @model_validator(mode="after")
     def _adaptive_needs_target(self) -> Update:
         if self.lr_schedule == "adaptive_kl" and self.target_kl is None:
@@ -161,6 +165,8 @@ class Updater:
         flat = flatten(rollout, advantage)
         if len(flat) == 0:
             return metrics
+        if self.version < c.critic_warmup:
+            flat.rows["advantage"] = torch.zeros_like(flat.rows["advantage"])
         self._add_reference(flat)
         self._stepped = False
         for epoch in range(c.epochs):

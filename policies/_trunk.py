@@ -51,6 +51,8 @@ class ValueHead(Section):
     """scalar: one number; hl_gauss: a distribution over return bins (needs loss.value.kind hl_gauss); none."""
     hidden: int = Field(128, ge=1)
     """Width of its hidden layer."""
+    detach: bool = False
+    """Let no gradient of the value loss into the trunk: it then cannot disturb what was imitated, nor teach it."""
     bins: int = Field(51, ge=3)
     """Bins of hl_gauss."""
     low: float = -0.1
@@ -335,6 +337,7 @@ class Critic(nn.Module):
     def __init__(self, width: int, config: ValueHead) -> None:
         """One hidden layer."""
         super().__init__()
+        self.detach = config.detach
         self.range = (config.low, config.high) if config.kind == "hl_gauss" else None
         bins = config.bins if self.range else 1
         self.hidden, self.head = nn.Linear(width, config.hidden), nn.Linear(config.hidden, bins)
@@ -344,7 +347,7 @@ class Critic(nn.Module):
 
     def forward(self, summary: Tensor) -> tuple[Tensor, Tensor | None]:
         """[N, width] to values [N] and, of a classifying critic, logits [N, bins]."""
-        raw = self.head(F.gelu(self.hidden(summary)))
+        raw = self.head(F.gelu(self.hidden(summary.detach() if self.detach else summary)))
         if self.range is None:
             return raw.squeeze(-1), None
         return torch.softmax(raw, dim=-1) @ self.support, raw

@@ -30,4 +30,9 @@ class AlgorithmConfig(Section):
                 f"credit.returns ({self.credit.returns}) reads a critic but loss.value.coef is {self.loss.value.coef}: "
                 "set the coefficient above 0, or choose credit.returns: return_to_go with another baseline"
             )
+        if self.update.critic_warmup and self.loss.value.coef == 0:
+            raise ValueError(
+                f"update.critic_warmup ({self.update.critic_warmup}) trains the critic only, and loss.value.coef is "
+                f"{self.loss.value.coef}: remove the warm-up, or set the coefficient above 0"
+            )
         return self

@@ -149,6 +149,12 @@ ROWS = {
         [],
         "my.yaml:2: algorithm.loss: clip_high (0.3) does nothing with trust (quadratic): remove it, or set trust: clip",
     ),
+    "a warm-up of no critic": (
+        "algorithm: {type: grpo, update: {critic_warmup: 3}}",
+        [],
+        "my.yaml:2: algorithm: update.critic_warmup (3) trains the critic only, and loss.value.coef is 0.0: remove the "
+        "warm-up, or set the coefficient above 0",
+    ),
     "lambda without GAE": (
         "algorithm: {credit: {returns: trajectory, baseline: none, lam: 0.9}}",
         [],

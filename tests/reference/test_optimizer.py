@@ -99,6 +99,16 @@ def test_the_update_stops_after_the_epoch_that_moved_too_far():
     assert steps == {None: 8, 1e-9: 2}
 
 
+def test_during_the_warm_up_only_the_critic_learns():
+    policy, updater = build(Loss(), lr=1e-2, critic_warmup=2)
+    for update in range(3):
+        before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+        step_size(updater, 0.0, seed=update)
+        moved = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
+        actor = {n for n in before if n.startswith(("actor", "log_std"))}
+        assert actor and moved == (set(before) if update == 2 else set(before) - actor)
+
+
 def test_the_reference_is_the_policy_at_the_start_and_never_moves():
     policy, updater = build(Loss(kl={"kind": "k3", "coef": 0.5}), lr=1e-2, epochs=2, minibatches=1)
     start = copy.deepcopy(policy)

@@ -192,7 +192,7 @@ def test_batches_of_any_size_give_the_same_log_probabilities(kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_imitation_steps_lower_the_loss_of_one_batch(kind, head):
     env = env_spec()
-    policy, obs = make(env, model=f"tiny:{kind}", head=head, bins=16), observation(env)
+    policy, obs = make(env, model=f"tiny:{kind}", head=head), observation(env)
     action = torch.rand(6, 4, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 3e-3)
 
@@ -216,7 +216,7 @@ def test_reinforcement_starts_at_ratio_one_moves_weights_and_resumes_exactly(kin
     recipe = rl_recipe(f"tiny:{kind}", **policy)
     before = {n: x.clone() for n, x in build_session(recipe).policy.state_dict().items()}
     rows, state = lab.go(recipe, tmp_path / "whole")
-    assert [row["sync/logp_gap_mean"] for row in rows] == [0.0, 0.0]
+    assert len(rows) >= 2 and {row["sync/logp_gap_mean"] for row in rows} == {0.0}
     moved = {n for n, x in state["policy"].items() if not torch.equal(x, before[n])}
     inside = {n for n in moved if n.startswith("trunk.backbone.model.")}
     assert any(n.startswith("head.") for n in moved) and "trunk.backbone.words.weight" in moved and inside
@@ -229,7 +229,8 @@ def test_reinforcement_starts_at_ratio_one_moves_weights_and_resumes_exactly(kin
 
 
 def test_demonstrations_teach_it_through_the_engine_and_it_can_be_evaluated(tmp_path):
-    recipe = lab.recipe("imitation", policy={"type": "hf_vla", "model": "tiny:smolvlm", "width": 16, "heads": 2, "chunk": 2})
+    policy = {"type": "hf_vla", "model": "tiny:smolvlm", "width": 16, "heads": 2, "chunk": 2}
+    recipe = lab.recipe("imitation", policy=policy, algorithm={"lr": 3e-3})
     rows, state = lab.go(recipe, tmp_path / "run")
     losses = [row["actor/imitation_loss"] for row in rows]
     assert losses[-1] < 0.9 * losses[0]

@@ -66,14 +66,14 @@ def error_of(wanted):
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 
-# Success of seeds 0 to 5 (2026-11, torch 2.13, CPU): tokens 0.45 - 0.93, flow 0.6 - 0.8; untrained 0.05 - 0.17.
+# Success of seeds 0 to 5 (2026-11, torch 2.13, CPU): tokens 0.70 - 0.80, flow 0.65 - 0.88; untrained 0.05 - 0.17.
 @pytest.mark.learning
-@pytest.mark.parametrize(("policy", "batch_size", "threshold"), [("tokens", 64, 0.4), ("flow", 128, 0.4)])
+@pytest.mark.parametrize(("policy", "batch_size", "threshold"), [("tokens", 64, 0.5), ("flow", 96, 0.5)])
 def test_a_policy_that_imitates_reaches_the_goal_that_a_word_names(policy, batch_size, threshold, tmp_path):
-    env, demonstrations = lab.seen(250)
+    env, demonstrations = lab.seen(200)
 
     def train(seed, **algorithm):
-        settings = {"demonstrations": demonstrations, "batch_size": batch_size, "lr": 4e-3, "steps": 300, "steps_per_update": 25}
+        settings = {"demonstrations": demonstrations, "batch_size": batch_size, "lr": 5e-3, "steps": 250, "steps_per_update": 25, "warmup": 10}
         wanted = recipe(
             policy, seed=seed, policy={"width": 32}, algorithm=settings | algorithm,
             evaluate={"episodes": 60, "copies": 60, "videos": 0},
@@ -86,8 +86,8 @@ def test_a_policy_that_imitates_reaches_the_goal_that_a_word_names(policy, batch
     for seed in range(3):
         done, rows = train(seed)
         losses = [row["actor/imitation_loss"] for row in rows]
-        assert len(losses) == 12 and losses[-1] < 0.7 * losses[0] and losses[-1] == pytest.approx(min(losses), rel=0.1)
-        assert done.reason == "finished" and rows[-1]["progress/env_steps"] == 300 * batch_size
+        assert len(losses) == 10 and losses[-1] < 0.7 * losses[0] and losses[-1] == pytest.approx(min(losses), rel=0.1)
+        assert done.reason == "finished" and rows[-1]["progress/env_steps"] == 250 * batch_size
         scores.append(done.result.score)
     assert untrained.result.score < 0.25
     assert statistics.median(scores) >= threshold, scores
