@@ -438,10 +438,10 @@ def build(config: Config, *, env: EnvSpec, device: torch.device) -> TokenPolicy 
         raise CapabilityError("policy hf_vla moves continuous actions; this env's are discrete")
     head = TokenPolicy if config.head == "tokens" else FlowPolicy
     policy = head(replace(env, observation={}), config)
-    policy.spec, policy.trunk = env, WrappedTrunk(env, config)
+    trunk = WrappedTrunk(env, config)
+    policy.spec, policy.trunk = env, trunk
     policy.to(device)
-    backbone = cast(WrappedTrunk, policy.trunk).backbone
-    backbone.settle(lambda: [backbone(blank(env, device))])
+    trunk.backbone.settle(lambda: [trunk.backbone(blank(env, device))])
     if config.head == "flow" and config.likelihood == "latent":
         for name, parameter in policy.named_parameters():
             parameter.requires_grad_(name.startswith(("actor", "critic")))

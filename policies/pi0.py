@@ -131,7 +131,6 @@ class Pi0Policy(nn.Module):
         self.register_buffer("state_std", torch.ones(length))
         self.backbone = Backbone(env, model, model.model.vlm, model.model, config)
         self.spread = nn.Linear(settings.dit_config.hidden_size, self.size) if config.likelihood == "learned" else None
-        self.norm = nn.LayerNorm(self.backbone.width) if self.has_critic else None
         self.critic = Critic(self.backbone.width, config.critic) if self.has_critic else None
         grid = times("flow", config.denoising_steps)
         self.register_buffer("now", grid.now, persistent=False)
@@ -290,8 +289,8 @@ class Pi0Policy(nn.Module):
         return flat.sum(-1) if self.config.log_prob == "sum" else flat.mean(-1)
 
     def _value(self, prefix: Prefix) -> tuple[Tensor, Tensor | None]:
-        assert self.critic is not None and self.norm is not None
-        value: tuple[Tensor, Tensor | None] = self.critic(self.norm(prefix.summary))
+        assert self.critic is not None
+        value: tuple[Tensor, Tensor | None] = self.critic(F.layer_norm(prefix.summary, prefix.summary.shape[1:]))
         return value
 
 
@@ -348,7 +347,8 @@ def build(config: Config, *, env: EnvSpec, device: torch.device) -> Pi0Policy:
     def outputs() -> list[Tensor]:
         prefix = policy.prefix(blank(env, device))
         x = torch.zeros(1, policy.chunk, policy.wide, device=device)
-        return [*policy.velocity(prefix, x, torch.ones(1, device=device)), *[prefix.summary] * policy.has_critic]
+        read = [prefix.summary] if policy.has_critic and not config.critic.detach else []
+        return [*policy.velocity(prefix, x, torch.ones(1, device=device)), *read]
 
     policy.backbone.settle(outputs)
     if not policy.vectors:  # multiplied by zeros only

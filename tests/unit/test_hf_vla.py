@@ -88,7 +88,7 @@ def processed(kind, pictures):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_hidden_states_are_those_that_transformers_computes_from_placeholders_and_its_own_processor(kind):
+def test_hidden_states_are_those_that_transformers_computes_from_placeholders_and_processed_pictures(kind):
     env = env_spec(cameras=1 if kind == "qwen3_vl" else 2)
     policy, obs = make(env, model=f"tiny:{kind}"), observation(env)
     backbone = policy.trunk.backbone

@@ -172,7 +172,7 @@ def test_batches_of_any_size_give_the_same_log_probabilities(settings):
             assert torch.equal(again, out.logp[rows])
 
 
-VARIANTS = [["likelihood=learned", "critic.kind=hl_gauss"], ["stochastic=one", "critic.kind=none", "chunk=2"],
+VARIANTS = [["likelihood=learned", "critic.kind=hl_gauss"], ["stochastic=one", "critic.detach=true", "chunk=2"],
             ["lora=2", "freeze=vision", "dtype=bfloat16"]]  # fmt: skip
 
 
@@ -218,10 +218,10 @@ def test_reinforcement_starts_at_ratio_one_moves_weights_and_resumes_exactly(pol
 
 
 def test_demonstrations_teach_it_through_the_engine_and_it_can_be_evaluated(tmp_path):
-    recipe = lab.recipe("imitation", policy={"type": "pi0", "chunk": 2}, algorithm={"lr": 3e-3, "steps": 90, "steps_per_update": 15})
+    recipe = lab.recipe("imitation", policy={"type": "pi0", "chunk": 2}, algorithm={"lr": 1e-2, "steps": 150, "steps_per_update": 25})
     rows, state = lab.go(recipe, tmp_path / "run")
     losses = [row["actor/imitation_loss"] for row in rows]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     assert state["policy"]["state_std"].ne(1).all(), "vectors are normalised by the demonstrations"
     env = registry.load("env", recipe.env.type).build(recipe.env, num_envs=3, device=CPU, split="eval", seed=0)
     policy = build_session(recipe).policy
@@ -247,8 +247,9 @@ def test_freeze_and_lora_choose_what_is_trained():
     assert all("lora_" in n for n in adapters) and projections < trained(make(lora=2))
     assert {n.split(".")[1] for n in adapters} == {"dit", "vlm"}
     # Without a critic nothing reads PaliGemma's last layer behind its keys and values.
-    spared = everything - trained(make(critic={"kind": "none"}))
-    assert spared and all(n.startswith("model.vlm.language_model.") for n in spared)
+    for critic in ({"kind": "none"}, {"detach": True}):
+        spared = everything - trained(make(critic=critic))
+        assert spared and all(n.startswith("model.vlm.language_model.") for n in spared)
 
 
 @pytest.mark.parametrize("settings", [{"lora": 2}, {"freeze": "all"}], ids=str)
