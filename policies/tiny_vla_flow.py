@@ -114,6 +114,7 @@ class FlowPolicy(nn.Module):
         grid = times(config.process, config.denoising_steps)
         self.register_buffer("now", grid.now, persistent=False)
         self.register_buffer("after", grid.after, persistent=False)
+        self.frozen: list[nn.Parameter] = []
         if self.kind == "latent":
             flat = config.chunk * self.size
             last = nn.Linear(width, flat)
@@ -164,9 +165,17 @@ class FlowPolicy(nn.Module):
         self.scale.fit(low, high)
 
     def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
-        """Prepare to foresee where demonstrations end, and let go of a flow that likelihood latent froze."""
-        self.requires_grad_(True)
+        """Prepare to foresee where demonstrations end, and let go of what `freeze_flow` froze."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
         self.trunk.fit_vectors(statistics)
+
+    def freeze_flow(self) -> None:
+        """Leave only actor and critic to reinforcement learning: likelihood latent."""
+        chosen = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith(("actor", "critic"))]
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+        self.frozen = chosen
 
     def imitation_loss(self, obs: Obs, action: Tensor, last: Obs, generator: torch.Generator) -> Tensor:
         """Squared error of the velocity (or noise), mean over dimensions, and foresight: [N, C]."""
@@ -320,6 +329,5 @@ def build(config: Config, *, env: EnvSpec, device: torch.device) -> FlowPolicy:
     """
     policy = FlowPolicy(env, config)
     if config.likelihood == "latent":
-        for name, parameter in policy.named_parameters():
-            parameter.requires_grad_(name.startswith(("actor", "critic")))
+        policy.freeze_flow()
     return policy.to(device)

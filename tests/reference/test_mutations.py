@@ -182,7 +182,7 @@ MUTATIONS = [
     Mutation(f"{FLOW}:FlowPolicy._matching_loss", ".mean(1)", ".sum(1)", "test_vla_policies:test_the_ratio_of_cfm_is_that_of_the_matching_losses"),
     Mutation(f"{FLOW}:FlowPolicy.imitation_loss", " * self.now[0]", "", "test_vla_policies:test_flows_imitate_by_the_squared_error_of_their_answer",
              {"case": "diffusion"}),
-    Mutation(f"{FLOW}:build", 'name.startswith(("actor", "critic"))', "True", "test_vla_policies:test_with_latent_only_actor_and_critic_learn"),
+    Mutation(f"{FLOW}:FlowPolicy.freeze_flow", "requires_grad_(False)", "requires_grad_(True)", "test_vla_policies:test_with_latent_only_actor_and_critic_learn"),
     # tokens
     Mutation(f"{TOKENS}._logits", "self.config.temperature if temperature is None else temperature", "temperature or 1.0",
              "test_vla_policies:test_the_probability_of_tokens_is_the_softmax_worked_out_one_after_the_other", {"decoding": "parallel", "temperature": 0.4}),

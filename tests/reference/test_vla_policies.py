@@ -580,6 +580,21 @@ IMITATORS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("case", ["sde", "latent"])
+def test_imitation_lets_go_of_the_flow_and_of_nothing_that_was_frozen_before(case):
+    """A pretrained part may be frozen for good."""
+    policy = flow(case)
+    eyes = list(policy.trunk.eyes.parameters())
+    if case == "latent":
+        policy.requires_grad_(True)
+    for p in eyes:
+        p.requires_grad_(False)
+    if case == "latent":
+        policy.freeze_flow()
+    learning(policy)
+    assert {p for p in policy.parameters() if not p.requires_grad} == set(eyes)
+
+
 @pytest.mark.parametrize("name", IMITATORS)
 def test_gradients_of_imitation_are_those_of_finite_differences(name):
     policy, obs, action = learning(IMITATORS[name]()), look(2), shown(2)
