@@ -70,7 +70,7 @@ class ImitationSession(Saved):
         if not isinstance(policy, Imitator):
             raise CapabilityError(
                 f"policy {cast(Any, recipe.policy).type} has no imitation_loss, so demonstrations teach it nothing: "
-                "choose tiny_vla_tokens or tiny_vla_flow"
+                "choose tiny_vla_tokens, tiny_vla_flow, hf_vla or pi0"
             )
         fit_actions(policy, demos, config)
         policy.fit_vectors(demos.statistics())

@@ -34,6 +34,8 @@ EXTRAS = {
     "envpool": "envpool",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
+    "transformers": "vla",
+    "peft": "vla",
 }
 """Importable module -> the extra of this project that installs it."""
 
