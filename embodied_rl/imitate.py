@@ -139,13 +139,14 @@ class ImitationSession(Saved):
         self.optimizer.step(self._lr())
         metrics.add("actor/imitation_loss", value, 1.0)
         metrics.add("actor/grad_norm", norm, 1.0)
-        metrics.add("actor/skipped_updates", 0.0, 0.0)
         return True
 
     def _lr(self) -> float:
-        c, step = self.config, self.steps
-        rise = min(1.0, step / max(1, c.warmup))
-        return c.lr * rise * (0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.lr_schedule == "cosine" else 1.0)
+        """Of the optimizer step in turn, number `steps`, counted from 1."""
+        c = self.config
+        rise = min(1.0, self.steps / max(1, c.warmup))
+        fall = 0.5 * (1 + math.cos(math.pi * (self.steps - 1) / c.steps)) if c.lr_schedule == "cosine" else 1.0
+        return c.lr * rise * fall
 
     def counters(self) -> dict[str, float]:
         """Rows of metrics that only count."""

@@ -8,6 +8,8 @@ whole chain is a product of Gaussians, whatever the network is.
     flow, ODE step           x - v d
     flow, SDE step           (x - v t)(1 - t + d) + (x + v (1 - t))(t - d - s^2 d / (2 t)),  std = s sqrt(d)
                              with s = noise sqrt(t / (1 - t)), at t = 1 with t - d in the denominator
+                             (marginals are kept up to the first step, whose std does not shrink with d: its variance
+                             is 1 + noise^4 / 4, and the steps after it forget that)
     flow, learned noise      the ODE step as mean, the network's own standard deviation
     diffusion, training pair x_t = alpha a + sigma e, alpha = cos(pi t / 2), sigma = sin(pi t / 2), it learns e
     diffusion, step to t'    alpha' a^ + sqrt(sigma'^2 - std^2) e^

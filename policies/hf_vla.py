@@ -443,6 +443,5 @@ def build(config: Config, *, env: EnvSpec, device: torch.device) -> TokenPolicy 
     policy.to(device)
     trunk.backbone.settle(lambda: [trunk.backbone(blank(env, device))])
     if config.head == "flow" and config.likelihood == "latent":
-        for name, parameter in policy.named_parameters():
-            parameter.requires_grad_(name.startswith(("actor", "critic")))
+        policy.freeze_flow()
     return policy

@@ -236,21 +236,21 @@ class FlowPolicy(nn.Module):
         if self.kind == "cfm":
             x = self._denoise(cache, x)
             s = self.config.samples
-            t = torch.rand((n, s), generator=None if greedy else generator, device=x.device)
+            even = ((torch.arange(s, device=x.device) + 0.5) / s).expand(n, -1)
+            t = even if greedy else torch.rand((n, s), generator=generator, device=x.device)
             return x, torch.cat([x.flatten(1), normal(s).flatten(1), pad_rows(t)], dim=1).unsqueeze(1)
         steps = self.config.denoising_steps
         chosen: Tensor | None = None
         if self.num_units == 1 and steps > 1:
-            chosen = torch.randint(steps, (n,), generator=None if greedy else generator, device=x.device)
-            chosen = pad_rows(chosen)
+            last = torch.full((n,), steps - 1, device=x.device)
+            chosen = pad_rows(last if greedy else torch.randint(steps, (n,), generator=generator, device=x.device))
         units = []
         for k in range(steps):
-            mean, std = self._step(cache, x.unsqueeze(1), torch.full((len(x), 1), k, device=x.device))
-            after = mean[:, 0] + std[:, 0] * normal()
-            if greedy:
-                after = self._ode(cache, x, k)
-            elif chosen is not None:
-                after = torch.where(chosen.eq(k).view(-1, 1, 1), after, self._ode(cache, x, k))
+            now = torch.full((len(x), 1), k, device=x.device)
+            mean, std, flat = (y[:, 0] for y in self._step(cache, x.unsqueeze(1), now))
+            after = flat if greedy else mean + std * normal()
+            if chosen is not None:
+                after = torch.where(chosen.eq(k).view(-1, 1, 1), after, flat)
             step = torch.full((len(x), 1), float(k), device=x.device)
             units.append(torch.cat([x.flatten(1), after.flatten(1), step], dim=1))
             x = after
@@ -269,14 +269,15 @@ class FlowPolicy(nn.Module):
             x = self._ode(cache, x, k)
         return x
 
-    def _step(self, cache: Cache, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [N, M, C, D] of steps k [N, M] from x [N, M, C, D]."""
+    def _step(self, cache: Cache, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation of steps k [N, M] from x [N, M, C, D], and the end of the ODE step."""
         now, after = (grid[k].unsqueeze(-1).unsqueeze(-1) for grid in (self.now, self.after))
         answer, std = self._answer(cache, x, self.now[k])
+        flat = ode_step(self.config.process, x, answer, now, after)
         if std is not None:
-            return ode_step(self.config.process, x, answer, now, after), std
+            return flat, std, flat
         mean, std = sde_step(self.config.process, x, answer, now, after, self.config.noise)
-        return mean, std.clamp(min=self.config.min_std).expand_as(mean)
+        return mean, std.clamp(min=self.config.min_std).expand_as(mean), flat
 
     def _log_prob(self, summary: Tensor, cache: Cache, units: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probability and entropy of each unit [N, A]."""
@@ -288,7 +289,7 @@ class FlowPolicy(nn.Module):
         if self.kind == "cfm":
             return -self._matching_loss(cache, units[:, 0]).unsqueeze(1), None
         x, after, k = units[..., :flat], units[..., flat : 2 * flat], units[..., -1].long()
-        mean, std = self._step(cache, x.unflatten(-1, (self.chunk, self.size)), k)
+        mean, std, _ = self._step(cache, x.unflatten(-1, (self.chunk, self.size)), k)
         logp = gaussian_logp(after, mean.flatten(2), std.flatten(2))
         return self._total(logp), self._total(_entropy(std.flatten(2).log()))
 

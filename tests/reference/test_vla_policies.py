@@ -197,7 +197,7 @@ def test_steps_are_drawn_from_the_gaussian_they_are_scored_with(case):
     # A few rows tell where each step should go; all rows begin at different places.
     with torch.no_grad():
         cache = policy.trunk.prefix({k: v.expand(n, *v.shape[1:]) for k, v in obs.items()})[1]
-        mean, std = policy._step(cache, x.unflatten(-1, (C, D)), units[..., -1].long())
+        mean, std, _ = policy._step(cache, x.unflatten(-1, (C, D)), units[..., -1].long())
     z = (after - mean.flatten(2)) / std.flatten(2)
     for k in range(K):
         assert float(z[:, k].mean()) == pytest.approx(0, abs=4.5 / (n * C * D) ** 0.5)
