@@ -15,9 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embodied_rl.demo_format import RESTORE, DemonstrationError
-
-TEMPORARY = ".tmp-"
-"""Beginning of the name of a file that is being written."""
+from embodied_rl.runfolder import replace_file
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, *, verify: bool = False) -> pa.Table:
@@ -88,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, data: Any) -> None:
     """Replace a JSON file in one step; NaN and infinity are refused (ValueError)."""
     with writable(path):
-        replace(path, (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        replace_file(path, (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def line_of(row: Mapping[str, Any]) -> str:
@@ -102,25 +100,6 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         file.write(line_of(row).encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write a file in one step: after a kill the file holds the old bytes or the new ones, never a part."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def lock(folder: Path) -> int:

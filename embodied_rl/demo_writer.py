@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embodied_rl.demo_files import TEMPORARY, append_line, line_of, lock, read_lines, replace, writable, write_json
+from embodied_rl.demo_files import append_line, line_of, lock, read_lines, writable, write_json
 from embodied_rl.demo_format import (
     CHUNKS_SIZE,
     DATA_PATH,
@@ -38,6 +38,7 @@ from embodied_rl.demo_format import (
 )
 from embodied_rl.demo_stats import episode_statistics
 from embodied_rl.demonstrations import data_path, read_info
+from embodied_rl.runfolder import TEMPORARY, replace_file
 from embodied_rl.types import TensorSpec
 
 _DATA_FILE = re.compile(r"episode_(\d+)\.parquet")
@@ -130,7 +131,7 @@ class DemoWriter:
         with writable(self.folder):
             path = self._path(index)
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace(path, buffer.getvalue().to_pybytes())
+            replace_file(path, buffer.getvalue().to_pybytes())
             if new:
                 append_line(self.folder / TASKS, {"task_index": task, "task": packed.instruction})
             append_line(self.folder / EPISODE_STATS, {"episode_index": index, "stats": stats})
@@ -203,7 +204,7 @@ class DemoWriter:
         for name, whole in ((EPISODES, rows), (EPISODE_STATS, stats), (TASKS, tasks)):
             text = "".join(line_of(row) for row in whole).encode()
             if (self.folder / name).read_bytes() != text:
-                replace(self.folder / name, text)
+                replace_file(self.folder / name, text)
         for path in (self.folder / "data").glob("*/*"):
             match = _DATA_FILE.fullmatch(path.name)
             if path.name.startswith(TEMPORARY) or (match and int(match[1]) >= n):

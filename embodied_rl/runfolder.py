@@ -69,6 +69,10 @@ class SuiteResult(TypedDict):
     """Task name -> its episodes; empty for an env of one task."""
 
 
+TEMPORARY = ".tmp-"
+"""How names of files begin that are not yet whole."""
+
+
 class Change(TypedDict):
     """Success before and after training on the same starts, and the paired difference with its 95 % interval.
 
@@ -248,28 +252,33 @@ def explained(path: Path, action: str) -> Iterator[None]:
         raise RunFolderError(f"{path}: cannot {action}: {reason}") from error
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in one step: after a kill it holds the old bytes or the new ones, never a part."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a file in one step: after a kill it holds the old text or the new one, never a part.
+    """Replace a text file in one step.
 
     Raises:
         RunFolderError: It cannot be written; the old file is untouched.
     """
-    temporary = path.with_name(f".tmp-{path.name}")
     with explained(path, "write it"):
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        replace_file(path, text.encode())
 
 
 def write_json_atomic(path: Path, data: Any) -> None:

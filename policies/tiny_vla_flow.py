@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError
 from embodied_rl.policies._chains import gaussian_logp, ode_step, sde_step, times, training_pair
-from embodied_rl.policies._trunk import ActionScale, Cache, Critic, Trunk, TrunkConfig, pad_rows, padded
+from embodied_rl.policies._trunk import Cache, TrunkConfig, pad_rows, padded
+from embodied_rl.policies._vla import VlaPolicy
 from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
 
 
@@ -79,7 +80,7 @@ class Config(TrunkConfig):
         return self
 
 
-class FlowPolicy(nn.Module):
+class FlowPolicy(VlaPolicy):
     """See the module docstring; follows `embodied_rl.types.Policy` and `Imitator`."""
 
     now: Tensor
@@ -91,18 +92,13 @@ class FlowPolicy(nn.Module):
         Raises:
             CapabilityError: The env's actions are not continuous.
         """
-        super().__init__()
         if env.action.kind != "continuous":
             raise CapabilityError("policy tiny_vla_flow moves continuous actions; this env's are discrete")
-        self.config, self.spec = config, env
-        self.chunk, self.actions_per_decision, self.size = config.chunk, 1, env.action.size
+        super().__init__(env, config)
+        self.config, self.actions_per_decision = config, 1
         self.kind = config.likelihood
         chain = self.kind in ("sde", "learned")
         self.num_units = config.denoising_steps if chain and config.stochastic == "all" else 1
-        self.has_critic = config.critic.kind != "none"
-        self.value_range = (config.critic.low, config.critic.high) if config.critic.kind == "hl_gauss" else None
-        self.scale = ActionScale(self.size)
-        self.trunk = Trunk(env, config)
         width = config.width
         self.enter = nn.Linear(self.size, width)
         self.place = nn.Parameter(0.1 * torch.randn(config.chunk, width))
@@ -110,7 +106,6 @@ class FlowPolicy(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, self.size)
         self.spread = nn.Linear(width, self.size) if self.kind == "learned" else None
-        self.critic = Critic(width, config.critic) if self.has_critic else None
         grid = times(config.process, config.denoising_steps)
         self.register_buffer("now", grid.now, persistent=False)
         self.register_buffer("after", grid.after, persistent=False)
@@ -142,33 +137,15 @@ class FlowPolicy(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             summary, cache = self.trunk.prefix(obs)
         logp, h = self._log_prob(summary, cache, pad_rows(units))
-        value, value_logits = self.critic(summary) if self.critic is not None else (None, None)
-        return Evaluation(
-            logp[:n], h[:n] if entropy and h is not None else None, None if value is None else value[:n],
-            None if value_logits is None else value_logits[:n],
-        )  # fmt: skip
-
-    def value(self, obs: Obs) -> Tensor:
-        """[N] critic's estimate, without gradients."""
-        assert self.critic is not None, "value() on a policy without a critic"
-        with torch.inference_mode():
-            obs, n = padded(obs)
-            return self.critic(self.trunk.prefix(obs)[0])[0][:n]
-
-    def observe(self, obs: Obs) -> None:
-        """Nothing moves but by gradients."""
+        return self.judged(summary, logp, h if entropy else None, n)
 
     # ---- learning from demonstrations ---------------------------------------------------------------------------
-
-    def fit_actions(self, low: Tensor, high: Tensor) -> None:
-        """Map the range [D] of demonstrated actions to [-1, 1]."""
-        self.scale.fit(low, high)
 
     def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
         """Prepare to foresee where demonstrations end, and let go of what `freeze_flow` froze."""
         for parameter in self.frozen:
             parameter.requires_grad_(True)
-        self.trunk.fit_vectors(statistics)
+        super().fit_vectors(statistics)
 
     def freeze_flow(self) -> None:
         """Leave only actor and critic to reinforcement learning: likelihood latent."""

@@ -21,7 +21,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError
-from embodied_rl.policies._trunk import ActionScale, Cache, Critic, Trunk, TrunkConfig, causal_mask, pad_rows, padded
+from embodied_rl.policies._trunk import Cache, TrunkConfig, causal_mask, pad_rows, padded
+from embodied_rl.policies._vla import VlaPolicy
 from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
 
 
@@ -37,7 +38,7 @@ class Config(TrunkConfig):
     """Divides the logits while sampling and in every log-probability; greedy evaluation does not depend on it."""
 
 
-class TokenPolicy(nn.Module):
+class TokenPolicy(VlaPolicy):
     """See the module docstring; follows `embodied_rl.types.Policy` and `Imitator`."""
 
     def __init__(self, env: EnvSpec, config: Config) -> None:
@@ -46,18 +47,12 @@ class TokenPolicy(nn.Module):
         Raises:
             CapabilityError: The env's actions are not continuous.
         """
-        super().__init__()
         if env.action.kind != "continuous":
             raise CapabilityError("policy tiny_vla_tokens cuts continuous actions into bins; this env's are discrete")
-        self.config, self.spec = config, env
-        self.chunk = self.actions_per_decision = config.chunk
-        self.size = env.action.size
+        super().__init__(env, config)
+        self.config, self.actions_per_decision = config, config.chunk
         self.num_units = config.chunk * self.size
-        self.has_critic = config.critic.kind != "none"
-        self.value_range = (config.critic.low, config.critic.high) if config.critic.kind == "hl_gauss" else None
         self.autoregressive = config.decoding == "autoregressive"
-        self.scale = ActionScale(self.size)
-        self.trunk = Trunk(env, config)
         width = config.width
         length = self.num_units if self.autoregressive else config.chunk
         self.query = nn.Parameter(0.1 * torch.randn(length, width))
@@ -67,7 +62,6 @@ class TokenPolicy(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, config.bins * (1 if self.autoregressive else self.size))
         nn.init.zeros_(self.head.bias), nn.init.normal_(self.head.weight, std=0.02)
-        self.critic = Critic(width, config.critic) if self.has_critic else None
 
     # ---- acting and learning by reinforcement -------------------------------------------------------------------
 
@@ -97,32 +91,10 @@ class TokenPolicy(nn.Module):
         h = None
         if entropy:
             log_probs = torch.log_softmax(logits, dim=-1)
-            h = -(log_probs.exp() * log_probs).sum(-1)[:n]
-        value, value_logits = self.critic(summary) if self.critic is not None else (None, None)
-        return Evaluation(
-            self._log_prob(logits, units)[:n], h, None if value is None else value[:n],
-            None if value_logits is None else value_logits[:n],
-        )  # fmt: skip
-
-    def value(self, obs: Obs) -> Tensor:
-        """[N] critic's estimate, without gradients."""
-        assert self.critic is not None, "value() on a policy without a critic"
-        with torch.inference_mode():
-            obs, n = padded(obs)
-            return self.critic(self.trunk.prefix(obs)[0])[0][:n]
-
-    def observe(self, obs: Obs) -> None:
-        """Nothing moves but by gradients."""
+            h = -(log_probs.exp() * log_probs).sum(-1)
+        return self.judged(summary, self._log_prob(logits, units), h, n)
 
     # ---- learning from demonstrations ---------------------------------------------------------------------------
-
-    def fit_actions(self, low: Tensor, high: Tensor) -> None:
-        """Spread the bins over the range [D] of demonstrated actions."""
-        self.scale.fit(low, high)
-
-    def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
-        """Prepare to foresee where demonstrations end."""
-        self.trunk.fit_vectors(statistics)
 
     def imitation_loss(self, obs: Obs, action: Tensor, last: Obs, generator: torch.Generator) -> Tensor:
         """Cross-entropy of the demonstrated tokens, mean over the dimensions, and foresight: [N, C]."""

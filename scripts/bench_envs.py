@@ -72,7 +72,7 @@ def tabletop(copies: int, threads: int) -> tuple[Any, Parts]:
     parts.watch(env.arm, "forward", "forward kinematics")
     parts.watch(module, "judge", "reward")
     parts.watch(env, "view", "reward")
-    parts.watch(env, "_observe", "observation")
+    parts.watch(env, "observe", "observation")
     parts.watch(env, "_start", "reset")
     return env, parts
 

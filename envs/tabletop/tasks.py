@@ -101,6 +101,16 @@ class View:
         return torch.where(self.between, 2 - self.aperture, self.aperture) / 2
 
     @cached_property
+    def approach(self) -> Tensor:
+        """[B] what push and lift pay for coming near a with ready fingers."""
+        return 0.25 * self.near_a + 0.18 * self.fingers_part
+
+    @cached_property
+    def grip(self) -> Tensor:
+        """[B] what push and lift pay while a is held."""
+        return 0.22 * self.held
+
+    @cached_property
     def a_to_goal(self) -> Tensor:
         """[B] horizontal distance from a's centre to the marked goal."""
         return distance(self.a_position[:, :2], self.goal[:, :2])
@@ -181,8 +191,8 @@ class Push(Task):
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness of the TCP to the object, grip, closeness of the object to its rest on the goal."""
         return {
-            "reach": 0.25 * view.near_a + 0.18 * view.fingers_part,
-            "grasp": 0.22 * view.held,
+            "reach": view.approach,
+            "grasp": view.grip,
             "progress": 0.3 * closeness(distance_of(view.a_to_goal, view.a_height)),
         }
 
@@ -206,8 +216,8 @@ class Lift(Task):
     def terms(self, view: View) -> dict[str, Tensor]:
         """Closeness, grasp, height."""
         return {
-            "reach": 0.25 * view.near_a + 0.18 * view.fingers_part,
-            "grasp": 0.22 * view.held,
+            "reach": view.approach,
+            "grasp": view.grip,
             "progress": 0.3 * view.held * (view.a_height / LIFT_HEIGHT).clamp(0, 1),
         }
 
@@ -346,12 +356,13 @@ def judge(tasks: tuple[Task, ...], task: Tensor, view: View) -> tuple[Tensor, Te
     rows = []
     for one in tasks:
         values = one.terms(view)
-        rows += [one.success(view).float(), *(values.get(name, none) for name in TERMS)]
-    table = torch.stack(rows).unflatten(0, (len(tasks), 1 + len(TERMS)))
+        rows += [one.success(view), *(values.get(name, none) for name in TERMS)]
+    # `cat` turns the bools of success into numbers on its way.
+    table = torch.cat(rows).view(len(tasks), 1 + len(TERMS), -1)
     mine = table.gather(0, task.expand(1, 1 + len(TERMS), -1))[0]
-    success = mine[0] > 0
-    dense = mine[1:].sum(dim=0).masked_fill(success, 1.0)
-    return success, dense, dict(zip(TERMS, mine[1:], strict=True))
+    success, terms = mine[0] > 0, mine[1:]
+    dense = terms.sum(dim=0).masked_fill_(success, 1.0)
+    return success, dense, dict(zip(TERMS, terms.unbind(), strict=True))
 
 
 def distance(p: Tensor, q: Tensor) -> Tensor:

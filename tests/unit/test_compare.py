@@ -16,6 +16,7 @@ from embodied_rl.compare import (
     load_policy,
     print_comparison,
     print_evaluation,
+    since_start,
     verdict,
 )
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError
@@ -51,6 +52,18 @@ def test_a_comparison_pairs_the_episodes_by_hand():
     assert c.overall.rate_a.value == 4 / 6 and c.overall.rate_b.value == 2 / 6
     assert c.returns.value == 3.5 and c.returns.low < 3.5 < c.returns.high
     assert compare(a, b, success="at_end").overall == Paired(0, 0, 0, 6)
+
+
+def test_what_training_changed_is_told_in_pairs():
+    before, after = result([1, 0, 0, 0, 1, 0]), result([1, 1, 1, 1, 0, 0])
+    changes = since_start(after, before)
+    assert list(changes) == ["x", "y", "all"]
+    paired = paired_difference(1, 3, 1, 1)
+    assert changes["all"] == {
+        "before": 2 / 6, "after": 4 / 6, "difference": paired.value, "low95": paired.low, "high95": paired.high,
+        "p": mcnemar(3, 1), "episodes": 6,
+    }  # fmt: skip
+    assert (changes["x"]["before"], changes["x"]["after"], changes["y"]["episodes"]) == (2 / 3, 2 / 3, 3)
 
 
 def test_the_example_in_the_docstring_is_true():

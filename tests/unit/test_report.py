@@ -141,10 +141,17 @@ def test_the_page_shows_success_with_intervals_per_task_and_overall(finished):
     assert "width:98.00%" in bars and "width:93.00%" in bars
 
 
+def test_a_run_that_started_from_another_shows_what_changed_in_pairs(tmp_path, two_panels):
+    change = {"before": 0.41, "after": 0.93, "difference": 0.52, "low95": 0.46, "high95": 0.58, "p": 2e-30, "episodes": 300}
+    words = " ".join(page_of(make_run(tmp_path / "run", given=summary(since_start={"reach": change, "all": change}))).words)
+    assert "Before and after" in words and words.count("+0.520") == 2 and "+0.460 to +0.580" in words and "2e-30" in words
+    assert "Before and after" not in " ".join(page_of(make_run(tmp_path / "other", given=summary())).words)
+
+
 def test_the_page_has_curves_time_recipe_versions_and_source(finished):
     page = Page((finished / "report.html").read_text())
     for chart in CHARTS:
-        if chart.title not in ("Distance to the reference", "Success by task, evaluation"):
+        if chart.title not in ("Distance to the reference", "Success by task, evaluation", "Imitation loss"):
             assert chart.title in page.text
     assert "Distance to the reference" not in page.text, "nothing measured, no panel"
     assert "Collecting 3 min 00 s 73.2 % 3,000 ms" in page.text

@@ -1,0 +1,49 @@
+"""What all heads on the trunk share: the critic, the range of actions, and the beginning of every policy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.policies._trunk import ActionScale, Critic, Trunk, TrunkConfig, padded
+from embodied_rl.types import EnvSpec, Evaluation, Obs
+
+
+class VlaPolicy(nn.Module):
+    """Trunk, critic and action range; a head adds `act`, `evaluate` and `imitation_loss`."""
+
+    def __init__(self, env: EnvSpec, config: TrunkConfig) -> None:
+        """Build what does not depend on the head; parameters are drawn from torch's global generator."""
+        super().__init__()
+        self.spec = env
+        self.chunk, self.size = config.chunk, env.action.size
+        head = config.critic
+        self.has_critic = head.kind != "none"
+        self.value_range = (head.low, head.high) if head.kind == "hl_gauss" else None
+        self.scale = ActionScale(self.size)
+        self.trunk = Trunk(env, config)
+        self.critic = Critic(config.width, head) if self.has_critic else None
+
+    def value(self, obs: Obs) -> Tensor:
+        """[N] critic's estimate, without gradients."""
+        assert self.critic is not None, "value() on a policy without a critic"
+        with torch.inference_mode():
+            obs, n = padded(obs)
+            return self.critic(self.trunk.prefix(obs)[0])[0][:n]
+
+    def observe(self, obs: Obs) -> None:
+        """Nothing moves but by gradients."""
+
+    def fit_actions(self, low: Tensor, high: Tensor) -> None:
+        """Map the range [D] of demonstrated actions to [-1, 1]."""
+        self.scale.fit(low, high)
+
+    def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
+        """Prepare to foresee where demonstrations end."""
+        self.trunk.fit_vectors(statistics)
+
+    def judged(self, summary: Tensor, logp: Tensor, entropy: Tensor | None, n: int) -> Evaluation:
+        """The evaluation of the first n rows, with the critic's view of the summary."""
+        value, logits = self.critic(summary) if self.critic is not None else (None, None)
+        rest = (None if x is None else x[:n] for x in (entropy, value, logits))
+        return Evaluation(logp[:n], *rest)

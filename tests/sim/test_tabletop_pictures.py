@@ -1,0 +1,113 @@
+"""What a policy sees when it has eyes: drawn when asked, where something has moved, and never after the fact."""
+
+import pytest
+import torch
+
+from embodied_rl.collect import execute
+from embodied_rl.envs.tabletop import Config, build
+from embodied_rl.seeding import start_seeds
+
+COPIES = 3
+
+
+def make(**settings):
+    config = Config(tasks=["reach", "push"], observation="pictures", picture_size=16, threads=1, **settings)
+    env = build(config, num_envs=COPIES, device=torch.device("cpu"), split="train", seed=0)
+    begin(env, torch.ones(COPIES, dtype=torch.bool))
+    return env
+
+
+def begin(env, mask, first=0):
+    index = torch.arange(COPIES) + first
+    return env.reset(mask, start_seeds(0, "train", index, 0 * index), index % 2)
+
+
+def drawn(env, monkeypatch):
+    """Numbers of pictures per call of the ray tracer from now on."""
+    counts, real = [], env._pictures._camera.render
+
+    def counting(qpos, *args):
+        counts.append(len(qpos))
+        return real(qpos, *args)
+
+    monkeypatch.setattr(env._pictures._camera, "render", counting)
+    return counts
+
+
+def test_a_policy_sees_pictures_the_hand_and_the_words_and_no_positions():
+    env = make(cameras=("wrist",))
+    obs = env.observe()
+    assert {name: (tuple(x.shape[1:]), x.dtype) for name, x in obs.items()} == {
+        "wrist": ((16, 16, 3), torch.uint8), "hand": ((10,), torch.float32), "instruction": ((14,), torch.int64),
+    }  # fmt: skip
+    assert list(obs) == list(env.spec.observation) and env.spec.on_demand
+    assert torch.allclose(obs["hand"][:, :3], 5 * env.tcp[0]) and float(obs["hand"][:, 9].min()) > 0.9, "open"
+    env.close()
+
+
+def test_only_copies_that_have_moved_are_drawn_again_and_only_when_asked(monkeypatch):
+    env = make()
+    env.observe()
+    counts = drawn(env, monkeypatch)
+    env.observe()
+    assert counts == [], "nothing has moved"
+    active = torch.tensor([True, False, True])
+    for _ in range(4):
+        assert env.step(torch.zeros(COPIES, 7), active).obs == {}
+    assert counts == []
+    env.observe()
+    begin(env, torch.tensor([False, True, False]), first=9)
+    assert counts == [2, 1]
+    env.close()
+
+
+def test_a_copy_that_ends_inside_a_chunk_shows_where_it_stopped():
+    env, alone = make(max_steps=2), make(max_steps=2)
+    generator = torch.Generator().manual_seed(0)
+    chunk = 2 * torch.rand(COPIES, 5, 7, generator=generator) - 1
+    seen = execute(env, chunk, None)
+    assert bool(seen.truncated.all()) and seen.steps.tolist() == [2] * COPIES
+    for c in range(2):
+        alone.step(chunk[:, c])
+    wanted = alone.observe()
+    assert all(torch.equal(seen.obs[name], wanted[name]) for name in wanted)
+    env.close(), alone.close()
+
+
+def test_a_restored_state_is_seen_as_it_was():
+    env = make()
+    env.step(torch.full((COPIES, 7), 0.5))
+    before, state = {k: v.clone() for k, v in env.observe().items()}, env.get_state()
+    env.step(torch.full((COPIES, 7), -1.0))
+    assert not torch.equal(env.observe()["wrist"], before["wrist"])
+    again = env.set_state(state)
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    env.close()
+
+
+def test_copies_that_wait_are_not_simulated():
+    env = make()
+    idle = torch.tensor([False, True, False])
+    before = env.get_state()
+    env.step(torch.ones(COPIES, 7), ~idle)
+    after = env.get_state()
+    for part in ("physics", "controller"):
+        for name, x in before[part].items():
+            assert torch.equal(x[idle], after[part][name][idle]), name
+            assert name == "finger" or not torch.equal(x[~idle], after[part][name][~idle]), name
+    assert after["steps"].tolist() == [1, 0, 1]
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"observation": "pictures", "cameras": ("writs",)}, "camera 'writs' does not exist; did you mean 'wrist'?"),
+        ({"observation": "pictures", "cameras": ("wrist", "wrist")}, "name at least one, and each once"),
+        ({"picture_size": 32}, "picture_size (32) does nothing with observation (state)"),
+    ],
+)
+def test_wrong_pictures_are_refused(settings, message):
+    with pytest.raises(ValueError) as refused:
+        Config(**settings)
+    assert message in str(refused.value)
