@@ -436,12 +436,12 @@ def build(config: Config, *, env: EnvSpec, device: torch.device) -> TokenPolicy 
     """
     if env.action.kind != "continuous":
         raise CapabilityError("policy hf_vla moves continuous actions; this env's are discrete")
-    head = TokenPolicy if config.head == "tokens" else FlowPolicy
+    head: type[TokenPolicy | FlowPolicy] = TokenPolicy if config.head == "tokens" else FlowPolicy
     policy = head(replace(env, observation={}), config)
     trunk = WrappedTrunk(env, config)
     policy.spec, policy.trunk = env, trunk
     policy.to(device)
     trunk.backbone.settle(lambda: [trunk.backbone(blank(env, device))])
-    if config.head == "flow" and config.likelihood == "latent":
+    if isinstance(policy, FlowPolicy) and config.likelihood == "latent":
         policy.freeze_flow()
     return policy
