@@ -150,6 +150,15 @@ def as_batch(part: Flat, loss: LossFunction) -> Batch:
     )  # fmt: skip
 
 
+def with_signal(batch: Batch) -> Batch:
+    """The rows whose advantage is not exactly 0, with the weights they had among all rows of the optimizer step."""
+    rows = (batch.advantage != 0).nonzero().squeeze(-1)
+    if len(rows) == len(batch):
+        return batch
+    fields = {k: (v[rows] if isinstance(v, Tensor) else v) for k, v in vars(batch).items() if k != "obs"}
+    return Batch(obs={k: v.index_select(0, rows) for k, v in batch.obs.items()}, **fields)
+
+
 def micro_batches(batch: Batch, size: int | None, whole_trajectories: bool) -> Iterator[Batch]:
     """Cut an optimizer step into pieces that fit in memory; the weights stay those of the whole step.
 

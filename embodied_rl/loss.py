@@ -337,6 +337,15 @@ class LossFunction:
         """Whether a gradient flows through the entropy, so the policy has to compute it."""
         return self.config.entropy_coef != 0
 
+    def skips(self, batch: Batch) -> bool:
+        """Whether a decision without an advantage has no gradient at all, so that it need not be evaluated.
+
+        A regulariser or a critic learns from it all the same, and a ratio over the trajectory contains it.
+        """
+        c = self.config
+        learns = c.entropy_coef or c.kl.coef or (c.value.coef and batch.target is not None)
+        return not learns and c.ratio != "trajectory"
+
     @property
     def whole_trajectories(self) -> bool:
         """Whether an optimizer step must hold its trajectories whole.

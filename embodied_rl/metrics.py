@@ -85,6 +85,8 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("actor/lr", "step size of the optimizer", "", "", "", "last"),
     ("actor/kl_to_reference", "KL(new || reference)", "estimator of the recipe (k1, k2 or k3)", "nat", "", "mean"),
     ("actor/skipped_updates", "optimizer steps skipped: loss or gradient not finite", "", "steps", "lower", "sum"),
+    ("actor/skipped_rows_rate", "decisions without an advantage, which were not evaluated because nothing could learn "
+     "from them; the other metrics of the update are then over the rest", "", "1", "", "mean"),
     ("critic/loss", "value loss before its coefficient", "", "", "lower", "mean"),
     ("critic/explained_variance", "share of the targets' variance that the values explain, before the update",
      "1 - var(target - value) / var(target)", "1", "higher", "mean"),

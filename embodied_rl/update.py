@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from embodied_rl.batch import Flat, flatten, micro_batches, minibatches
+from embodied_rl.batch import Flat, flatten, micro_batches, minibatches, with_signal
 from embodied_rl.errors import DivergenceError
 from embodied_rl.loss import LossFunction
 from embodied_rl.metrics import Partials
@@ -193,12 +193,17 @@ class Updater:
         return metrics, metrics.value("actor/kl_k3") if diagnose else None
 
     def _step(self, batch: Batch, metrics: Partials, diagnose: bool, *, untouched: bool) -> None:
-        """One optimizer step on one minibatch, in micro-batches."""
+        """One optimizer step on one minibatch, in micro-batches; rows that can have no gradient are not evaluated."""
         flat, c = self.parameters, self.config
         flat.grad.zero_()
+        if self.loss.skips(batch):
+            total = len(batch)
+            batch = with_signal(batch)
+            metrics.add("actor/skipped_rows_rate", float(total - len(batch)), float(total))
         loss = torch.zeros((), device=flat.grad.device)
         parts: list[dict[str, tuple[Tensor, Tensor | float]]] = []
-        for piece in micro_batches(batch, c.micro_batch, self.loss.config.ratio == "trajectory"):
+        whole = self.loss.config.ratio == "trajectory"
+        for piece in micro_batches(batch, c.micro_batch, whole) if len(batch) else ():
             evaluation = self.policy.evaluate(piece.obs, piece.units, entropy=self.loss.reads_entropy or diagnose)
             result = self.loss(evaluation, piece, diagnose=diagnose)
             result.total.backward()

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rl.advantage import Credit, CreditChain
-from embodied_rl.batch import as_batch, flatten, micro_batches, minibatches
+from embodied_rl.batch import as_batch, flatten, micro_batches, minibatches, with_signal
 from embodied_rl.loss import Kl, Loss, LossFunction, ValueLoss
-from embodied_rl.types import ActionSpec, Advantage, TensorSpec
+from embodied_rl.types import ActionSpec, Advantage, Evaluation, TensorSpec
 from embodied_rl.update import Update, Updater
 from tests.kit import gradient, mlp, rollout_of, spec
 
@@ -229,3 +229,42 @@ def test_every_term_with_a_weight_changes_the_gradient(term):
         function(net.evaluate(batch.obs, batch.units), batch).total.backward()
         gradients.append(gradient(net))
     assert float((gradients[0] - gradients[1]).norm()) > 1e-6
+
+
+@settings(deadline=None, max_examples=30)
+@given(level=st.sampled_from(LEVELS[:3]), aggregate=st.sampled_from(AGGREGATES), seed=st.integers(0, 99), trust=st.sampled_from(["clip", "quadratic", "none"]))
+def test_rows_without_an_advantage_change_no_gradient(level, aggregate, seed, trust):
+    rollout, advantage = ragged(seed)
+    advantage.advantage[torch.rand(advantage.advantage.shape, generator=torch.Generator().manual_seed(seed)) < 0.6] = 0.0
+    loss = loss_of(level, aggregate, trust=trust, value=ValueLoss(coef=0.0))
+    whole = as_batch(flatten(rollout, advantage), loss)
+    assert loss.skips(whole)
+    rest = with_signal(whole)
+    assert len(rest) == int((whole.advantage != 0).sum()) <= len(whole)
+    gradients = []
+    for batch in (whole, rest):
+        logp = (batch.logp + 0.3 * batch.obs["x"][:, :1]).requires_grad_()
+        loss(Evaluation(logp), batch, diagnose=False).total.backward()
+        full = torch.zeros_like(whole.logp)
+        full[(whole.advantage != 0) if batch is rest else slice(None)] = logp.grad
+        gradients.append(full)
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "switches", [{"entropy_coef": 0.01}, {"kl": Kl(coef=0.1)}, {"value": ValueLoss(coef=0.5)}, {"level": "trajectory"}]
+)
+def test_rows_without_an_advantage_stay_where_something_else_learns_from_them(switches):
+    loss = loss_of(**({"value": ValueLoss(coef=0.0)} | switches))
+    assert not loss.skips(as_batch(flatten(*ragged(0)), loss))
+
+
+def test_an_update_of_groups_without_contrast_evaluates_nothing_and_says_so():
+    policy = mlp(spec({"x": TensorSpec((3,))}, ActionSpec("continuous", 2)))
+    updater = Updater(policy, LossFunction(Loss(value=ValueLoss(coef=0.0)), 1), Update(epochs=1, minibatches=1), seed=0, max_bad_updates=1)
+    out = policy.act({"x": torch.randn(8, 3)}, generator=None)
+    rollout = rollout_of(torch.zeros(4, 2), obs={"x": torch.randn(4, 2, 3)}, units=out.units.view(4, 2, 2).clone(), logp=out.logp.view(4, 2, 2).clone())
+    before = [p.detach().clone() for p in policy.parameters()]
+    metrics = updater.update(rollout, Advantage(torch.zeros(4, 2)), progress=0.0).reduce()
+    assert metrics["actor/skipped_rows_rate"] == 1.0 and "actor/kl_k3" not in metrics
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
