@@ -197,9 +197,9 @@ class Updater:
         flat, c = self.parameters, self.config
         flat.grad.zero_()
         if self.loss.skips(batch):
-            total = len(batch)
+            rows = len(batch)
             batch = with_signal(batch)
-            metrics.add("actor/skipped_rows_rate", float(total - len(batch)), float(total))
+            metrics.add("actor/skipped_rows_rate", float(rows - len(batch)), float(rows))
         loss = torch.zeros((), device=flat.grad.device)
         parts: list[dict[str, tuple[Tensor, Tensor | float]]] = []
         whole = self.loss.config.ratio == "trajectory"
