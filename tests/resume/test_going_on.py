@@ -219,7 +219,7 @@ def test_no_start_seed_is_used_twice(tmp_path):
         collect = session.collector.collect
         session.collector.collect = lambda collect=collect: seeds.append(collect()) or seeds[-1]
         monkey = pytest.MonkeyPatch()
-        monkey.setattr(Session, "build", classmethod(lambda cls, recipe, session=session: session))
+        monkey.setattr(Session, "build", classmethod(lambda cls, recipe, session=session, **_: session))
         try:
             lab.go(wanted, tmp_path / "run", until=until, resume=resume)
         finally:
