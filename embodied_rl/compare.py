@@ -15,12 +15,12 @@ from torch import Tensor
 
 from embodied_rl import checkpoint
 from embodied_rl.config import load_resolved
-from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError
+from embodied_rl.errors import CapabilityError, NotFoundError
 from embodied_rl.evaluate import evaluate
 from embodied_rl.recipe import Recipe
 from embodied_rl.results import EvaluationResult
 from embodied_rl.runfolder import Change
-from embodied_rl.session import build_env, build_policy, choose_device, load_weights
+from embodied_rl.session import build_env, build_policy, choose_device, load_weights, stored_weights
 from embodied_rl.stats import Interval, bootstrap, mcnemar, paired_difference, wilson
 from embodied_rl.types import Env, Policy
 
@@ -172,16 +172,14 @@ def load_policy(
     recipe = load_resolved(_recipe_of(path)).recipe
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    state = checkpoint.load(path)
-    if not isinstance(state.get("policy"), dict):
-        raise CheckpointError(f"checkpoint {path} holds no policy; use one that `embodied-rl train` wrote")
+    weights = stored_weights(path)
     own = env is None
     if env is None:
         where = choose_device(device or recipe.device)
         env = build_env(recipe, num_envs=copies or recipe.evaluate.copies, device=where, split="eval")
     try:
         policy = build_policy(recipe, env=env.spec, device=env.device)
-        load_weights(policy, state["policy"], str(path))
+        load_weights(policy, weights, str(path))
     except BaseException:
         if own:
             env.close()

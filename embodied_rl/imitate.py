@@ -9,14 +9,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from embodied_rl.algorithms.sft import Config
+from embodied_rl.algorithms import ImitationConfig
 from embodied_rl.demo_batches import Batches, Drawn
 from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.measure import Clock
 from embodied_rl.metrics import Partials
 from embodied_rl.recipe import Recipe
-from embodied_rl.session import Saved, build_env, build_policy, choose_device, load_weights, start_weights
+from embodied_rl.session import Saved, build_env, build_policy, choose_device, load_weights, stored_weights
 from embodied_rl.types import EnvSpec, Imitator, Policy, State
 from embodied_rl.update import Adam, FlatParameters
 
@@ -28,7 +28,7 @@ class ImitationSession(Saved):
     recipe: Recipe
     device: torch.device
     policy: Policy
-    config: Config
+    config: ImitationConfig
     parameters: FlatParameters
     optimizer: Adam
     batches: Batches
@@ -50,7 +50,7 @@ class ImitationSession(Saved):
         """Open the demonstrations and build the policy for the recipe's env.
 
         Args:
-            recipe: Complete; `algorithm` is the one of `algorithms/sft.py`.
+            recipe: Complete; `algorithm` is an `ImitationConfig`.
             fresh: False when a checkpoint is to be loaded next: `start_from` is then not read.
 
         Raises:
@@ -58,7 +58,7 @@ class ImitationSession(Saved):
         """
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        device, config = choose_device(recipe.device), cast(Config, recipe.algorithm)
+        device, config = choose_device(recipe.device), cast(ImitationConfig, recipe.algorithm)
         demos = Demonstrations(config.demonstrations)
         env = build_env(recipe, num_envs=1, device=device, split="train")
         try:
@@ -75,7 +75,7 @@ class ImitationSession(Saved):
         fit_actions(policy, demos, config)
         policy.fit_vectors(demos.statistics())
         if fresh and recipe.start_from:
-            load_weights(policy, start_weights(recipe.start_from), recipe.start_from)
+            load_weights(policy, stored_weights(recipe.start_from), recipe.start_from)
         parameters = FlatParameters(cast(nn.Module, policy))
         optimizer = Adam(parameters.vector, parameters.grad, eps=config.adam_eps, weight_decay=config.weight_decay)
         order = torch.Generator().manual_seed(recipe.seed)
@@ -180,7 +180,7 @@ class ImitationSession(Saved):
         """Nothing runs in the background."""
 
 
-def fit_actions(policy: Imitator, demos: Demonstrations, config: Config) -> None:
+def fit_actions(policy: Imitator, demos: Demonstrations, config: ImitationConfig) -> None:
     """Give the policy the range of the demonstrated actions."""
     if config.action_range == "none":
         return

@@ -211,7 +211,7 @@ class Session(Saved):
             policy = build_policy(recipe, env=envs[0].spec, device=device)
             check_fit(recipe, policy)
             if fresh and recipe.start_from:
-                load_weights(policy, start_weights(recipe.start_from), recipe.start_from)
+                load_weights(policy, stored_weights(recipe.start_from), recipe.start_from)
             loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))
             patience = recipe.train.max_bad_updates
             updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience)
@@ -302,16 +302,20 @@ class Session(Saved):
         self.collector.close()
 
 
-def start_weights(path: str) -> dict[str, Tensor]:
+def stored_weights(path: str | Path) -> dict[str, Tensor]:
     """The policy's weights of a run or checkpoint.
 
     Args:
         path: A run folder (its newest checkpoint is taken) or one of its checkpoints.
 
     Raises:
-        UserError: There is no intact checkpoint.
+        UserError: There is no intact checkpoint, or it holds no policy.
     """
-    return cast(dict[str, Tensor], checkpoint.load(checkpoint.resolve(Path(path)))["policy"])
+    found = checkpoint.resolve(Path(path))
+    weights = checkpoint.load(found).get("policy")
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"checkpoint {found} holds no policy; use one that `embodied-rl train` wrote")
+    return cast(dict[str, Tensor], weights)
 
 
 def load_weights(policy: Policy, weights: dict[str, Tensor], where: str) -> None:

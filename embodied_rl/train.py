@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from embodied_rl import checkpoint
-from embodied_rl.algorithms import sft
+from embodied_rl.algorithms import ImitationConfig
 from embodied_rl.compare import since_start
 from embodied_rl.config import dump_recipe, load_resolved
 from embodied_rl.errors import ConfigError, DivergenceError
@@ -48,7 +48,7 @@ Learner = Session | ImitationSession
 
 def build_session(recipe: Recipe, *, fresh: bool = True) -> Learner:
     """Build what a recipe's algorithm learns with; see `Session.build` and `ImitationSession.build`."""
-    if isinstance(recipe.algorithm, sft.Config):
+    if isinstance(recipe.algorithm, ImitationConfig):
         return ImitationSession.build(recipe, fresh=fresh)
     return Session.build(recipe, fresh=fresh)
 
@@ -220,9 +220,11 @@ def run(recipe: Recipe, *, resume: bool = False, folder: Path | None = None) -> 
     Raises:
         UserError: Anything the user can mend; nothing in an existing run folder is lost.
     """
-    session = build_session(recipe, fresh=not resume)
+    folder = folder or Path(recipe.log.folder) / recipe.name
+    # A run that was killed before its first checkpoint begins anew, where `start_from` says.
+    session = build_session(recipe, fresh=not resume or checkpoint.latest(folder / "checkpoints") is None)
     with closing(session):
-        opened = open_run(folder or Path(recipe.log.folder) / recipe.name, resume=resume)
+        opened = open_run(folder, resume=resume)
         try:
             return _run_in(opened, session, resume)
         finally:
@@ -301,8 +303,10 @@ def _measure_start(folder: RunFolder, session: Learner) -> None:
     if recipe.start_from is None or not recipe.evaluate.episodes or session.update or path.exists():
         return
     log.info("evaluating %s, which training starts from", recipe.start_from)
+    started = perf_counter()
     with closing(Suite(recipe)) as suite:
         suite.run(session, recipe.evaluate.episodes, final=True).save(path)
+    session.wall_s += perf_counter() - started
 
 
 def _conclude(folder: RunFolder, session: Learner) -> EvaluationResult | None:

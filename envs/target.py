@@ -90,10 +90,6 @@ class TargetEnv:
         truncated = (self._steps >= self.config.max_steps) & ~success
         return Step(self._look(), success.float(), success, truncated, success.clone())
 
-    def observe(self) -> Obs:
-        """The observation of all copies."""
-        return self._look()
-
     def get_state(self) -> State:
         """Targets, pictures and counters."""
         return {name: getattr(self, f"_{name}").clone() for name in ("target", "picture", "right", "steps")}

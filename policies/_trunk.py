@@ -202,7 +202,7 @@ class Trunk(nn.Module):
         """Choose an encoder for each entry of the observation by its dtype and rank.
 
         Raises:
-            CapabilityError: An entry that is neither picture, vector nor word ids, or no words.
+            CapabilityError: An entry that is neither picture, vector nor word ids, or a second row of word ids.
         """
         super().__init__()
         self.config = config

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from time import perf_counter
 from typing import Any
 
 Job = dict[str, Any]
@@ -80,31 +79,6 @@ def _run(script: str, job: Job, timeout: float) -> dict[str, Any] | None:
     why = f"nothing within {timeout:.0f} s" if code is None else f"exit code {code}: {last}"
     print(f"\nno result from {job}: {why}", file=sys.stderr)
     return None
-
-
-def iterate(session: Any) -> tuple[Any, float, float]:
-    """One iteration of `embodied_rl.train`'s loop, without its files.
-
-    Args:
-        session: An `embodied_rl.session.Session`.
-
-    Returns:
-        rollout: What was collected.
-        rollout_s: Seconds of collecting.
-        update_s: Seconds of everything after it.
-    """
-    from embodied_rl.batch import observed
-    from embodied_rl.measure import rollout_metrics
-
-    start = perf_counter()
-    rollout = session.collector.collect()
-    collected = perf_counter()
-    metrics = session.updater.update(rollout, session.credit(rollout), progress=0.0)
-    if (seen := observed(rollout)) is not None:
-        session.policy.observe(seen)
-    metrics.merge(rollout_metrics(rollout, session.collector.spec.tasks))
-    metrics.reduce()
-    return rollout, collected - start, perf_counter() - collected
 
 
 def median(results: list[dict[str, Any]], key: str) -> float | None:

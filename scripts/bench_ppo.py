@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from _bench import Job, finish, iterate, machine, measure_all, median, parser, spread, table, worker_main
+from _bench import Job, finish, machine, measure_all, median, parser, spread, table, worker_main
 from _ppo_peers import ENV, PEERS, Stop, Stopwatch, run_peer
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,6 +48,7 @@ def our_recipe(s: dict[str, Any], job: Job) -> Any:
 
 def run_ours(s: dict[str, Any], clock: Stopwatch, job: Job) -> dict[str, Any]:
     """The engine, iteration by iteration until the stopwatch stops it."""
+    from embodied_rl.measure import Clock
     from embodied_rl.session import Session
 
     session = Session.build(our_recipe(s, job))
@@ -57,9 +58,11 @@ def run_ours(s: dict[str, Any], clock: Stopwatch, job: Job) -> dict[str, Any]:
             clock.mark()
             if len(clock.marks) == clock.warm_up + 1:
                 spent = dict.fromkeys(spent, 0.0)
-            _, rollout_s, update_s = iterate(session)
-            spent["rollout_ms"] += rollout_s * 1e3
-            spent["update_ms"] += update_s * 1e3
+            seconds = Clock()
+            session.iterate(seconds)
+            took = seconds.take()
+            spent["rollout_ms"] += took["rollout"] * 1e3
+            spent["update_ms"] += (took["advantage"] + took["update"]) * 1e3
     except Stop:
         pass
     result = clock.result(s["copies"])

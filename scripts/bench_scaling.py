@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from _bench import Job, finish, iterate, machine, measure_all, median, parser, table, worker_main
+from _bench import Job, finish, machine, measure_all, median, parser, table, worker_main
 
 COPIES = (16, 64, 256, 1024, 4096)
 ENVS: dict[str, dict[str, Any]] = {
@@ -41,6 +41,7 @@ def measure(job: Job) -> dict[str, Any]:
     import torch
 
     from embodied_rl.config import build_recipe
+    from embodied_rl.measure import Clock
     from embodied_rl.session import Session
 
     torch.set_num_threads(1)
@@ -54,10 +55,12 @@ def measure(job: Job) -> dict[str, Any]:
     rollouts, updates, steps = [], [], []
     start = perf_counter()
     while len(rollouts) < 3 or perf_counter() - start < job["seconds"]:
-        rollout, collecting, updating = iterate(session)
-        rollouts.append(collecting)
-        updates.append(updating)
-        steps.append(int(rollout.steps[rollout.valid].sum()))
+        clock, before = Clock(), session.env_steps
+        session.iterate(clock)
+        took = clock.take()
+        rollouts.append(took["rollout"])
+        updates.append(took["advantage"] + took["update"])
+        steps.append(session.env_steps - before)
     rollout_s, update_s = statistics.median(rollouts[1:]), statistics.median(updates[1:])
     return {
         "steps_per_s": statistics.median(steps[1:]) / (rollout_s + update_s),

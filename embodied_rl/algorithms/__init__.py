@@ -7,7 +7,9 @@ here or in a file of your own.
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from embodied_rl.advantage import Credit
 from embodied_rl.loss import Loss
@@ -35,4 +37,39 @@ class AlgorithmConfig(Section):
                 f"update.critic_warmup ({self.update.critic_warmup}) trains the critic only, and loss.value.coef is "
                 f"{self.loss.value.coef}: remove the warm-up, or set the coefficient above 0"
             )
+        return self
+
+
+class ImitationConfig(Section):
+    """What a method that learns from demonstrations is made of."""
+
+    type: str
+    demonstrations: str = Field(min_length=1)
+    """Folder of the demonstrations (`embodied-rl collect` makes one; docs/demonstrations.md describes it)."""
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps in all."""
+    steps_per_update: int = Field(25, ge=1)
+    """Optimizer steps between two rows of metrics, and what evaluate.every and checkpoint.every count in."""
+    batch_size: int = Field(128, ge=1)
+    """Frames per optimizer step."""
+    action_range: Literal["quantiles", "std", "none"] = "quantiles"
+    """What is mapped to [-1, 1] in each action dimension: the range between the 1 % and 99 % quantiles, the mean plus
+    and minus three standard deviations, or [-1, 1] itself. Kept in the checkpoint."""
+    lr: float = Field(1e-3, gt=0)
+    """Adam's step size after the warm-up."""
+    warmup: int = Field(50, ge=0)
+    """Optimizer steps in which the step size rises from 0."""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """cosine: down to 0 at the last step."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Decoupled weight decay (AdamW)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients longer than this are shortened to it."""
+    adam_eps: float = Field(1e-5, gt=0)
+    """Adam's epsilon."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> ImitationConfig:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup ({self.warmup}) must be below steps ({self.steps})")
         return self

@@ -41,8 +41,8 @@ class Config(Section):
     observation: Literal["state", "pictures"] = "state"
     """state: positions of everything; pictures: what cameras see, beside the robot's own state and the words."""
     cameras: tuple[str, ...] = ("table", "wrist")
-    """Cameras of observation: pictures; any of front, overhead, table, wrist. Each costs about as much as a control
-    step."""
+    """Cameras of observation: pictures; any of front, overhead, table, wrist. On a CPU a picture of each costs as
+    much as some ten control steps."""
     picture_size: int = Field(64, ge=8, le=512)
     """Rows and columns of each picture in pixels."""
     threads: int | None = Field(None, ge=1)

@@ -31,7 +31,7 @@ class Pictures:
             for name in cameras
         }
         self._scene, self._size, self._paint = scene, size, paint
-        # Shadows would double the price of a picture and tell the policy little.
+        # Shadows would make a picture a quarter dearer and tell the policy little.
         self._camera = BatchCamera(scene.model, device, shadows=False)
         self._latest = {
             name: torch.zeros(num_envs, size, size, 3, dtype=torch.uint8, device=device) for name in cameras

@@ -16,7 +16,7 @@ from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError
 from embodied_rl.imitate import ImitationSession
 from embodied_rl.measure import Clock
 from embodied_rl.record_demos import collect_demonstrations
-from embodied_rl.session import Session, load_weights, start_weights
+from embodied_rl.session import Session, load_weights, stored_weights
 from embodied_rl.train import build_session, run
 from tests.resume import lab
 
@@ -234,7 +234,7 @@ def tokens_run(tmp_path_factory):
 
 def test_start_from_begins_with_the_weights_of_another_run(tokens_run):
     """With a state of its own in all else; and the range of actions is that of the run it comes from."""
-    stored = start_weights(str(tokens_run))
+    stored = stored_weights(str(tokens_run))
     session = build_session(recipe("tokens", seed=1, start_from=str(tokens_run), algorithm={"action_range": "none"}))
     assert lab.differing(weights(session), dict(stored)) == []
     assert (session.steps, session.frames) == (0, 0)
@@ -251,7 +251,7 @@ def test_reinforcement_starts_from_a_run_that_imitated(tokens_run):
         "tokens", start_from=str(tokens_run), algorithm={"type": "ppo"}, collect={"copies": 2, "decisions": 2}
     )
     session = build_session(wanted)
-    assert isinstance(session, Session) and lab.differing(weights(session), dict(start_weights(str(tokens_run)))) == []
+    assert isinstance(session, Session) and lab.differing(weights(session), dict(stored_weights(str(tokens_run)))) == []
     before = weights(session)
     session.iterate(Clock())
     assert lab.differing(weights(session), before) != []
@@ -262,7 +262,7 @@ def test_a_flow_that_imitated_is_frozen_when_noise_is_steered(tmp_path):
     lab.go(recipe("latent", algorithm={"lr": 1e-2}), tmp_path / "sft")
     wanted = recipe("latent", start_from=str(tmp_path / "sft"), algorithm={"type": "ppo"}, collect={"copies": 2, "decisions": 2})
     session = build_session(wanted)
-    assert lab.differing(weights(session), dict(start_weights(str(tmp_path / "sft")))) == []
+    assert lab.differing(weights(session), dict(stored_weights(str(tmp_path / "sft")))) == []
     before = weights(session)
     session.iterate(Clock())
     moved = {place.split("/")[1].split(".")[0] for place in lab.differing(weights(session), before)}
@@ -278,6 +278,25 @@ def test_a_resumed_run_does_not_need_what_it_started_from(tokens_run, tmp_path):
     shutil.rmtree(tmp_path / "old")
     assert main(["train", str(path), "--resume"]) == 0
     assert lab.rows_of(tmp_path / "runs/sft")[-1]["progress/update"] == 5
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_where_it_was_told_to(tokens_run, tmp_path):
+    wanted = recipe("tokens", start_from=str(tokens_run), log={"folder": str(tmp_path / "runs")})
+    path, run = lab.write(wanted, tmp_path / "runs"), tmp_path / "runs/sft"
+    assert main(["train", str(path)]) == 0
+    rows = lab.rows_of(run)
+    for name in ("metrics.jsonl", "summary.json", "evaluation_start.json"):
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "checkpoints")
+    assert main(["train", str(path), "--resume"]) == 0
+    for name in ("actor/imitation_loss", "actor/grad_norm"):
+        assert [row[name] for row in lab.rows_of(run)] == [row[name] for row in rows]
+
+
+def test_a_checkpoint_without_a_policy_is_no_start(tokens_run, tmp_path):
+    path = checkpoint.save(tmp_path / "checkpoints", {"weights": torch.zeros(1)}, update=1, keep=1)
+    kind, text = error_of(recipe("tokens", start_from=str(path)))
+    assert kind is CheckpointError and text == f"checkpoint {path} holds no policy; use one that `embodied-rl train` wrote"
 
 
 def test_start_from_refuses_another_policy(tokens_run):
