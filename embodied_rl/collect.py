@@ -5,7 +5,8 @@ simulates in the background while the policy decides for the other. Either way e
 order of all random draws is fixed.
 
     stream    episodes go on across rollouts; a copy that ends is restarted at once
-    episodes  each copy runs one episode per rollout from a start shared by its group, then waits
+    episodes  each copy runs one episode per rollout from a start shared by its group, then waits: it is neither
+              simulated nor shown to the policy
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed, start_seeds
-from embodied_rl.types import Env, EnvSpec, Obs, Policy, Rollout, State
+from embodied_rl.types import Env, EnvSpec, Obs, Policy, PolicyOutput, Rollout, State
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,37 @@ class Part:
         return pending()
 
 
+def decide(
+    policy: Policy, obs: Obs, active: Tensor | None, *, generator: torch.Generator | None, greedy: bool = False
+) -> PolicyOutput:
+    """Ask the policy for the active copies only: those that wait cost no inference and can leak nothing into the env.
+
+    Args:
+        policy: Decides.
+        obs: [b, ...] of all copies.
+        active: [b] bool with at least one True; None for all, which saves the gather.
+        generator: See `Policy.act`; how much is drawn from it depends on how many are active.
+        greedy: See `Policy.act`.
+
+    Returns:
+        output: [b, ...] for all copies, zeros for those that wait.
+    """
+    if active is None:
+        return policy.act(obs, generator=generator, greedy=greedy)
+    rows = active.nonzero().squeeze(-1)
+    out = policy.act(_rows(obs, rows), generator=generator, greedy=greedy)
+
+    def spread(x: Tensor) -> Tensor:
+        return x.new_zeros((len(active), *x.shape[1:])).index_copy_(0, rows, x)
+
+    rest = (None if x is None else spread(x) for x in (out.value, out.mask))
+    return PolicyOutput(spread(out.units), spread(out.logp), spread(out.action), *rest)
+
+
+def _rows(obs: Obs, rows: Tensor) -> Obs:
+    return {k: v.index_select(0, rows) for k, v in obs.items()}
+
+
 def _where(mask: Tensor, new: Obs, old: Obs) -> Obs:
     """New observations for the masked copies, old ones for the others."""
     if bool(mask.all()):
@@ -228,15 +260,11 @@ class Collector:
         return record.close(t + 1, active)
 
     def _decide(self, part: Part, t: int, active: Tensor, record: Record) -> None:
-        output = self.policy.act(part.obs, generator=self.generator)
         here = active[part.columns]
-        everyone = self.mode == "stream" or bool(here.all())
+        some = None if self.mode == "stream" or bool(here.all()) else here
+        output = decide(self.policy, part.obs, some, generator=self.generator)
         record.decision(t, part, output)
-        action = output.action
-        if not everyone:
-            # Waiting copies may show anything; what the policy makes of that must not reach the env.
-            action = torch.where(here.view(-1, *[1] * (action.ndim - 1)), action, torch.zeros_like(action))
-        part.start(action, None if everyone else here)
+        part.start(output.action, some)
 
     def _receive(self, part: Part, t: int, active: Tensor, record: Record) -> None:
         if part.pending is None:

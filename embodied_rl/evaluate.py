@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embodied_rl.collect import execute
+from embodied_rl.collect import decide, execute
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.results import EvaluationResult
 from embodied_rl.seeding import start_seeds
@@ -255,13 +255,10 @@ def _play(
     with _eval_mode(policy):
         obs = begin(torch.ones(b, dtype=torch.bool))
         while bool((playing := row < e).any()):
-            active = playing.to(device)
-            action = policy.act(obs, generator=generator, greedy=greedy).action
-            if not bool(playing.all()):
-                # Idle copies may show anything; what the policy makes of that must not reach the env.
-                action = torch.where(active.view(-1, *[1] * (action.ndim - 1)), action, torch.zeros_like(action))
+            active = None if bool(playing.all()) else playing.to(device)
+            action = decide(policy, obs, active, generator=generator, greedy=greedy).action
             stepper: Any = watched or env
-            executed = execute(stepper, action, None if bool(playing.all()) else active)
+            executed = execute(stepper, action, active)
             obs = executed.obs
             total += executed.reward
             length += executed.steps

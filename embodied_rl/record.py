@@ -107,12 +107,13 @@ class Record:
     def close(self, t: int, active: Tensor) -> Rollout:
         """Cut to the decisions made, fill in next values, and sum up the finished episodes."""
         c, d = self.c, {k: v[:t] for k, v in self.data.items()}
+        running = active & ~(d["terminated"] | d["truncated"])[-1]
         if c.mode == "episodes":
             # Whoever has not finished after the last decision is cut there, like at a time limit.
             d["truncated"][t - 1] |= active
             d["valid"][1:] = ~(d["terminated"] | d["truncated"])[:-1].cummax(0).values
             d["mask"] &= d["valid"].unsqueeze(-1)
-        next_value = self._next_value(d, t) if c.policy.has_critic else None
+        next_value = self._next_value(d, running) if c.policy.has_critic else None
         finished = self._finished(d, t)
         return Rollout(
             obs={k: v[:t] for k, v in self.obs.items()},
@@ -124,21 +125,26 @@ class Record:
             chunk=c.policy.chunk, finished=finished, metrics=self.metrics,
         )  # fmt: skip
 
-    def _next_value(self, d: dict[str, Tensor], t: int) -> Tensor:
-        """[T, B]: the next decision's value, the final state's where truncated, 0 where terminated."""
+    def _next_value(self, d: dict[str, Tensor], running: Tensor) -> Tensor:
+        """[T, B]: the next decision's value, the final state's where truncated, 0 where terminated.
+
+        The critic is asked once, about the states that no later decision values: where truncated copies stopped and
+        where the `running` ones [B] stand.
+        """
         c = self.c
-        parts = [p.obs for p in c.parts]
-        last = {k: torch.cat([o[k] for o in parts]) if len(parts) > 1 else parts[0][k] for k in c.spec.observation}
-        pieces = [last, *(o for _, _, o in self.finals)]
-        values = c.policy.value({k: torch.cat([p[k] for p in pieces]) if len(pieces) > 1 else last[k] for k in last})
-        out = torch.empty_like(d["value"])
+        out = torch.zeros_like(d["value"])
         out[:-1] = d["value"][1:]
-        out[-1] = values[: c.num_envs]
-        start = c.num_envs
-        for step, copies, obs in self.finals:
-            stop = start + len(next(iter(obs.values())))
-            out[step, copies] = values[start:stop]
-            start = stop
+        pieces = list(self.finals)
+        if bool(running.any()):
+            parts = [p.obs for p in c.parts]
+            last = {k: torch.cat([o[k] for o in parts]) if len(parts) > 1 else parts[0][k] for k in c.spec.observation}
+            rows = running.nonzero().squeeze(-1)
+            everyone = len(rows) == c.num_envs
+            pieces.append((-1, rows, last if everyone else {k: v.index_select(0, rows) for k, v in last.items()}))
+        if pieces:
+            values = c.policy.value({k: torch.cat([obs[k] for _, _, obs in pieces]) for k in c.spec.observation})
+            for (step, copies, _), x in zip(pieces, values.split([len(p[1]) for p in pieces]), strict=True):
+                out[step, copies] = x
         return torch.where(d["terminated"] | ~d["valid"], torch.zeros_like(out), out)
 
     def _finished(self, d: dict[str, Tensor], t: int) -> dict[str, Tensor]:

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embodied_rl import registry
+from embodied_rl.batch import flatten
 from embodied_rl.collect import Collector
 from embodied_rl.errors import CapabilityError
 from embodied_rl.seeding import numpy_rng, start_seed
-from tests.kit import Scripted, toy
+from embodied_rl.types import Advantage
+from tests.kit import Scripted, mlp, toy
 
 LONGEST = 6
 
@@ -181,6 +184,64 @@ def test_groups_share_starts_with_each_other_but_not_with_other_groups_or_rollou
         seen += seeds[:, 0].tolist()
     assert len(set(seen)) == 8
     assert all(seed % 2 == 0 for seed in seen), "training starts are even; evaluation starts are odd"
+
+
+class Counting:
+    """A policy, and the number of rows of each of its calls."""
+
+    def __init__(self, policy):
+        self.policy, self.acted, self.valued = policy, [], []
+        self.chunk, self.num_units, self.has_critic = policy.chunk, policy.num_units, policy.has_critic
+
+    def act(self, obs, **given):
+        self.acted.append(len(next(iter(obs.values()))))
+        return self.policy.act(obs, **given)
+
+    def value(self, obs):
+        self.valued.append(len(next(iter(obs.values()))))
+        return self.policy.value(obs)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_finished_copies_leave_the_inference_batch(parts):
+    # Lengths 5, 1, 2, 3 (odd: terminated, even: truncated) and at most 4 decisions: copy 0 is cut while running.
+    lengths = [(5, 1, 2, 3)] if parts == 1 else [(5, 1), (2, 3)]
+    policy = Counting(scripted(1))
+    c = Collector([toy("lengths", 4 // parts, lengths=part) for part in lengths], policy, decisions=4, mode="episodes")
+    rollout = c.collect()
+    assert rollout.valid.sum(0).tolist() == [4, 1, 2, 3]
+    assert policy.acted == ([4, 3, 2, 1] if parts == 1 else [2, 2, 1, 2, 1, 1, 1])
+    assert sum(policy.acted) == int(rollout.valid.sum()) == 10, "16 without leaving"
+    assert policy.valued == [2], "the copy that was truncated and the one that was cut, in one call"
+    assert rollout.next_value[1, 2] == value_of(2, int(rollout.obs["t"][1, 2, 1]))
+    assert rollout.next_value[3, 0] == value_of(4, int(rollout.obs["t"][3, 0, 1]))
+    c.close()
+
+
+def test_a_stream_asks_the_critic_only_for_states_that_no_later_decision_values():
+    # Lengths 2 (truncated) and 3 (terminated), 3 decisions: at the end copy 0 is running and copy 1 has just begun anew.
+    policy = Counting(scripted(1))
+    Collector([toy("lengths", 2, lengths=(2, 3))], policy, decisions=3).collect()
+    assert policy.acted == [2, 2, 2] and policy.valued == [2]
+
+
+@pytest.mark.parametrize("name", ["mlp", "tiny_vla_tokens", "tiny_vla_flow"])
+def test_decisions_of_a_shrinking_batch_have_the_log_probabilities_that_training_computes(name):
+    env = registry.load("env", "target")
+    env = env.build(env.Config(tolerance=1.0), num_envs=40, device=torch.device("cpu"), split="train", seed=0)
+    if name == "mlp":
+        env.spec.observation.pop("picture")
+        policy = mlp(env.spec, hidden=(16,), chunk=2, shake=0.1)
+    else:
+        module = registry.load("policy", name)
+        torch.manual_seed(0)
+        policy = module.build(module.Config(width=16, heads=2, layers=1, channels=8, glances=2, chunk=2), env=env.spec, device=env.device)
+    policy = Counting(policy)
+    rollout = Collector([env], policy, decisions=8, mode="episodes", generator=torch.Generator().manual_seed(0)).collect()
+    assert len(set(policy.acted)) > 3 and sum(policy.acted) == int(rollout.valid.sum())
+    flat = flatten(rollout, Advantage(torch.zeros_like(rollout.reward)))
+    again = policy.policy.evaluate(flat.full_obs(), flat.rows["units"]).logp.detach()
+    assert torch.equal(again, flat.rows["logp"])
 
 
 def test_without_a_critic_no_value_is_made_up():

@@ -132,11 +132,15 @@ MUTATIONS = [
     Mutation(SHUFFLE, "if not whole_trajectories:", "if True:",
              PROPERTIES + "test_batches:test_over_an_epoch_trajectory_mean_weighs_long_and_short_trajectories_alike", {"level": "unit"}),
     # collection
-    Mutation("embodied_rl.record:Record._next_value", "out[step, copies] = values[start:stop]", "pass",
+    Mutation("embodied_rl.record:Record._next_value", "out[step, copies] = x", "pass",
              PROPERTIES + "test_collector:test_the_last_observation_of_the_rollout_is_valued_and_so_is_every_true_last_state"),
     Mutation("embodied_rl.collect:execute", "active = mask & ~done", "active = mask", PROPERTIES + "test_collector:test_a_copy_stops_in_the_middle_of_a_chunk"),
     Mutation("embodied_rl.collect:execute", "total.obs = {k: v.clone() for k, v in total.obs.items()}", "pass",
              PROPERTIES + "test_collector:test_a_copy_stops_in_the_middle_of_a_chunk"),
+    Mutation("embodied_rl.collect:decide", "index_copy_(0, rows, x)", "index_copy_(0, rows.flip(0), x)",
+             PROPERTIES + "test_collector:test_decisions_of_a_shrinking_batch_have_the_log_probabilities_that_training_computes", {"name": "mlp"}),
+    Mutation("embodied_rl.record:Record._next_value", "out[step, copies] = x", "out[step, copies] = values[: len(x)]",
+             PROPERTIES + "test_collector:test_finished_copies_leave_the_inference_batch", {"parts": 1}),
     # densities
     Mutation(f"{MLP}._log_prob", "logp - log_tanh_derivative", "logp + log_tanh_derivative",
              "test_distributions:test_the_density_of_squashed_actions_integrates_to_1", {"init_std": 0.6}),

@@ -65,13 +65,16 @@ def collect(critic: Tensor | None) -> Rollout:
         return obs["state"][:, 2:].argmax(-1)
 
     def action(obs):
-        return ((torch.arange(PATHS) >> time(obs)) & 1).unsqueeze(-1)
+        return ((obs["copy"] >> time(obs)) & 1).unsqueeze(-1)
 
     def value(obs):
         return critic[obs["state"][:, :2].argmax(-1), time(obs)].float()
 
     policy = Scripted(action, value, has_critic=critic is not None)
-    return Collector([toy("two_state", PATHS, max_steps=STEPS)], policy, decisions=STEPS, mode="episodes").collect()
+    env = toy("two_state", PATHS, max_steps=STEPS)
+    look = env._obs
+    env._obs = lambda: look() | {"copy": torch.arange(PATHS)}
+    return Collector([env], policy, decisions=STEPS, mode="episodes").collect()
 
 
 def columns(rollout: Rollout, copies: tuple[int, ...]) -> Rollout:

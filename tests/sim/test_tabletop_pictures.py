@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from embodied_rl.collect import execute
+from embodied_rl.collect import Collector, execute
 from embodied_rl.envs.tabletop import Config, build
 from embodied_rl.seeding import start_seeds
+from tests.kit import Scripted
 
 COPIES = 3
 
@@ -96,6 +97,24 @@ def test_copies_that_wait_are_not_simulated():
             assert torch.equal(x[idle], after[part][name][idle]), name
             assert name == "finger" or not torch.equal(x[~idle], after[part][name][~idle]), name
     assert after["steps"].tolist() == [1, 0, 1]
+    env.close()
+
+
+def test_copies_that_have_finished_their_episode_are_not_drawn(monkeypatch):
+    env, look, decided = make(max_steps=9), lambda obs: torch.zeros(len(obs["hand"]), 3, 7), []
+    real, counts = env.step, drawn(env, monkeypatch)
+
+    def step(action, active=None):
+        out = real(action, active)
+        # Copy 1 ends in the middle of the first chunk, copy 2 in the second one.
+        out.terminated |= env._steps >= torch.tensor([99, 2, 4])
+        return out
+
+    env.step = step
+    policy = Scripted(lambda obs: decided.append(len(obs["hand"])) or look(obs), None, chunk=3, num_units=21, has_critic=False)
+    Collector([env], policy, decisions=4, mode="episodes").collect()
+    assert counts == [3, 3, 2, 1], "the start, and after each decision those that decided"
+    assert decided == [3, 2, 1]
     env.close()
 
 

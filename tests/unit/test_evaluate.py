@@ -82,6 +82,14 @@ def test_idle_copies_never_meet_the_env_with_what_the_policy_made_of_their_noise
     assert len(given) == 4 and all(torch.isfinite(a).all() for a in given)
 
 
+def test_copies_without_another_episode_leave_the_inference_batch():
+    rows = []
+    counting = Scripted(lambda obs: rows.append(len(obs["t"])) or STAY.action(obs), STAY.critic)
+    result = evaluate(counting, toy("lengths", 3, lengths=(2, 4, 1)), episodes=4, run_seed=0)
+    # Copy 0 plays episodes 0 and 3 (2 + 2 steps), copy 1 four steps, copy 2 one.
+    assert rows == [3, 2, 2, 2] and sum(rows) == int(result.length.sum())
+
+
 @pytest.mark.parametrize("chunk", [2, 3, 5])
 def test_a_chunk_stops_at_the_end_of_its_episode(chunk):
     policy = Scripted(lambda obs: torch.zeros(len(obs["t"]), chunk, 1), lambda obs: torch.zeros(len(obs["t"])), chunk=chunk)
