@@ -263,9 +263,15 @@ def whiten(x: Tensor, valid: Tensor, floor: float = 1e-8) -> Tensor:
 class CreditChain:
     """`Credit` with the little memory it needs (the running scale of rewards); part of a checkpoint."""
 
-    def __init__(self, config: Credit) -> None:
-        """Start with an empty memory."""
-        self.config = config
+    def __init__(self, config: Credit, *, drop_equal_groups: bool = False) -> None:
+        """Start with an empty memory.
+
+        Args:
+            config: The recipe's credit section.
+            drop_equal_groups: Groups whose returns are all equal leave before the update, so that no mean over the
+                batch counts them; otherwise they stay, with an advantage of 0.
+        """
+        self.config, self.drop_equal_groups = config, drop_equal_groups
         self._running: Tensor | None = None
         self._count, self._mean, self._m2 = 0.0, 0.0, 0.0
 
@@ -279,41 +285,47 @@ class CreditChain:
             advantage: `.advantage` [T, B], and `.target` [T, B] = unprocessed advantage + value with a critic.
         """
         c = self.config
-        reward = torch.where(rollout.valid, rollout.reward, torch.zeros_like(rollout.reward))
-        # An infinite or NaN number in a masked decision must not reach the sums.
-        discount: Tensor | float = c.gamma if rollout.chunk == 1 else c.gamma ** rollout.steps.to(reward.dtype)
+        reward, discount = self._reward_and_discount(rollout)
         if c.reward_scale != "none":
             reward = reward / self._reward_std(reward, rollout, discount)
-        target = None
+        target, counts = None, rollout.valid
         metrics: dict[str, tuple[float, float]] = {}
         if c.returns == "gae":
             assert rollout.value is not None and rollout.next_value is not None
             value = torch.where(rollout.valid, rollout.value, torch.zeros_like(reward))
             next_value = torch.where(rollout.valid, rollout.next_value, torch.zeros_like(reward))
             raw = gae(
-                reward,
-                value,
-                next_value,
-                rollout.terminated,
-                rollout.truncated | ~rollout.valid,
-                discount=discount,
-                lam=c.lam,
-            )
+                reward, value, next_value, rollout.terminated, rollout.truncated | ~rollout.valid,
+                discount=discount, lam=c.lam,
+            )  # fmt: skip
             target = raw + value
             metrics = fit_metrics(value, target, rollout.valid)
-            score = raw
         else:
-            score, counted = return_to_go(reward, rollout.done, discount=discount), rollout.valid
-            if c.returns == "trajectory":
-                # One row: an episode counts once in a mean over the batch, however many decisions it took.
-                score, counted = score[:1], counted[:1]
-            group = rollout.group[0]
-            raw = subtract_baseline(score, group, counted, c.baseline)
-            raw = scale(raw, score, group, counted, c.scale, c.scale_floor).expand_as(reward)
+            score, group = return_to_go(reward, rollout.done, discount=discount), rollout.group[0]
             if c.needs_groups:
                 equal = equal_in_group(score[:1], group)[0]
                 metrics["rollout/zero_advantage_groups"] = (float(equal.sum()), float(equal.numel()))
-        return Advantage(self._post(raw, rollout.valid), target, metrics)
+                if self.drop_equal_groups:
+                    counts = counts & ~equal
+            counted = counts
+            if c.returns == "trajectory":
+                # One row: an episode counts once in a mean over the batch, however many decisions it took.
+                score, counted = score[:1], counted[:1]
+            raw = subtract_baseline(score, group, counted, c.baseline)
+            raw = scale(raw, score, group, counted, c.scale, c.scale_floor).expand_as(reward)
+        return Advantage(self._post(raw, counts), target, metrics, counts)
+
+    def contrast(self, rollout: Rollout) -> Tensor:
+        """[B] bool, True for copies of groups whose returns differ: only these tell good from bad."""
+        reward, discount = self._reward_and_discount(rollout)
+        score = return_to_go(reward, rollout.done, discount=discount)
+        return ~equal_in_group(score[:1], rollout.group[0])[0]
+
+    def _reward_and_discount(self, rollout: Rollout) -> tuple[Tensor, Tensor | float]:
+        # An infinite or NaN number in a masked decision must not reach the sums.
+        reward = torch.where(rollout.valid, rollout.reward, torch.zeros_like(rollout.reward))
+        gamma = self.config.gamma
+        return reward, gamma if rollout.chunk == 1 else gamma ** rollout.steps.to(reward.dtype)
 
     def _post(self, x: Tensor, valid: Tensor) -> Tensor:
         c = self.config
@@ -333,7 +345,9 @@ class CreditChain:
         """
         # A NaN would stay in the statistics for good; the update that it belongs to is skipped anyway.
         reward = torch.where(torch.isfinite(reward), reward, torch.zeros_like(reward))
-        running = torch.zeros_like(reward[0]) if self._running is None else self._running.to(reward.device)
+        # Where every episode ended with its rollout nothing runs on, and the next one may have other copies.
+        whole = self._running is None or not bool(self._running.any())
+        running = torch.zeros_like(reward[0]) if whole else self._running.to(reward.device)
         series = torch.empty_like(reward)
         for t in range(len(reward)):
             d = discount[t] if isinstance(discount, Tensor) else discount

@@ -21,7 +21,7 @@ LAZY_BYTES = 256 * 2**20
 
 @dataclass
 class Flat:
-    """All valid decisions of a rollout as rows."""
+    """All decisions of a rollout that are learned from as rows."""
 
     obs: Obs
     """name -> [N, ...]"""
@@ -65,17 +65,17 @@ class Flat:
 
 
 def flatten(rollout: Rollout, advantage: Advantage) -> Flat:
-    """Turn the valid decisions of a rollout into rows, copy by copy within each decision index.
+    """Turn the decisions that are learned from into rows, copy by copy within each decision index.
 
     Args:
         rollout: [T, B].
         advantage: [T, B].
 
     Returns:
-        flat: N = number of valid decisions. The mask is left out when every unit counts.
+        flat: N = number of decisions that count. The mask is left out when every unit counts.
     """
-    everything = bool(rollout.valid.all())
-    index = None if everything else rollout.valid.flatten().nonzero().squeeze(-1)
+    counts = rollout.valid if advantage.counts is None else advantage.counts
+    index = None if bool(counts.all()) else counts.flatten().nonzero().squeeze(-1)
 
     def rows(x: Tensor) -> Tensor:
         x = x.flatten(0, 1)

@@ -179,7 +179,7 @@ class _Received:
 
 
 class Collector:
-    """Collects rollouts; iterate over it, or call `collect`. A rollout is valid until the next one is begun."""
+    """Collects rollouts; iterate over it, or call `collect`. Every rollout has memory of its own."""
 
     def __init__(
         self, envs: Sequence[Env], policy: Policy, *, decisions: int, mode: Literal["stream", "episodes"] = "stream",

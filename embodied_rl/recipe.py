@@ -22,6 +22,11 @@ class Collect(Section):
     """Copies that share each start; group-relative methods need at least 2 and mode: episodes."""
     pipeline: int = Field(1, ge=1, le=8)
     """Parts the copies are split into; with 2, one half simulates while the other half is inferred."""
+    dynamic_sampling: Literal["none", "drop", "refill"] = "none"
+    """What becomes of groups whose returns are all equal: none keeps them, with an advantage of 0, in every mean over
+    the batch; drop takes them out before the update; refill collects further groups in their place as well (DAPO)."""
+    max_attempts: int = Field(4, ge=2)
+    """refill: most rollouts per update; whatever contrast there is then has to do."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Collect:
@@ -34,6 +39,20 @@ class Collect(Section):
         if self.group_size > 1 and self.mode == "stream":
             raise ValueError(
                 f"group_size ({self.group_size}) above 1 needs mode: episodes, so that a group ends together"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_to_sample(self) -> Collect:
+        if self.dynamic_sampling != "none" and self.group_size < 2:
+            raise ValueError(
+                f"dynamic_sampling ({self.dynamic_sampling}) looks for groups whose returns differ, and group_size is "
+                f"{self.group_size}: set group_size: 8 and mode: episodes, or dynamic_sampling: none"
+            )
+        if self.dynamic_sampling != "refill" and self.max_attempts != type(self).model_fields["max_attempts"].default:
+            raise ValueError(
+                f"max_attempts ({self.max_attempts}) does nothing with dynamic_sampling ({self.dynamic_sampling}): "
+                "remove it, or set dynamic_sampling: refill"
             )
         return self
 

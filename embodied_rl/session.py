@@ -21,7 +21,8 @@ from embodied_rl.measure import Clock, rollout_metrics
 from embodied_rl.metrics import Partials
 from embodied_rl.recipe import Recipe
 from embodied_rl.seeding import global_rng_state, seed_everything, set_global_rng_state
-from embodied_rl.types import Env, EnvSpec, Policy, Split, State
+from embodied_rl.selection import refill
+from embodied_rl.types import Env, EnvSpec, Policy, Rollout, Split, State
 from embodied_rl.update import Updater
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,12 @@ def check_fit(recipe: Recipe, policy: Policy) -> None:
         raise CapabilityError(
             f"algorithm.credit compares copies of one start (baseline {credit.baseline}, scale {credit.scale}) but "
             f"collect.group_size is {collect.group_size}: set collect.group_size: 8 and collect.mode: episodes"
+        )
+    if collect.dynamic_sampling != "none" and not credit.needs_groups:
+        raise CapabilityError(
+            f"collect.dynamic_sampling {collect.dynamic_sampling} takes out groups whose returns are all equal, but "
+            f"with algorithm.credit.baseline {credit.baseline} they carry a signal: set algorithm.credit.baseline: "
+            "group_mean (with returns: trajectory), or collect.dynamic_sampling: none"
         )
     if not credit.needs_critic and collect.mode == "stream":
         raise CapabilityError(
@@ -223,7 +230,8 @@ class Session(Saved):
             for env in envs:
                 env.close()
             raise
-        return cls(recipe, device, policy, CreditChain(algorithm.credit), updater, collector)
+        credit = CreditChain(algorithm.credit, drop_equal_groups=c.dynamic_sampling != "none")
+        return cls(recipe, device, policy, credit, updater, collector)
 
     @property
     def update(self) -> int:
@@ -255,7 +263,7 @@ class Session(Saved):
             metrics: Of this iteration.
         """
         with clock.phase("rollout"):
-            rollout = self.collector.collect()
+            rollout, attempts = self._collect()
         with clock.phase("advantage"):
             advantage = self.credit(rollout)
         with clock.phase("update"):
@@ -270,10 +278,20 @@ class Session(Saved):
         self.episodes += len(rollout.finished.get("return", ()))
         metrics.merge(rollout_metrics(rollout, self.collector.spec.tasks))
         metrics.merge_pairs(advantage.metrics)
+        if self.recipe.collect.dynamic_sampling == "refill":
+            metrics.last("rollout/attempts", attempts)
         busy = sum(clock.seconds.values())
         metrics.last("perf/env_steps_per_s", steps / busy)
         metrics.last("perf/decisions_per_s", decisions / busy)
         return metrics
+
+    def _collect(self) -> tuple[Rollout, int]:
+        """One rollout, or as many as dynamic sampling needs, and their number."""
+        c = self.recipe.collect
+        if c.dynamic_sampling != "refill":
+            return self.collector.collect(), 1
+        groups = c.copies // c.group_size
+        return refill(self.collector.collect, self.credit.contrast, groups=groups, max_attempts=c.max_attempts)
 
     def counters(self) -> dict[str, float]:
         """Rows of metrics that only count."""

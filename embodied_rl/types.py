@@ -353,6 +353,9 @@ class Advantage:
     """[T, B] regression target of the critic, in the critic's units; None without a critic."""
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     """name -> (sum, count)"""
+    counts: Tensor | None = None
+    """[T, B] bool, decisions that are learned from; None for all valid ones. The others leave before the update: they
+    are in no batch and in no denominator."""
 
 
 @dataclass

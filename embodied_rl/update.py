@@ -164,6 +164,8 @@ class Updater:
         metrics.maximum("sync/policy_lag_max", float(self.version - rollout.policy_version.min()))
         flat = flatten(rollout, advantage)
         if len(flat) == 0:
+            # Every group was dropped: an update without anything to learn from, and no sign of divergence.
+            self.version += 1
             return metrics
         if self.version < c.critic_warmup:
             flat.rows["advantage"] = torch.zeros_like(flat.rows["advantage"])

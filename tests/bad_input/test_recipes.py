@@ -170,6 +170,18 @@ ROWS = {
         [],
         "my.yaml:2: collect: group_size (4) above 1 needs mode: episodes, so that a group ends together",
     ),
+    "dynamic sampling without groups": (
+        "collect: {mode: episodes, dynamic_sampling: drop}",
+        [],
+        "my.yaml:2: collect: dynamic_sampling (drop) looks for groups whose returns differ, and group_size is 1: set "
+        "group_size: 8 and mode: episodes, or dynamic_sampling: none",
+    ),
+    "attempts without refilling": (
+        "collect: {copies: 8, group_size: 4, mode: episodes, dynamic_sampling: drop, max_attempts: 9}",
+        [],
+        "my.yaml:2: collect: max_attempts (9) does nothing with dynamic_sampling (drop): remove it, or set "
+        "dynamic_sampling: refill",
+    ),
     "a schedule without its target": (
         "algorithm: {update: {lr_schedule: adaptive_kl}}",
         [],

@@ -95,6 +95,15 @@ def test_a_method_that_compares_groups_without_groups(toy, capsys):
     )
 
 
+def test_groups_that_credit_does_not_compare_cannot_be_sampled(toy, capsys):
+    groups = ("collect.mode=episodes", "collect.group_size=2", "collect.dynamic_sampling=drop")
+    assert say(capsys, "train", "toy.yaml", *groups) == (
+        "error: collect.dynamic_sampling drop takes out groups whose returns are all equal, but with algorithm.credit.baseline "
+        "critic they carry a signal: set algorithm.credit.baseline: group_mean (with returns: trajectory), or "
+        "collect.dynamic_sampling: none\n"
+    )
+
+
 def test_a_critic_that_the_policy_does_not_have(toy, capsys):
     assert say(capsys, "train", "toy.yaml", "policy.critic.kind=none") == (
         "error: algorithm.credit.returns gae needs a value head, and the policy has none: give the policy a critic, "

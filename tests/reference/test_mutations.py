@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from embodied_rl.advantage import Credit
+
 FUTURE_ANNOTATIONS = 0x1000000
 """Compiler flag of `from __future__ import annotations`, which the mutated modules use."""
 
@@ -41,7 +43,7 @@ FLATTEN, SHUFFLE = "embodied_rl.batch:flatten", "embodied_rl.batch:_shuffle"
 MLP = "embodied_rl.policies.mlp:MlpPolicy"
 CHAINS, SCALE_OF_ACTIONS = "embodied_rl.policies._chains", "embodied_rl.policies._trunk:ActionScale"
 FLOW, TOKENS = "embodied_rl.policies.tiny_vla_flow", "embodied_rl.policies.tiny_vla_tokens:TokenPolicy"
-PROPERTIES = "tests.properties."
+PROPERTIES, SELECTION = "tests.properties.", "tests.unit.test_selection:"
 
 MUTATIONS = [
     # generalised advantage estimates
@@ -71,8 +73,20 @@ MUTATIONS = [
     Mutation(WHITEN, "(x - mean)", "x", "test_credit:test_whitening_brings_mean_0_and_unbiased_deviation_1"),
     Mutation(CHAIN, "score, counted = score[:1], counted[:1]", "score = score[:1].expand_as(score)",
              "test_credit:test_trajectory_scores_do_not_weigh_long_episodes_more"),
-    Mutation(CHAIN, "c.gamma ** rollout.steps.to(reward.dtype)", "c.gamma", "test_credit:test_a_chunk_is_discounted_by_the_steps_it_really_executed"),
+    Mutation("embodied_rl.advantage:CreditChain._reward_and_discount", "gamma ** rollout.steps.to(reward.dtype)", "gamma",
+             "test_credit:test_a_chunk_is_discounted_by_the_steps_it_really_executed"),
     Mutation(CHAIN, "target = raw + value", "target = raw", "test_credit:test_the_critic_target_is_the_unprocessed_advantage_plus_the_value"),
+    Mutation(CHAIN, "counts = counts & ~equal", "pass", SELECTION + "test_groups_without_contrast_leave_the_denominators"),
+    Mutation(CHAIN, "self._post(raw, counts)", "self._post(raw, rollout.valid)", SELECTION + "test_what_is_learned_from_does_not_know_what_was_dropped",
+             {"name": "whiten"}),
+    Mutation(CHAIN, "scale(raw, score, group, counted", "scale(raw, score, group, rollout.valid[: len(score)]",
+             SELECTION + "test_what_is_learned_from_does_not_know_what_was_dropped", {"name": "batch_std"}),
+    Mutation("embodied_rl.selection:join", "r.episode + episodes", "r.episode",
+             SELECTION + "test_side_by_side_every_copy_has_the_advantages_and_rows_it_had_alone", {"credit": Credit(gamma=0.9)}),
+    Mutation("embodied_rl.selection:join", "r.group + groups", "r.group",
+             SELECTION + "test_side_by_side_every_copy_has_the_advantages_and_rows_it_had_alone", {"credit": Credit(gamma=0.9)}),
+    Mutation("embodied_rl.selection:_extended", "changed[f.name][made:] = 0", "pass",
+             SELECTION + "test_side_by_side_every_copy_has_the_advantages_and_rows_it_had_alone", {"credit": Credit(gamma=0.9)}),
     Mutation(POST, "x > 0", "x < 0", "test_credit:test_positive_and_negative_weights_and_the_clamp_come_last"),
     Mutation(REWARD_STD, "running * d + reward[t]", "running + reward[t]",
              "test_credit:test_the_running_reward_scale_is_the_deviation_of_all_discounted_returns_so_far"),

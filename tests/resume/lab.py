@@ -60,6 +60,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "collect": {"mode": "episodes", "group_size": 4},
         "evaluate": {"every": 2},
     },
+    "sampled groups": {
+        "env": {"end_on_success": True, "reward": "sparse"},
+        "policy": {"critic": {"kind": "none"}, "init_std": 2.0},
+        "algorithm": {"type": "grpo", "credit": {"reward_scale": "running_return_std"}},
+        "collect": {"mode": "episodes", "group_size": 4, "dynamic_sampling": "refill"},
+        "train": {"env_steps": 1500},
+    },
     "chunks": {
         "policy": {"chunk": 3, "critic": {"kind": "hl_gauss", "low": -5.0, "high": 5.0}},
         "algorithm": {"loss": {"ratio": "action", "value": {"kind": "hl_gauss"}}},

@@ -1,0 +1,107 @@
+"""Which of the collected decisions are learned from: dynamic sampling of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embodied_rl.types import Rollout
+
+CLEARED = ("valid", "mask", "reward", "steps", "terminated", "truncated")
+"""Fields that are zero beyond the end of a rollout; the others repeat their last row."""
+
+
+def refill(
+    collect: Callable[[], Rollout], contrast: Callable[[Rollout], Tensor], *, groups: int, max_attempts: int
+) -> tuple[Rollout, int]:
+    """Collect until enough groups have returns that differ.
+
+    Groups that all succeed or all fail have no advantage; at 90 % success most of a rollout is of that kind, and an
+    update learns from the few groups that are left. Here further groups take their place.
+
+    Args:
+        collect: Makes one rollout, all of its groups from starts of their own.
+        contrast: rollout -> [B] bool, copies whose group has returns that differ (`CreditChain.contrast`).
+        groups: Wanted number of groups with contrast.
+        max_attempts: Most rollouts; whatever contrast there is then has to do.
+
+    Returns:
+        rollout: Everything that was collected, side by side; credit leaves out the groups without contrast.
+        attempts: Number of rollouts in it.
+
+    Source: Yu et al. 2025, section 3.2 (DAPO, arXiv:2503.14476). Differs: groups beyond the wanted number are learned
+        from as well, not thrown away.
+    """
+    rollouts: list[Rollout] = []
+    found = 0
+    while found < groups and len(rollouts) < max_attempts:
+        rollouts.append(collect())
+        found += len(rollouts[-1].group[0][contrast(rollouts[-1])].unique())
+    return join(rollouts), len(rollouts)
+
+
+def join(rollouts: Sequence[Rollout]) -> Rollout:
+    """Put rollouts of whole episodes side by side, as if their copies had run at once.
+
+    Args:
+        rollouts: [T_i, B_i] each, by one policy.
+
+    Returns:
+        rollout: [max T_i, sum B_i]; episodes, groups and `finished["copy"]` are renumbered, decisions beyond the end
+            of a shorter rollout are not valid.
+    """
+    if len(rollouts) == 1:
+        return rollouts[0]
+    longest = max(len(r.reward) for r in rollouts)
+    parts: list[Rollout] = []
+    episodes = groups = copies = 0
+    for r in rollouts:
+        r = _extended(r, longest)
+        finished = dict(r.finished)
+        if finished:
+            finished["copy"] = finished["copy"] + copies
+        parts.append(replace(r, episode=r.episode + episodes, group=r.group + groups, finished=finished))
+        # One row of constants per episode, also of one that was begun after the last decision.
+        episodes += max([int(r.episode.max()) + 1, *(len(x) for x in r.constants.values())])
+        groups += int(r.group.max()) + 1
+        copies += r.reward.shape[1]
+    joined = {
+        name: _side_by_side([getattr(r, name) for r in parts], axis)
+        for name, axis in [(f.name, 0 if f.name in ("constants", "finished") else 1) for f in fields(Rollout)]
+        if name not in ("chunk", "metrics")
+    }
+    return Rollout(**joined, chunk=parts[0].chunk, metrics=_added([r.metrics for r in parts]))
+
+
+def _extended(rollout: Rollout, decisions: int) -> Rollout:
+    """The rollout with decisions appended that do not count."""
+    made = len(rollout.reward)
+    if made == decisions:
+        return rollout
+    rows = torch.arange(decisions, device=rollout.reward.device).clamp(max=made - 1)
+    changed: dict[str, Any] = {"obs": {k: x[rows] for k, x in rollout.obs.items()}}
+    for f in fields(Rollout):
+        if isinstance(x := getattr(rollout, f.name), Tensor):
+            changed[f.name] = x[rows]
+            if f.name in CLEARED:
+                changed[f.name][made:] = 0
+    return replace(rollout, **changed)
+
+
+def _side_by_side(values: list[Any], axis: int) -> Any:
+    if isinstance(values[0], dict):
+        names = dict.fromkeys(name for x in values for name in x)
+        return {name: torch.cat([x[name] for x in values if name in x], dim=axis) for name in names}
+    return None if values[0] is None else torch.cat(values, dim=axis)
+
+
+def _added(parts: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    out: dict[str, tuple[float, float]] = {}
+    for name, (total, count) in (pair for part in parts for pair in part.items()):
+        s, n = out.get(name, (0.0, 0.0))
+        out[name] = (s + total, n + count)
+    return out
