@@ -346,8 +346,9 @@ class CreditChain:
         # A NaN would stay in the statistics for good; the update that it belongs to is skipped anyway.
         reward = torch.where(torch.isfinite(reward), reward, torch.zeros_like(reward))
         # Where every episode ended with its rollout nothing runs on, and the next one may have other copies.
-        whole = self._running is None or not bool(self._running.any())
-        running = torch.zeros_like(reward[0]) if whole else self._running.to(reward.device)
+        running = torch.zeros_like(reward[0])
+        if self._running is not None and bool(self._running.any()):
+            running = self._running.to(reward.device)
         series = torch.empty_like(reward)
         for t in range(len(reward)):
             d = discount[t] if isinstance(discount, Tensor) else discount

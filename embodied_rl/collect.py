@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from embodied_rl.curriculum import Curriculum, TaskSampler
 from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed, start_seeds
@@ -183,7 +184,8 @@ class Collector:
 
     def __init__(
         self, envs: Sequence[Env], policy: Policy, *, decisions: int, mode: Literal["stream", "episodes"] = "stream",
-        group_size: int = 1, run_seed: int = 0, generator: torch.Generator | None = None,
+        group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -193,11 +195,12 @@ class Collector:
             decisions: T, the most decisions of one rollout.
             mode: See the module docstring.
             group_size: Copies that share each start.
+            curriculum: Which task each start gets; None for one after the other.
             run_seed: Seed of the starts.
             generator: Of the policy's samples, on the policy's device.
 
         Raises:
-            CapabilityError: Groups on an env that cannot be seeded.
+            CapabilityError: Groups on an env that cannot be seeded, or a curriculum without tasks or success.
         """
         self.policy, self.mode, self.group_size, self.run_seed = policy, mode, group_size, run_seed
         self.spec = envs[0].spec
@@ -207,6 +210,7 @@ class Collector:
                 f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, "
                 "and this one cannot; use group_size: 1 with a method that needs no groups, or the gymnasium env"
             )
+        self.sampler = TaskSampler(curriculum or Curriculum(), self.spec)
         self.parts: list[Part] = []
         start = 0
         for env in envs:
@@ -257,7 +261,9 @@ class Collector:
                     self._decide(part, t + 1, active, record)
             if not bool(active.any()):
                 break
-        return record.close(t + 1, active)
+        rollout = record.close(t + 1, active)
+        self.sampler.observe(rollout.finished)
+        return rollout
 
     def _decide(self, part: Part, t: int, active: Tensor, record: Record) -> None:
         here = active[part.columns]
@@ -283,11 +289,11 @@ class Collector:
             self._restart(mask, record, [part])
 
     def _restart(self, mask: Tensor, record: Record, parts: Sequence[Part] | None = None) -> None:
-        """Begin new episodes in the masked copies: seeds and tasks depend on (run seed, group, how many before)."""
+        """Begin new episodes in the masked copies: they depend on (run seed, group, how many before, curriculum)."""
         where = mask.nonzero().squeeze(-1)
         group, index = self.group_of[where], self.starts[where]
         self.seed[where] = start_seeds(self.run_seed, "train", group, index)
-        self.task[where] = (group + index) % len(self.spec.tasks)
+        self.task[where] = self.sampler.choose(group, index, self.seed[where])
         self.starts[where] += 1
         for part in parts or self.parts:
             here, seeds, tasks = (x[part.columns].to(self.device) for x in (mask, self.seed, self.task))
@@ -317,6 +323,7 @@ class Collector:
         generator = self.generator
         state: State = {
             "version": self.version,
+            "tasks": self.sampler.state_dict(),
             "begun": self._begun,
             "generator": generator and {"device": generator.device.type, "state": generator.get_state()},
             "envs": [p.env.get_state() for p in self.parts] if keep_envs else None,
@@ -341,6 +348,7 @@ class Collector:
         for k in self._COPY_FIELDS:
             getattr(self, k).copy_(state[k])
         self.version = state["version"]
+        self.sampler.load_state_dict(state["tasks"])
         # Until an env state is in place the next rollout must begin with a reset, whatever this collector did before.
         self._begun = False
         same_samples = self._restore_generator(state["generator"])

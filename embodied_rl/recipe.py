@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from embodied_rl.curriculum import Curriculum
 from embodied_rl.section import Section
 
 
@@ -27,6 +28,7 @@ class Collect(Section):
     the batch; drop takes them out before the update; refill collects further groups in their place as well (DAPO)."""
     max_attempts: int = Field(4, ge=2)
     """refill: most rollouts per update; whatever contrast there is then has to do."""
+    curriculum: Curriculum = Curriculum()
 
     @model_validator(mode="after")
     def _divisible(self) -> Collect:

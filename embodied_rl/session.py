@@ -223,8 +223,8 @@ class Session(Saved):
             patience = recipe.train.max_bad_updates
             updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience)
             collector = Collector(
-                envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, run_seed=recipe.seed,
-                generator=torch.Generator(device).manual_seed(recipe.seed),
+                envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, curriculum=c.curriculum,
+                run_seed=recipe.seed, generator=torch.Generator(device).manual_seed(recipe.seed),
             )  # fmt: skip
         except BaseException:
             for env in envs:
@@ -277,6 +277,7 @@ class Session(Saved):
         self.decisions += decisions
         self.episodes += len(rollout.finished.get("return", ()))
         metrics.merge(rollout_metrics(rollout, self.collector.spec.tasks))
+        metrics.merge(self.collector.sampler.metrics())
         metrics.merge_pairs(advantage.metrics)
         if self.recipe.collect.dynamic_sampling == "refill":
             metrics.last("rollout/attempts", attempts)

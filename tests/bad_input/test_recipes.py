@@ -182,6 +182,11 @@ ROWS = {
         "my.yaml:2: collect: max_attempts (9) does nothing with dynamic_sampling (drop): remove it, or set "
         "dynamic_sampling: refill",
     ),
+    "a curriculum's window without a curriculum": (
+        "collect: {curriculum: {window: 20}}",
+        [],
+        "my.yaml:2: collect.curriculum: window (20) does nothing with kind (none): remove it, or set kind: success",
+    ),
     "a schedule without its target": (
         "algorithm: {update: {lr_schedule: adaptive_kl}}",
         [],

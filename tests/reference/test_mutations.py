@@ -155,6 +155,11 @@ MUTATIONS = [
              PROPERTIES + "test_collector:test_decisions_of_a_shrinking_batch_have_the_log_probabilities_that_training_computes", {"name": "mlp"}),
     Mutation("embodied_rl.record:Record._next_value", "out[step, copies] = x", "out[step, copies] = values[: len(x)]",
              PROPERTIES + "test_collector:test_finished_copies_leave_the_inference_batch", {"parts": 1}),
+    Mutation("embodied_rl.curriculum:TaskSampler.observe", "self.config.window) ** n", "self.config.window)", "tests.unit.test_curriculum:test_success_rates_and_probabilities_by_hand"),
+    Mutation("embodied_rl.curriculum:TaskSampler.probabilities", "(1 - self.success)", "self.success",
+             "tests.unit.test_curriculum:test_success_rates_and_probabilities_by_hand"),
+    Mutation("embodied_rl.curriculum:TaskSampler.choose", "for s in seed.tolist()", "for s in group.tolist()",
+             "tests.unit.test_curriculum:test_tasks_are_drawn_with_their_probabilities_by_the_seed_alone"),
     # densities
     Mutation(f"{MLP}._log_prob", "logp - log_tanh_derivative", "logp + log_tanh_derivative",
              "test_distributions:test_the_density_of_squashed_actions_integrates_to_1", {"init_std": 0.6}),

@@ -64,7 +64,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "env": {"end_on_success": True, "reward": "sparse"},
         "policy": {"critic": {"kind": "none"}, "init_std": 2.0},
         "algorithm": {"type": "grpo", "credit": {"reward_scale": "running_return_std"}},
-        "collect": {"mode": "episodes", "group_size": 4, "dynamic_sampling": "refill"},
+        "collect": {"mode": "episodes", "group_size": 4, "dynamic_sampling": "refill", "curriculum": {"kind": "success", "window": 20}},
         "train": {"env_steps": 1500},
     },
     "chunks": {
