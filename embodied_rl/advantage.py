@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embodied_rl.errors import CapabilityError, ShapeError
 from embodied_rl.section import Section
+from embodied_rl.selection import until_success
 from embodied_rl.types import Advantage, Rollout, State
 
 Baseline = Literal["none", "critic", "batch_mean", "group_mean", "leave_one_out"]
@@ -31,6 +32,9 @@ class Credit(Section):
     """gae: needs a critic; return_to_go: discounted sum from the decision on; trajectory: one number per episode."""
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's lambda: 0 is the one-step error (low variance), 1 the discounted return minus the value."""
+    mask_after_success: bool = False
+    """For envs that go on after success: learn nothing from decisions that begin after the goal has first held in their
+    episode, and end its return there. The decision in which the goal is reached counts whole."""
     reward_scale: Literal["none", "running_return_std"] = "none"
     """Divide rewards by the running standard deviation of the discounted return before anything else."""
     baseline: Baseline = "critic"
@@ -285,11 +289,14 @@ class CreditChain:
             advantage: `.advantage` [T, B], and `.target` [T, B] = unprocessed advantage + value with a critic.
         """
         c = self.config
+        metrics: dict[str, tuple[float, float]] = {}
+        if c.mask_after_success:
+            made, rollout = float(rollout.valid.sum()), until_success(rollout)
+            metrics["rollout/after_success_rate"] = (made - float(rollout.valid.sum()), made)
         reward, discount = self._reward_and_discount(rollout)
         if c.reward_scale != "none":
             reward = reward / self._reward_std(reward, rollout, discount)
         target, counts = None, rollout.valid
-        metrics: dict[str, tuple[float, float]] = {}
         if c.returns == "gae":
             assert rollout.value is not None and rollout.next_value is not None
             value = torch.where(rollout.valid, rollout.value, torch.zeros_like(reward))
@@ -299,7 +306,7 @@ class CreditChain:
                 discount=discount, lam=c.lam,
             )  # fmt: skip
             target = raw + value
-            metrics = fit_metrics(value, target, rollout.valid)
+            metrics |= fit_metrics(value, target, rollout.valid)
         else:
             score, group = return_to_go(reward, rollout.done, discount=discount), rollout.group[0]
             if c.needs_groups:
@@ -317,6 +324,8 @@ class CreditChain:
 
     def contrast(self, rollout: Rollout) -> Tensor:
         """[B] bool, True for copies of groups whose returns differ: only these tell good from bad."""
+        if self.config.mask_after_success:
+            rollout = until_success(rollout)
         reward, discount = self._reward_and_discount(rollout)
         score = return_to_go(reward, rollout.done, discount=discount)
         return ~equal_in_group(score[:1], rollout.group[0])[0]

@@ -71,6 +71,7 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("rollout/zero_advantage_groups", "groups of equal returns: they carry no signal", "", "1", "lower", "mean"),
     ("rollout/task_probability/<task>", "how likely the curriculum starts this task in the next rollout",
      "(p (1 - p) + floor) / sum over tasks, p the running success rate", "1", "", "last"),
+    ("rollout/after_success_rate", "decisions that began after success and are not learned from", "", "1", "", "mean"),
     ("rollout/attempts", "rollouts that dynamic sampling collected for this update", "", "rollouts", "lower", "last"),
     ("rollout/episodes", "episodes that ended in this rollout", "", "episodes", "", "sum"),
     ("actor/loss", "total loss that is minimised, critic and regularisers included", "", "", "", "mean"),

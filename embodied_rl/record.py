@@ -114,6 +114,7 @@ class Record:
             d["valid"][1:] = ~(d["terminated"] | d["truncated"])[:-1].cummax(0).values
             d["mask"] &= d["valid"].unsqueeze(-1)
         next_value = self._next_value(d, running) if c.policy.has_critic else None
+        solved = self._solved(d, t) if self.success else None
         finished = self._finished(d, t)
         return Rollout(
             obs={k: v[:t] for k, v in self.obs.items()},
@@ -122,7 +123,7 @@ class Record:
             reward=d["reward"], steps=d["steps"], terminated=d["terminated"], truncated=d["truncated"],
             value=d.get("value"), next_value=next_value, group=c.group_of.to(c.device).expand(t, -1), task=d["task"],
             policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
-            chunk=c.policy.chunk, finished=finished, metrics=self.metrics,
+            chunk=c.policy.chunk, finished=finished, metrics=self.metrics, solved=solved,
         )  # fmt: skip
 
     def _next_value(self, d: dict[str, Tensor], running: Tensor) -> Tensor:
@@ -146,6 +147,15 @@ class Record:
             for (step, copies, _), x in zip(pieces, values.split([len(p[1]) for p in pieces]), strict=True):
                 out[step, copies] = x
         return torch.where(d["terminated"] | ~d["valid"], torch.zeros_like(out), out)
+
+    def _solved(self, d: dict[str, Tensor], t: int) -> Tensor:
+        """[T, B], see `Rollout.solved`; begins with what earlier rollouts left behind."""
+        once, held = self.success["once"][:t], self.c.episode_success.to(self.c.device)
+        solved = once.to(torch.int64)
+        for i in range(t):
+            solved[i].masked_fill_(held, 2)
+            held = (held | once[i]) & ~(d["terminated"][i] | d["truncated"][i])
+        return solved
 
     def _finished(self, d: dict[str, Tensor], t: int) -> dict[str, Tensor]:
         """One row per episode that ended here; sums start with what earlier rollouts left behind."""

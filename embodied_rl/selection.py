@@ -1,4 +1,4 @@
-"""Which of the collected decisions are learned from: dynamic sampling of groups."""
+"""Which of the collected decisions are learned from: those up to success, and those of groups with contrast."""
 
 from __future__ import annotations
 
@@ -13,6 +13,27 @@ from embodied_rl.types import Rollout
 
 CLEARED = ("valid", "mask", "reward", "steps", "terminated", "truncated")
 """Fields that are zero beyond the end of a rollout; the others repeat their last row."""
+
+
+def until_success(rollout: Rollout) -> Rollout:
+    """The rollout as if every episode had ended with the decision in which its goal first held.
+
+    That decision counts whole, also where the goal was reached in the middle of its chunk. Later ones are not valid:
+    they change no return, no advantage and no loss.
+
+    Args:
+        rollout: With `solved`.
+
+    Returns:
+        rollout: The same tensors, but `valid` and `terminated`.
+
+    Source: Li et al. 2025 (SimpleVLA-RL, arXiv:2509.09674) mask action tokens after success in the loss. Differs: the
+        returns end there as well.
+    """
+    assert rollout.solved is not None
+    return replace(
+        rollout, valid=rollout.valid & (rollout.solved < 2), terminated=rollout.terminated | (rollout.solved == 1)
+    )
 
 
 def refill(

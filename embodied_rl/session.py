@@ -81,7 +81,7 @@ def _type_of(section: Any) -> str:
     return cast(str, section.type)
 
 
-def check_fit(recipe: Recipe, policy: Policy) -> None:
+def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
     """Refuse parts of a recipe that cannot work together, each with a way out.
 
     Raises:
@@ -109,6 +109,11 @@ def check_fit(recipe: Recipe, policy: Policy) -> None:
         raise CapabilityError(
             f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is "
             "stream: set collect.mode: episodes"
+        )
+    if credit.mask_after_success and not env.has_success:
+        raise CapabilityError(
+            "algorithm.credit.mask_after_success masks what follows success, and the env does not tell success: "
+            "remove it"
         )
     classifies = getattr(policy, "value_range", None) is not None
     if loss.value.coef and policy.has_critic and (loss.value.kind == "hl_gauss") != classifies:
@@ -216,7 +221,7 @@ class Session(Saved):
             for part in range(c.pipeline):
                 envs.append(build_env(recipe, num_envs=c.copies // c.pipeline, device=device, split="train", part=part))
             policy = build_policy(recipe, env=envs[0].spec, device=device)
-            check_fit(recipe, policy)
+            check_fit(recipe, policy, envs[0].spec)
             if fresh and recipe.start_from:
                 load_weights(policy, stored_weights(recipe.start_from), recipe.start_from)
             loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))

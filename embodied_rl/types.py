@@ -323,6 +323,10 @@ class Rollout:
     success_at_end [E] bool (when the env has success)."""
     metrics: dict[str, tuple[float, float]]
     """name -> (sum, count) partial means of the env's `Step.metrics` over the executed steps."""
+    solved: Tensor | None = None
+    """[T, B] int64: 0 while the goal has not held in the episode, 1 in the decision in which it first does (at any of
+    its control steps), 2 in every later one; None when the env has no success. Episodes that began in an earlier
+    rollout are known from their beginning."""
 
     @property
     def done(self) -> Tensor:

@@ -104,6 +104,13 @@ def test_groups_that_credit_does_not_compare_cannot_be_sampled(toy, capsys):
     )
 
 
+def test_success_that_the_env_does_not_tell_cannot_be_masked(toy, capsys):
+    gym = ("env.type=gymnasium", "env.id=CartPole-v1", "algorithm.credit.mask_after_success=true")
+    assert say(capsys, "train", "toy.yaml", *gym) == (
+        "error: algorithm.credit.mask_after_success masks what follows success, and the env does not tell success: remove it\n"
+    )
+
+
 def test_a_critic_that_the_policy_does_not_have(toy, capsys):
     assert say(capsys, "train", "toy.yaml", "policy.critic.kind=none") == (
         "error: algorithm.credit.returns gae needs a value head, and the policy has none: give the policy a critic, "

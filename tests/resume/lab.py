@@ -69,7 +69,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "chunks": {
         "policy": {"chunk": 3, "critic": {"kind": "hl_gauss", "low": -5.0, "high": 5.0}},
-        "algorithm": {"loss": {"ratio": "action", "value": {"kind": "hl_gauss"}}},
+        "algorithm": {"credit": {"mask_after_success": True}, "loss": {"ratio": "action", "value": {"kind": "hl_gauss"}}},
     },
     "discrete": {
         "env": {"type": str(TOYS / "two_state.py"), "max_steps": 4},

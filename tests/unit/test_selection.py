@@ -88,6 +88,82 @@ def test_an_update_without_anything_to_learn_from_changes_no_weight_and_counts()
     assert lab.differing(before, (after, policy.state_dict())) == []
 
 
+# ---- after success --------------------------------------------------------------------------------------------------
+
+
+def test_returns_end_with_the_decision_that_succeeds():
+    # Rewards 0 1 1 1 at gamma 0.5, success in the second decision: 0 + 0.5 x 1 = 0.5 instead of 0.875.
+    reward = torch.tensor([[0.0], [1.0], [1.0], [1.0]])
+    end = torch.tensor([[False], [False], [False], [True]])
+    rollout = rollout_of(reward, truncated=end, solved=torch.tensor([[0], [1], [2], [2]]))
+    credit = {"gamma": 0.5, "returns": "return_to_go", "baseline": "none"}
+    masked = CreditChain(Credit(**credit, mask_after_success=True))(rollout)
+    assert masked.advantage.flatten().tolist() == [0.5, 1.0, 0.0, 0.0]
+    assert masked.counts.flatten().tolist() == [True, True, False, False]
+    assert masked.metrics["rollout/after_success_rate"] == (2.0, 4.0)
+    assert CreditChain(Credit(**credit))(rollout).advantage.flatten().tolist() == [0.875, 1.75, 1.5, 1.0]
+    # Two decisions are left, each with half of the weight, and the forward pass sees no other.
+    batch = as_batch(flatten(rollout, masked), LossFunction(Loss(value=ValueLoss(coef=0.0)), 1))
+    assert batch.weight.flatten().tolist() == [0.5, 0.5] and batch.advantage.tolist() == [0.5, 1.0]
+
+
+def test_the_critic_learns_that_nothing_follows_success():
+    # gamma 0.5, lambda 0, values 1 2 3, next values 2 3 4: 0 + 0.5 x 2 - 1 = 0; 1 - 2 = -1, for nothing follows.
+    value, after = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [3.0], [4.0]])
+    rollout = rollout_of(torch.tensor([[0.0], [1.0], [1.0]]), value=value, next_value=after, solved=torch.tensor([[0], [1], [2]]))
+    out = CreditChain(Credit(gamma=0.5, lam=0.0, mask_after_success=True))(rollout)
+    assert out.advantage.flatten().tolist() == [0.0, -1.0, 0.0]
+    assert flatten(rollout, out).rows["target"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("chunk", "solved"), [(1, [0, 1, 2, 2, 2, 2, 2]), (2, [1, 2, 2, 2]), (3, [1, 2, 2])])
+def test_success_in_the_middle_of_a_chunk_is_the_last_decision_that_counts(chunk, solved):
+    # Episodes of 7 steps that pay 1, 2, 3, ...; the goal holds at step 2 only.
+    policy = Scripted(lambda obs: torch.zeros(len(obs["t"]), chunk, 1), lambda obs: 0.0 * obs["t"].sum(-1), chunk=chunk, num_units=chunk)
+    rollout = Collector([toy("lengths", 1, lengths=(7,))], policy, decisions=9, mode="episodes").collect()
+    assert rollout.solved.flatten().tolist() == solved
+    out = CreditChain(Credit(gamma=0.5, lam=1.0, mask_after_success=True))(rollout)
+    # Up to the decision that succeeds: 1 + 0.5 x 2; 1 + 2; 1 + 2 + 3.
+    assert float(out.advantage[0, 0]) == {1: 2.0, 2: 3.0, 3: 6.0}[chunk]
+    assert int(out.counts.sum()) == {1: 2, 2: 1, 3: 1}[chunk]
+
+
+def test_success_is_remembered_across_rollouts_until_the_episode_ends():
+    # A stream of 2 decisions per rollout; episodes of 5 steps, the goal holds at step 2.
+    policy = Scripted(lambda obs: obs["t"][:, :1].unsqueeze(1), lambda obs: obs["t"].sum(-1))
+    c = Collector([toy("lengths", 1, lengths=(5,))], policy, decisions=2)
+    assert [c.collect().solved.flatten().tolist() for _ in range(5)] == [[0, 1], [2, 2], [2, 0], [1, 2], [2, 2]]
+
+
+def test_an_env_that_goes_on_after_success_teaches_what_one_that_ends_there_teaches():
+    def seek(obs):
+        return ((obs["goals"][:, 0, :2] - obs["position"]) / 0.4).clamp(-0.7, 0.7).unsqueeze(1)
+
+    flats, chain = [], CreditChain(Credit(gamma=0.9, whiten=True, mask_after_success=True))
+    for ends in (True, False):
+        env = toy("point", 32, max_steps=9, reward="sparse", end_on_success=ends)
+        policy = Scripted(seek, lambda obs: obs["position"].sum(-1), num_units=2)
+        rollout = Collector([env], policy, decisions=9, mode="episodes").collect()
+        flats.append(flatten(rollout, chain(rollout)))
+        assert bool(rollout.finished["success_once"].any()) and not bool(rollout.finished["success_once"].all())
+    a, b = flats
+    assert len(a) == len(b) < 32 * 9
+    for x, y in [(a.rows[k], b.rows[k]) for k in ("advantage", "target", "units")] + [(a.obs[k], b.obs[k]) for k in a.obs]:
+        assert torch.equal(x, y)
+
+
+def test_decisions_after_success_are_not_evaluated():
+    policy, seen = mlp(spec({"x": TensorSpec((1,))}, ActionSpec("continuous", 1))), []
+    real = policy.evaluate
+    policy.evaluate = lambda obs, units, **given: seen.append(len(units)) or real(obs, units, **given)
+    rollout = rollout_of(
+        torch.ones(4, 2), solved=torch.tensor([[0, 0], [1, 0], [2, 1], [2, 2]]), value=torch.zeros(4, 2), next_value=torch.zeros(4, 2)
+    )
+    updater = Updater(policy, LossFunction(Loss(), 1), Update(epochs=1, minibatches=1), seed=0, max_bad_updates=1)
+    updater.update(rollout, CreditChain(Credit(mask_after_success=True))(rollout), progress=0.0)
+    assert seen == [5]
+
+
 # ---- side by side ---------------------------------------------------------------------------------------------------
 
 
