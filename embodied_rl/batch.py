@@ -30,7 +30,7 @@ class Flat:
     episode: Tensor
     """[N] int64 row of `constants`, and the trajectory of the decision."""
     rows: dict[str, Tensor]
-    """units, logp, advantage, and where present mask, target, value, logp_ref: [N, ...]."""
+    """units, logp, advantage, and where present mask, target, value, logp_ref, correction: [N, ...]."""
 
     def __len__(self) -> int:
         return len(self.episode)
@@ -146,7 +146,7 @@ def as_batch(part: Flat, loss: LossFunction) -> Batch:
     row_weight = torch.full((n,), 1.0 / n, device=part.episode.device)
     return Batch(
         part.full_obs(), r["units"], r["logp"], r.get("mask"), r["advantage"], r.get("target"), r.get("value"),
-        weight, row_weight, part.episode, r.get("logp_ref"),
+        weight, row_weight, part.episode, r.get("logp_ref"), r.get("correction"),
     )  # fmt: skip
 
 

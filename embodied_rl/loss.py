@@ -362,8 +362,8 @@ class LossFunction:
     def __call__(self, evaluation: Evaluation, batch: Batch, *, diagnose: bool = False) -> LossResult:
         """Weighted loss of one micro-batch.
 
-        total = - sum_cells w f(r, A) - entropy_coef sum_cells w H + kl.coef sum_cells w kl
-                + value.coef sum_rows w_row value_loss
+        total = - sum_cells w k f(r, A) - entropy_coef sum_cells w H + kl.coef sum_cells w kl
+                + value.coef sum_rows w_row value_loss,  k = `Batch.correction` or 1
 
         Args:
             evaluation: The current policy's log-probabilities (and entropy, value) of the batch.
@@ -379,6 +379,8 @@ class LossFunction:
         ratio = log_ratio.exp()
         advantage = batch.advantage.unsqueeze(-1)
         objective, clipped = surrogate(ratio, advantage, c)
+        if batch.correction is not None:
+            objective = objective * batch.correction
         weight, everywhere = batch.weight, batch.mask is None
         policy = -weighted_sum(objective, weight, everywhere=everywhere)
         total = policy

@@ -388,6 +388,8 @@ class Batch:
     """[N] int64 trajectory of each row, consecutive rows of one trajectory when the ratio needs it."""
     logp_ref: Tensor | None = None
     """[N, A] of the reference policy."""
+    correction: Tensor | None = None
+    """[N, L] factor of each cell's objective, where another policy sampled than `logp` is of; None for 1."""
 
     def __len__(self) -> int:
         return self.logp.shape[0]

@@ -13,13 +13,34 @@ from torch import Tensor, nn
 
 from embodied_rl.batch import Flat, flatten, micro_batches, minibatches, with_signal
 from embodied_rl.errors import DivergenceError
-from embodied_rl.loss import LossFunction
+from embodied_rl.loss import LossFunction, by_cell
 from embodied_rl.metrics import Partials
 from embodied_rl.section import Section
 from embodied_rl.types import Advantage, Batch, Policy, Rollout, State
 
 OF_EVERY_EPOCH = ("actor/skipped_updates", "sync/logp_gap_mean")
 """Metrics that are added up over the epochs of an update; the others are those of its last epoch."""
+
+
+class LogpGap(Section):
+    """When the sampler's log-probabilities are not those that training computes (another precision, kernel, engine)."""
+
+    do: Literal["nothing", "recompute", "correct"] = "nothing"
+    """recompute: ratios are against the log-probabilities of the training path, so that they start at 1; correct: the
+    same, and the objective is weighted by min(pi_training / pi_sampler, cap), truncated importance sampling. Either
+    costs one forward pass over the rollout."""
+    above: float = Field(0.05, ge=0)
+    """Mean |gap| in nat per unit; up to this nothing is changed."""
+    cap: float = Field(2.0, ge=1)
+    """correct: largest weight; larger trusts rare samples more and is noisier."""
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> LogpGap:
+        for name, users in (("above", ("recompute", "correct")), ("cap", ("correct",))):
+            value = getattr(self, name)
+            if self.do not in users and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} ({value}) does nothing with do ({self.do}): remove it, or set do: correct")
+        return self
 
 
 class Update(Section):
@@ -47,6 +68,7 @@ class Update(Section):
     critic_warmup: int = Field(0, ge=0)
     """Updates at the start in which advantages count as 0, so that only the critic learns: it knows nothing yet of a
     policy that begins with skills."""
+    logp_gap: LogpGap = LogpGap()
 
     @model_validator(mode="after")
     def _adaptive_needs_target(self) -> Update:
@@ -141,6 +163,7 @@ class Updater:
         self.version = 0
         self.bad_in_a_row = 0
         self._stepped = False
+        self._moved = False
         self._problem = ""
 
     def update(self, rollout: Rollout, advantage: Advantage, *, progress: float) -> Partials:
@@ -169,11 +192,14 @@ class Updater:
             return metrics
         if self.version < c.critic_warmup:
             flat.rows["advantage"] = torch.zeros_like(flat.rows["advantage"])
-        self._add_reference(flat)
-        self._stepped = False
+        if self.reference is not None:
+            flat.rows["logp_ref"] = self._logp(self.reference, flat)
+        if c.logp_gap.do != "nothing":
+            metrics.merge(self._mend(flat))
+        self._stepped = self._moved = False
         for epoch in range(c.epochs):
             diagnose = epoch == c.epochs - 1 or c.target_kl is not None
-            epoch_metrics, kl = self._epoch(flat, diagnose, first=epoch == 0)
+            epoch_metrics, kl = self._epoch(flat, diagnose)
             if diagnose:
                 metrics_of_epoch = epoch_metrics
             metrics.merge(epoch_metrics.only(*OF_EVERY_EPOCH))
@@ -188,13 +214,13 @@ class Updater:
         self.version += 1
         return metrics
 
-    def _epoch(self, flat: Flat, diagnose: bool, *, first: bool) -> tuple[Partials, float | None]:
+    def _epoch(self, flat: Flat, diagnose: bool) -> tuple[Partials, float | None]:
         metrics = Partials()
-        for i, batch in enumerate(minibatches(flat, self.config.minibatches, self.loss, self.generator)):
-            self._step(batch, metrics, diagnose, untouched=first and i == 0)
+        for batch in minibatches(flat, self.config.minibatches, self.loss, self.generator):
+            self._step(batch, metrics, diagnose)
         return metrics, metrics.value("actor/kl_k3") if diagnose else None
 
-    def _step(self, batch: Batch, metrics: Partials, diagnose: bool, *, untouched: bool) -> None:
+    def _step(self, batch: Batch, metrics: Partials, diagnose: bool) -> None:
         """One optimizer step on one minibatch, in micro-batches; rows that can have no gradient are not evaluated."""
         flat, c = self.parameters, self.config
         flat.grad.zero_()
@@ -202,23 +228,28 @@ class Updater:
             rows = len(batch)
             batch = with_signal(batch)
             metrics.add("actor/skipped_rows_rate", float(rows - len(batch)), float(rows))
+            if not len(batch):
+                # Nothing to learn from is no divergence, and no reason to follow the momentum of earlier steps.
+                self._stepped = True
+                return
         loss = torch.zeros((), device=flat.grad.device)
         parts: list[dict[str, tuple[Tensor, Tensor | float]]] = []
         whole = self.loss.config.ratio == "trajectory"
-        for piece in micro_batches(batch, c.micro_batch, whole) if len(batch) else ():
+        measure = not self._moved and c.logp_gap.do == "nothing"
+        for piece in micro_batches(batch, c.micro_batch, whole):
             evaluation = self.policy.evaluate(piece.obs, piece.units, entropy=self.loss.reads_entropy or diagnose)
             result = self.loss(evaluation, piece, diagnose=diagnose)
             result.total.backward()
             loss = loss + result.total.detach()
             parts.append(result.metrics)
-            if untouched:  # the weights are still those that sampled
-                parts.append({"sync/logp_gap_mean": logp_gap(evaluation.logp.detach(), piece)})
+            if measure:  # the weights are still those that sampled
+                parts.append({"sync/logp_gap_mean": logp_gap(evaluation.logp.detach(), piece.logp, piece.mask)})
         norm = float(torch.linalg.vector_norm(flat.grad))
         if not math.isfinite(norm) or not math.isfinite(float(loss)):
             metrics.add("actor/skipped_updates", 1.0, 0.0)
             self._problem = self._describe(batch, loss)
             return
-        self._stepped = True
+        self._stepped = self._moved = True
         if norm > c.max_grad_norm:
             flat.grad.mul_(c.max_grad_norm / norm)
         self.optimizer.step(self.lr)
@@ -268,15 +299,36 @@ class Updater:
         elif kl < 0.5 * c.target_kl:
             self.lr = min(self.lr * 1.5, max(1e-2, c.lr))
 
-    def _add_reference(self, flat: Flat) -> None:
-        """Write the reference policy's log-probabilities beside the rows."""
-        if self.reference is None:
-            return
-        size = self.config.micro_batch or len(flat)
+    def _logp(self, policy: Policy, flat: Flat) -> Tensor:
+        """[N, A] a policy's log-probabilities of all rows, in pieces no larger than those of training."""
+        size = self.config.micro_batch or -(-len(flat) // self.config.minibatches)
         with torch.no_grad():
             parts: Iterable[Flat] = (flat.slice(i, min(i + size, len(flat))) for i in range(0, len(flat), size))
-            logp = [self.reference.evaluate(p.full_obs(), p.rows["units"], entropy=False).logp for p in parts]
-        flat.rows["logp_ref"] = torch.cat(logp)
+            return torch.cat([policy.evaluate(p.full_obs(), p.rows["units"], entropy=False).logp for p in parts])
+
+    def _mend(self, flat: Flat) -> Partials:
+        """Compare what the sampler said with what training says, and if they are too far apart act as the recipe says.
+
+        Source: Yao et al. 2025 (truncated importance sampling, fengyao.notion.site/off-policy-rl). Differs: the weight
+        belongs to a cell of the loss's ratio level, not always to a token.
+        """
+        c, metrics, rows = self.config.logp_gap, Partials(), flat.rows
+        logp, mask = self._logp(self.policy, flat), rows.get("mask")
+        total, count = logp_gap(logp, rows["logp"], mask)
+        apart = float(total) > c.above * count
+        metrics.add("sync/logp_gap_mean", float(total), count)
+        metrics.add("sync/logp_mended_rate", float(apart), 1.0)
+        if not apart:
+            return metrics
+        if c.do == "correct":
+            loss = self.loss.config
+            log_ratio = by_cell(logp - rows["logp"], mask, loss.ratio, loss.reduce, self.loss.chunk, flat.episode)
+            rows["correction"] = log_ratio.exp().clamp(max=c.cap)
+            counts = self.loss.weights(mask, flat.episode, logp.shape[1]) > 0
+            capped = (log_ratio > math.log(c.cap)) & counts
+            metrics.add("sync/correction_capped_rate", float(capped.sum()), float(counts.sum()))
+        rows["logp"] = logp
+        return metrics
 
     def state_dict(self) -> State:
         """Optimizer moments, generator, step size and counters."""
@@ -301,18 +353,19 @@ class Updater:
             cast(nn.Module, self.reference).load_state_dict(state["reference"])
 
 
-def logp_gap(logp: Tensor, batch: Batch) -> tuple[Tensor, float]:
-    """Sum and count of |logp_sampled - logp| over the units that count.
+def logp_gap(logp: Tensor, sampled: Tensor, mask: Tensor | None) -> tuple[Tensor, float]:
+    """Sum and count of |sampled - logp| over the units that count.
 
     Args:
         logp: [N, A] as the learner computes it, by the weights that sampled.
-        batch: The same decisions with their log-probabilities at sampling.
+        sampled: [N, A] as recorded at sampling.
+        mask: [N, A] bool, units that count; None for all.
 
     Returns:
         total: Scalar sum.
         count: Number of units.
     """
-    gap = (logp - batch.logp).abs()
-    if batch.mask is not None:
-        gap = gap[batch.mask]
+    gap = (logp - sampled).abs()
+    if mask is not None:
+        gap = gap[mask]
     return gap.sum(), float(gap.numel())

@@ -238,6 +238,16 @@ MUTATIONS = [
     Mutation("embodied_rl.policies._trunk:Foresight.loss", " / self.std", "", "test_vla_policies:test_flows_imitate_by_the_squared_error_of_their_answer",
              {"case": "sde"}),
     Mutation(f"{SCALE_OF_ACTIONS}.fit", ".clamp(min=0.01)", "", "test_vla_policies:test_the_scale_maps_the_range_to_1_and_back"),
+    # sampling and training apart
+    Mutation(LOSS, "objective * batch.correction", "objective / batch.correction", "test_logp_gap:test_the_objective_is_weighted_and_nothing_else_is"),
+    Mutation("embodied_rl.update:Updater._mend", 'by_cell(logp - rows["logp"]', 'by_cell(rows["logp"] - logp',
+             "test_logp_gap:test_correcting_gives_the_gradient_under_the_policy_itself"),
+    Mutation("embodied_rl.update:Updater._mend", ".clamp(max=c.cap)", "", "test_logp_gap:test_correcting_gives_the_gradient_under_the_policy_itself"),
+    Mutation("embodied_rl.update:Updater._mend", 'rows["logp"] = logp', "pass",
+             "test_logp_gap:test_recomputing_gives_the_update_of_an_honest_sampler_bit_for_bit", {"masked": False, "micro_batch": None}),
+    Mutation("embodied_rl.update:Updater._mend", "> c.above * count", ">= 0", "test_logp_gap:test_up_to_the_threshold_nothing_is_changed", {"do": "correct"}),
+    Mutation("embodied_rl.update:Updater._step", "self._stepped = self._moved = True", "self._stepped = True",
+             "test_logp_gap:test_the_gap_is_logged_in_every_update", {"method": "ppo", "mode": "stream"}),
     # the optimizer
     Mutation("embodied_rl.update:Updater._adapt", "self.lr / 1.5", "self.lr * 1.5",
              "test_optimizer:test_the_adaptive_step_shrinks_when_the_policy_moves_too_far_and_grows_when_it_hardly_moves"),

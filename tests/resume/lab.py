@@ -73,7 +73,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "discrete": {
         "env": {"type": str(TOYS / "two_state.py"), "max_steps": 4},
-        "algorithm": {"type": "reinforce"},
+        "policy": {"type": str(TOYS / "tilted.py"), "hidden": [16, 16]},
+        "algorithm": {"type": "reinforce", "update": {"logp_gap": {"do": "correct", "cap": 1.1}}},
         "collect": {"mode": "episodes"},
     },
     "pendulum": {
