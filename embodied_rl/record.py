@@ -69,10 +69,13 @@ class Record:
         cols, d = part.columns, self.data
         for n, x in self.obs.items():
             x[t, cols] = part.obs[n]
-        if "units" not in d:
-            shape = (self.c.decisions, self.c.num_envs, *output.units.shape[1:])
-            d["units"] = torch.zeros(shape, dtype=output.units.dtype, device=self.c.device)
-        d["units"][t, cols] = output.units
+        for n, x in (("units", output.units), ("features", output.features)):
+            if x is not None and n not in d:
+                shape = (self.c.decisions, self.c.num_envs, *x.shape[1:])
+                d[n] = torch.zeros(shape, dtype=x.dtype, device=self.c.device)
+            assert (x is not None) == (n in d), f"{n} belong to every decision of a rollout or to none"
+            if x is not None:
+                d[n][t, cols] = x
         d["logp"][t, cols] = output.logp
         if output.mask is not None:
             d["mask"][t, cols] = output.mask
@@ -121,7 +124,7 @@ class Record:
             reward=d["reward"], steps=d["steps"], terminated=d["terminated"], truncated=d["truncated"],
             value=d.get("value"), next_value=next_value, group=c.group_of.to(c.device).expand(t, -1), task=d["task"],
             policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
-            chunk=c.policy.chunk, finished=finished, metrics=self.metrics,
+            chunk=c.policy.chunk, finished=finished, metrics=self.metrics, features=d.get("features"),
         )  # fmt: skip
 
     def _next_value(self, d: dict[str, Tensor], t: int) -> Tensor:

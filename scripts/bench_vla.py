@@ -11,6 +11,8 @@ All tables are of the recipe `tabletop_vla` with untrained weights, for both kin
                  `waiting`: the same, and besides each decision waits as long as the policy thinks, as for a simulator
                  on another machine; `elsewhere`: nothing but that wait
     skipping     an update when a share of the decisions has no advantage, with those rows evaluated and left out
+    frozen       an update of the flow policy with likelihood: latent, whose trunk is frozen, on pictures that are encoded
+                 again and on the features that were kept while sampling
     prefix       a decision with pictures and words encoded once, and encoded again for each denoising step or token
 
 Results of a GPU are added when there is one.
@@ -209,6 +211,21 @@ def measure_skipping(job: Job) -> dict[str, Any]:
     return took | {"ratio": took["all"] / took["skipped"]}
 
 
+def measure_frozen(job: Job) -> dict[str, Any]:
+    """Seconds of an update with a frozen trunk, from pictures and from kept features."""
+    from dataclasses import replace
+
+    s = session(job, policy__likelihood="latent")
+    updater, rollout = s.updater, s.collector.collect()
+    updater.config = updater.config.model_copy(update={"target_kl": None})
+    advantage = s.credit(rollout)
+    pictures = replace(rollout, features=None)
+    ways = {"pictures": pictures, "features": rollout}
+    took = in_turns({k: lambda x=x: updater.update(x, advantage, progress=0.0) for k, x in ways.items()}, job)
+    s.close()
+    return took | {"ratio": took["pictures"] / took["features"]}
+
+
 def measure_prefix(job: Job) -> dict[str, Any]:
     """Milliseconds of a decision of all copies with the prefix encoded once, and once per denoising step or token."""
     import torch
@@ -245,6 +262,7 @@ MEASURES = {
     "phases": measure_phases,
     "pipeline": measure_pipeline,
     "skipping": measure_skipping,
+    "frozen": measure_frozen,
     "prefix": measure_prefix,
 }
 
@@ -272,6 +290,7 @@ def plan(tables: list[str], quick: bool, seconds: float) -> list[Job]:
                 for s in (SIMULATORS[::2] if quick else SIMULATORS)
             ],
             "skipping": [{"policy": p, "threads": 1, "share": x} for p in policies for x in ((0.5,) if quick else (0.5, 0.9))],
+            "frozen": [{"policy": POLICIES[0], "threads": 1}],
             "prefix": [{"policy": p, "threads": 1} | ({"copies": 16} if quick else {}) for p in POLICIES],
         }
         jobs += [{"table": name} | common | row for name in tables for row in rows[name]]
@@ -282,6 +301,7 @@ COLUMNS = {
     "phases": (*PHASES, "decisions_per_s"),
     "pipeline": ("act", "1 parts", "2 parts", "ratio"),
     "skipping": ("all", "skipped", "ratio"),
+    "frozen": ("pictures", "features", "ratio"),
     "prefix": ("passes", "each", "once", "ratio"),
 }
 """Table -> what is measured; the last is the one whose spread over the rounds is told."""
@@ -290,6 +310,7 @@ UNITS = {
     "phases": "milliseconds per decision of all copies",
     "pipeline": "milliseconds per decision of all copies while collecting; act: the policy alone",
     "skipping": "seconds per update; share: of decisions without an advantage",
+    "frozen": "seconds per update with likelihood: latent",
     "prefix": "milliseconds per decision of all copies",
 }
 
