@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
+from embodied_rl.observation import check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed, start_seeds
 from embodied_rl.types import Env, EnvSpec, Obs, Policy, Rollout, State
@@ -95,6 +96,7 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
     total.metrics = metrics
     if env.spec.on_demand:
         total.obs = env.observe()
+    check_observation(total.obs, env.spec)
     return total
 
 
@@ -264,6 +266,7 @@ class Collector:
         for part in parts or self.parts:
             here, seeds, tasks = (x[part.columns].to(self.device) for x in (mask, self.seed, self.task))
             part.obs = part.env.reset(here, seeds, tasks)
+            check_observation(part.obs, part.env.spec, start=True)
         record.begin_episodes(where)
 
     def _blame_observation(self, error: ShapeError) -> None:
