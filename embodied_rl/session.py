@@ -81,8 +81,8 @@ def build_policy(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Polic
     if env.max_steps is not None and policy.chunk > env.max_steps:
         raise CapabilityError(
             f"a decision of the policy covers {policy.chunk} control steps and an episode of the env has "
-            f"{env.max_steps}, so the rest could never be executed: lower the policy's chunk to {env.max_steps}, or raise "
-            "env.max_steps"
+            f"{env.max_steps}, so the rest could never be executed: lower the policy's chunk to {env.max_steps}, or "
+            "raise env.max_steps"
         )
     return policy
 

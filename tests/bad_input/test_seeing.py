@@ -198,19 +198,22 @@ SHOWN = {
 }  # fmt: skip
 
 
+def shows(path, change):
+    """Write the env as a file, with one line more where it looks."""
+    source = lab.SEEN.format(shown=lab.TOYS / "shown.py")
+    path.write_text(source.replace("        return obs\n", f"        {change}\n        return obs\n", 1))
+
+
 @pytest.mark.parametrize("case", SHOWN)
 def test_an_env_that_shows_something_else_than_it_promises(case, work, capsys):
     change, message = SHOWN[case]
-    source = lab.SEEN.format(shown=lab.TOYS / "shown.py")
-    (work / "wrong.py").write_text(source.replace("        return obs\n", f"        {change}\n        return obs\n", 1))
+    shows(work / "wrong.py", change)
     assert say(capsys, "train", "rl.yaml", "env.type=wrong.py") == message
     assert say(capsys, "collect", "rl.yaml", "env.type=wrong.py", "--episodes", "4", "--out", "out") == message
 
 
 def test_an_env_that_changes_what_it_shows_in_the_middle_of_an_episode(work, capsys):
-    source = lab.SEEN.format(shown=lab.TOYS / "shown.py")
-    change = 'if bool((self.t > 2).any()): obs["camera"] = obs["camera"].float()'
-    (work / "wrong.py").write_text(source.replace("        return obs\n", f"        {change}\n        return obs\n", 1))
+    shows(work / "wrong.py", 'if bool((self.t > 2).any()): obs["camera"] = obs["camera"].float()')
     message = SHOWN["a picture of another type"][1]
     assert say(capsys, "train", "rl.yaml", "env.type=wrong.py") == message
     assert main(["train", "rl.yaml"]) == 2, "the folder of the run that was refused is kept"
@@ -218,6 +221,9 @@ def test_an_env_that_changes_what_it_shows_in_the_middle_of_an_episode(work, cap
     assert main(["train", "rl.yaml"]) == 0
     text = (work / "runs/rl/recipe.yaml").read_text()
     (work / "runs/rl/recipe.yaml").write_text(text.replace(lab.seen()[0], str(work / "wrong.py")))
+    assert say(capsys, "evaluate", "runs/rl", "--episodes", "4", "--copies", "4") == message
+    change, message = SHOWN["words beyond the vocabulary"]
+    shows(work / "wrong.py", change)
     assert say(capsys, "evaluate", "runs/rl", "--episodes", "4", "--copies", "4") == message
 
 
