@@ -221,9 +221,9 @@ def test_an_env_that_changes_what_it_shows_in_the_middle_of_an_episode(work, cap
     assert main(["train", "rl.yaml"]) == 0
     text = (work / "runs/rl/recipe.yaml").read_text()
     shows(work / "other.py", SHOWN["words beyond the vocabulary"][0])
-    for name, message in (("wrong", message), ("other", SHOWN["words beyond the vocabulary"][1])):
+    for name, wanted in (("wrong", message), ("other", SHOWN["words beyond the vocabulary"][1])):
         (work / "runs/rl/recipe.yaml").write_text(text.replace(lab.seen()[0], str(work / f"{name}.py")))
-        assert say(capsys, "evaluate", "runs/rl", "--episodes", "4", "--copies", "4") == message
+        assert say(capsys, "evaluate", "runs/rl", "--episodes", "4", "--copies", "4") == wanted
 
 
 def test_ranges_are_looked_at_where_an_episode_begins_and_only_of_ids():
