@@ -43,7 +43,7 @@ unit: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 bench: $(VENV)/.ready-bench
-	for name in envs scaling ppo; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done
+	for name in envs scaling ppo vla; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done
 
 docs: $(VENV)/.ready-dev
 	$(BIN)/python scripts/generate_docs.py

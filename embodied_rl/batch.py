@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embodied_rl.loss import LossFunction
-from embodied_rl.types import Advantage, Batch, Obs, Rollout
+from embodied_rl.types import FEATURES, Advantage, Batch, Obs, Rollout
 
 LAZY_BYTES = 256 * 2**20
 """Observations larger than this are gathered minibatch by minibatch instead of shuffled as a whole."""
@@ -72,7 +72,8 @@ def flatten(rollout: Rollout, advantage: Advantage) -> Flat:
         advantage: [T, B].
 
     Returns:
-        flat: N = number of decisions that count. The mask is left out when every unit counts.
+        flat: N = number of decisions that count. The mask is left out when every unit counts. Where the policy gave
+            features, they stand for the observation.
     """
     counts = rollout.valid if advantage.counts is None else advantage.counts
     index = None if bool(counts.all()) else counts.flatten().nonzero().squeeze(-1)
@@ -92,6 +93,8 @@ def flatten(rollout: Rollout, advantage: Advantage) -> Flat:
         # A policy's own backward pass would spread a NaN left in a masked unit to all its weights.
         counts = mask.view(*mask.shape, *[1] * (columns["units"].ndim - 2))
         columns["units"] = columns["units"].masked_fill(~counts, 0)
+    if rollout.features is not None:
+        return Flat({FEATURES: rows(rollout.features)}, {}, rows(rollout.episode), columns)
     return Flat({k: rows(v) for k, v in rollout.obs.items()}, rollout.constants, rows(rollout.episode), columns)
 
 

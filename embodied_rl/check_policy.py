@@ -21,7 +21,7 @@ from embodied_rl.check_tools import (
     identical,
 )
 from embodied_rl.errors import CapabilityError
-from embodied_rl.types import ActionSpec, EnvSpec, Obs, Policy, PolicyOutput, TensorSpec
+from embodied_rl.types import FEATURES, ActionSpec, EnvSpec, Obs, Policy, PolicyOutput, TensorSpec
 
 ROWS = 64
 
@@ -193,6 +193,27 @@ def ratio_is_one(case: PolicyCase) -> str:
     return f"largest gap in a minibatch {gap:.1g}"
 
 
+def features_stand_for_the_observation(case: PolicyCase) -> str:
+    """Evaluating what `act` gave as features equals evaluating the observation, in values and gradients."""
+    obs = case.obs()
+    features = case.policy.act(obs, generator=None, greedy=True).features
+    if features is None:
+        return "it gives none"
+    check_tensor(features, (ROWS, *features.shape[1:]), features.dtype, case.device, "features")
+    features, units, found = features.clone(), case.act(obs).units, []
+    for seen in ({FEATURES: features}, obs):
+        out = case.policy.evaluate(seen, units)
+        terms = [x for x in (out.logp, out.entropy, out.value, out.value_logits) if x is not None]
+        case.module.zero_grad()
+        torch.stack([x.square().sum() for x in terms]).sum().backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in case.module.parameters()]
+        found.append([x.detach() for x in terms] + grads)
+    case.module.zero_grad()
+    far = max(_far(a, b) for a, b in zip(*found, strict=True))
+    expect(far < 1e-4, f"they differ by up to {far:.2g}: what makes the features must be frozen")
+    return f"largest difference {far:.1g}"
+
+
 def values_agree(case: PolicyCase) -> None:
     """Act, evaluate and value estimate the same values."""
     p, obs = case.policy, case.obs()
@@ -293,7 +314,7 @@ def state_dict_is_complete(case: PolicyCase) -> None:
 
 
 CHECKS: tuple[Callable[[PolicyCase], str | None], ...] = (
-    decision_has_the_promised_form, evaluation_has_the_promised_form, ratio_is_one, values_agree,
-    greedy_is_deterministic, samples_follow_the_generator, gradients_reach_every_parameter, rows_do_not_meet,
-    nothing_moves_while_collecting, state_dict_is_complete,
+    decision_has_the_promised_form, evaluation_has_the_promised_form, ratio_is_one,
+    features_stand_for_the_observation, values_agree, greedy_is_deterministic, samples_follow_the_generator,
+    gradients_reach_every_parameter, rows_do_not_meet, nothing_moves_while_collecting, state_dict_is_complete,
 )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from embodied_rl.curriculum import Curriculum, TaskSampler
 from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
+from embodied_rl.observation import check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed, start_seeds
 from embodied_rl.types import Env, EnvSpec, Obs, Policy, PolicyOutput, Rollout, State
@@ -97,6 +98,7 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
     total.metrics = metrics
     if env.spec.on_demand:
         total.obs = env.observe()
+    check_observation(total.obs, env.spec)
     return total
 
 
@@ -154,7 +156,7 @@ def decide(
     def spread(x: Tensor) -> Tensor:
         return x.new_zeros((len(active), *x.shape[1:])).index_copy_(0, rows, x)
 
-    rest = (None if x is None else spread(x) for x in (out.value, out.mask))
+    rest = (None if x is None else spread(x) for x in (out.value, out.mask, out.features))
     return PolicyOutput(spread(out.units), spread(out.logp), spread(out.action), *rest)
 
 
@@ -298,6 +300,7 @@ class Collector:
         for part in parts or self.parts:
             here, seeds, tasks = (x[part.columns].to(self.device) for x in (mask, self.seed, self.task))
             part.obs = part.env.reset(here, seeds, tasks)
+            check_observation(part.obs, part.env.spec, start=True)
         record.begin_episodes(where)
 
     def _blame_observation(self, error: ShapeError) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from embodied_rl.demo_format import NO_EPISODE
 from embodied_rl.errors import CapabilityError
 from embodied_rl.types import Obs, State
 
@@ -62,7 +63,7 @@ class Batches(Iterator[Drawn]):
             NotFoundError: No such camera.
         """
         if not demos.episodes:
-            raise CapabilityError(f"{demos.folder}: holds no episode; collect some with: embodied-rl collect")
+            raise CapabilityError(f"{demos.folder}: {NO_EPISODE}")
         if batch_size < 1 or chunk < 1:
             raise CapabilityError(f"batches need batch_size and chunk of at least 1, got {batch_size} and {chunk}")
         self.batch_size, self.chunk = batch_size, chunk
@@ -83,6 +84,11 @@ class Batches(Iterator[Drawn]):
     def cached_bytes(self) -> int:
         """Bytes of the decoded frames in memory now."""
         return sum(x.nbytes for x in (*self._block.obs.values(), self._block.action))
+
+    def prefetch(self) -> None:
+        """Decode a set that fits into memory now, so that a damaged file is told before anything has begun."""
+        if self._demos.frames <= self._capacity:
+            self._block = self._decode(list(range(self._demos.episodes)))
 
     def __next__(self) -> Drawn:
         """Draw one batch; see the class."""

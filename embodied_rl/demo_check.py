@@ -12,6 +12,7 @@ import pyarrow as pa
 from embodied_rl.check_tools import Finding
 from embodied_rl.demo_files import read_lines, read_table
 from embodied_rl.demo_format import (
+    CUT,
     EPISODE_STATS,
     EPISODES,
     INFO,
@@ -67,7 +68,7 @@ def validate(folder: str | Path) -> list[str]:
         return [str(error)]
     problems = []
     if cut:
-        problems.append(f"{folder / EPISODES}: its last line is cut; go on with embodied-rl collect, or delete it")
+        problems.append(f"{folder / EPISODES}: {CUT}")
     problems += _metadata(folder, info, lines)
     problems += _instructions(folder, lines)
     for line in lines:

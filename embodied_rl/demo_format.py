@@ -47,6 +47,8 @@ _PICTURES, _ENTRY = "observation.images.", "observation."
 
 
 RESTORE = "restore the file from a copy, or collect the set anew"
+CUT = "its last line is cut; go on with embodied-rl collect, or delete it"
+NO_EPISODE = "holds no episode; collect some with: embodied-rl collect"
 
 
 class DemonstrationError(UserError, ValueError):

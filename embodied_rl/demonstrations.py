@@ -24,17 +24,21 @@ from embodied_rl.demo_batches import CACHE_BYTES, Batches
 from embodied_rl.demo_files import read_json, read_lines, read_table
 from embodied_rl.demo_format import (
     CHUNKS_SIZE,
+    CUT,
     DATA_PATH,
     DTYPES,
     EPISODES,
     INFO,
+    NO_EPISODE,
     OWN,
     STATS,
+    TASKS,
     VERSION,
     DemonstrationError,
     Feature,
     entry_of,
     from_arrow,
+    instruction_problem,
     parse_episode,
 )
 from embodied_rl.errors import CapabilityError, NotFoundError, nearest
@@ -74,7 +78,7 @@ class Demonstrations:
         self.folder = Path(folder)
         self.info, self.features = read_info(self.folder)
         """`features`: column -> what it holds, as in info.json."""
-        rows, _ = read_lines(self.folder / EPISODES)
+        rows, self._cut = read_lines(self.folder / EPISODES)
         self.lines = [parse_episode(row, f"{self.folder / EPISODES}:{i + 1}") for i, row in enumerate(rows)]
         """One per episode, in the order of the file."""
         if [line.index for line in self.lines] != list(range(len(self.lines))):
@@ -212,11 +216,21 @@ class Demonstrations:
         return {name: column for name, column in self.columns.items() if name not in dropped}
 
     def require(self, spec: EnvSpec) -> None:
-        """Make sure that a policy trained on this set can act in an env.
+        """Make sure that a policy can learn from this set and then act in an env.
 
         Raises:
-            CapabilityError: Actions or an entry of the observation differ; says both sides.
+            DemonstrationError: The set is cut short, or an instruction is none.
+            CapabilityError: It is empty, or actions or an entry of the observation differ; says both sides.
         """
+        if self._cut:
+            raise DemonstrationError(f"{self.folder / EPISODES}: {CUT}")
+        if not self.lines:
+            raise CapabilityError(f"{self.folder}: {NO_EPISODE}")
+        for line in self.lines:
+            for problem in filter(None, map(instruction_problem, line.tasks)):
+                raise DemonstrationError(
+                    f"{self.folder / EPISODES}: episode {line.index}: {problem}; correct it there and in {TASKS}"
+                )
         if spec.action.kind != "continuous" or spec.action.size != self.action.size:
             raise CapabilityError(
                 f"{self.folder}: its actions have {self.action.size} numbers, the env takes {spec.action.size} "
@@ -230,6 +244,13 @@ class Demonstrations:
                 raise CapabilityError(
                     f"{self.folder}: observation '{name}' is {there}, the env shows {list(wanted.shape)} "
                     f"{wanted.dtype}; collect a set in this env, or set the env as it was then"
+                )
+            if wanted.dtype != torch.int64 or found.high is None or wanted.high is None:
+                continue
+            if found.high > wanted.high:
+                raise CapabilityError(
+                    f"{self.folder}: observation '{name}' has numbers up to {found.high:g}, the env knows them up to "
+                    f"{wanted.high:g}; collect a set in this env, or set the env as it was then"
                 )
 
     def _is_real(self, column: str) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from embodied_rl.collect import decide, execute
 from embodied_rl.errors import CapabilityError, DivergenceError
+from embodied_rl.observation import check_observation
 from embodied_rl.results import EvaluationResult
 from embodied_rl.seeding import start_seeds
 from embodied_rl.types import Env, Obs, Policy, Split, Step
@@ -247,6 +248,7 @@ def _play(
         mask = mask & (row < e)
         which = numbers[row.clamp(max=e - 1)]
         obs = env.reset(mask.to(device), starts.seeds(which).to(device), starts.tasks(which).to(device))
+        check_observation(obs, env.spec, start=True)
         if watched is not None:
             watched.playing = torch.where(row < e, which, -1)
             watched.on_frame(env, torch.where(mask, which, -1))

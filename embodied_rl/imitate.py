@@ -80,6 +80,7 @@ class ImitationSession(Saved):
         optimizer = Adam(parameters.vector, parameters.grad, eps=config.adam_eps, weight_decay=config.weight_decay)
         order = torch.Generator().manual_seed(recipe.seed)
         batches = demos.batches(order, config.batch_size, policy.chunk, cameras=_cameras(spec))
+        batches.prefetch()
         generator = torch.Generator(device).manual_seed(recipe.seed)
         return cls(recipe, device, cast(Policy, policy), config, parameters, optimizer, batches, generator)
 

@@ -69,10 +69,15 @@ class Record:
         cols, d = part.columns, self.data
         for n, x in self.obs.items():
             x[t, cols] = part.obs[n]
-        if "units" not in d:
-            shape = (self.c.decisions, self.c.num_envs, *output.units.shape[1:])
-            d["units"] = torch.zeros(shape, dtype=output.units.dtype, device=self.c.device)
-        d["units"][t, cols] = output.units
+        given = {"units": output.units}
+        if output.features is not None:
+            given["features"] = output.features
+        assert t == 0 or ("features" in given) == ("features" in d), "features belong to every decision or to none"
+        for n, x in given.items():
+            if n not in d:
+                shape = (self.c.decisions, self.c.num_envs, *x.shape[1:])
+                d[n] = torch.zeros(shape, dtype=x.dtype, device=self.c.device)
+            d[n][t, cols] = x
         d["logp"][t, cols] = output.logp
         if output.mask is not None:
             d["mask"][t, cols] = output.mask
@@ -123,7 +128,7 @@ class Record:
             reward=d["reward"], steps=d["steps"], terminated=d["terminated"], truncated=d["truncated"],
             value=d.get("value"), next_value=next_value, group=c.group_of.to(c.device).expand(t, -1), task=d["task"],
             policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
-            chunk=c.policy.chunk, finished=finished, metrics=self.metrics, solved=solved,
+            chunk=c.policy.chunk, finished=finished, metrics=self.metrics, solved=solved, features=d.get("features"),
         )  # fmt: skip
 
     def _next_value(self, d: dict[str, Tensor], running: Tensor) -> Tensor:

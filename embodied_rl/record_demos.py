@@ -27,6 +27,7 @@ from embodied_rl.demo_format import FRAME, DemonstrationError, Feature, feature_
 from embodied_rl.demo_stats import episode_statistics, write_statistics
 from embodied_rl.demo_writer import DemoWriter, Packed
 from embodied_rl.errors import CapabilityError
+from embodied_rl.observation import check_observation
 from embodied_rl.section import Section
 from embodied_rl.seeding import start_seed, start_seeds
 from embodied_rl.types import Env, Obs
@@ -239,6 +240,7 @@ class _Tape:
                     "own; give it one (env.max_steps)"
                 )
             seen = env.observe() if spec.on_demand else obs
+            check_observation(seen, spec, start=not self._frames)
             frame = _to_numpy({feature_of(entry, spec.observation[entry])[0]: x for entry, x in seen.items()})
             action = torch.where(active[:, None], expert.act().clamp(-1, 1), 0.0)
             step = env.step(action, None if bool(active.all()) else active)

@@ -71,10 +71,21 @@ def build_env(recipe: Recipe, *, num_envs: int, device: torch.device, split: Spl
 
 
 def build_policy(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Policy:
-    """Build the recipe's policy for an env; its parameters depend on the recipe's seed only."""
+    """Build the recipe's policy for an env; its parameters depend on the recipe's seed only.
+
+    Raises:
+        CapabilityError: One decision of the policy is longer than an episode of the env.
+    """
     module = registry.load("policy", _type_of(recipe.policy))
     seed_everything(recipe.seed)
-    return cast(Policy, module.build(recipe.policy, env=env, device=device))
+    policy = cast(Policy, module.build(recipe.policy, env=env, device=device))
+    if env.max_steps is not None and policy.chunk > env.max_steps:
+        raise CapabilityError(
+            f"a decision of the policy covers {policy.chunk} control steps and an episode of the env has "
+            f"{env.max_steps}, so the rest could never be executed: lower the policy's chunk to {env.max_steps}, or "
+            "raise env.max_steps"
+        )
+    return policy
 
 
 def _type_of(section: Any) -> str:

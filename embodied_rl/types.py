@@ -21,6 +21,9 @@ from torch import Tensor
 Obs = dict[str, Tensor]
 """What a policy sees: name -> [B, ...]. For example {"state": [64, 52] float32, "instruction": [64, 12] int64}."""
 
+FEATURES = "policy/features"
+"""Entry that stands for the whole observation where `Policy.evaluate` is given a policy's own `features`."""
+
 State = dict[str, Any]
 """A tree of dicts and lists whose leaves are tensors, str, int, float, bool or None: what a checkpoint holds."""
 
@@ -191,6 +194,9 @@ class PolicyOutput:
     """[B] critic's estimate for the observation, in the critic's (scaled) reward units; None without a critic."""
     mask: Tensor | None = None
     """[B, A] bool, units that count; None when all do."""
+    features: Tensor | None = None
+    """[B, ...] all that `evaluate` needs of the observation, made by what no gradient and no `observe` changes: it is
+    then asked about `{FEATURES: features}`, so that nothing is encoded twice. None: it needs the observation."""
 
 
 @dataclass
@@ -231,7 +237,7 @@ class Policy(Protocol):
         """Log-probabilities, entropies and values of recorded decisions, with gradients.
 
         Args:
-            obs: [N, ...] observations.
+            obs: [N, ...] observations, or `{FEATURES: [N, ...]}` where `act` gave features.
             units: [N, A, ...] as `act` returned them.
             entropy: False when no loss reads it, so it need not be computed.
         """
@@ -327,6 +333,8 @@ class Rollout:
     """[T, B] int64: 0 while the goal has not held in the episode, 1 in the decision in which it first does (at any of
     its control steps), 2 in every later one; None when the env has no success. Episodes that began in an earlier
     rollout are known from their beginning."""
+    features: Tensor | None = None
+    """[T, B, ...] what `PolicyOutput.features` gave, for `Policy.evaluate`; None where it reads `obs`."""
 
     @property
     def done(self) -> Tensor:

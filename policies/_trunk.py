@@ -216,7 +216,8 @@ class Trunk(nn.Module):
                 if spec.shape[0] % PATCH or spec.shape[1] % PATCH:
                     raise CapabilityError(
                         f"observation '{name}' is a picture of {spec.shape[0]} x {spec.shape[1]} pixels; this policy "
-                        f"takes multiples of {PATCH}"
+                        f"takes multiples of {PATCH}: make the env's pictures {-(-spec.shape[0] // PATCH) * PATCH} x "
+                        f"{-(-spec.shape[1] // PATCH) * PATCH}"
                     )
                 self.pictures.append(name)
                 self.eyes[name] = Eye(spec, word_width, config)

@@ -9,7 +9,8 @@ How reinforcement learning sees a sample (`likelihood`):
              with process: diffusion)
     learned  the ODE step with a standard deviation that the network learns, within bounds (Flow-Noise, ReinFlow)
     cfm      no likelihood: the ratio is exp(old - new) of the flow-matching loss at stored noises and times (FPO)
-    latent   the flow stays frozen; a small actor chooses the noise that it starts from (DSRL's idea, on policy)
+    latent   the flow stays frozen; a small actor chooses the noise that it starts from (DSRL's idea, on policy), and
+             what the frozen trunk made of a picture while sampling is kept, so that training never encodes it again
 
 Units are denoising steps (one unit with cfm and latent). loss.ratio: unit clips each step by itself, as DPPO does;
 decision forms the joint ratio of the chain. Greedy evaluation is the ODE from the middle of the noise.
@@ -31,7 +32,7 @@ from embodied_rl.errors import CapabilityError
 from embodied_rl.policies._chains import gaussian_logp, ode_step, sde_step, times, training_pair
 from embodied_rl.policies._trunk import Cache, TrunkConfig, pad_rows, padded
 from embodied_rl.policies._vla import VlaPolicy
-from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
+from embodied_rl.types import FEATURES, EnvSpec, Evaluation, Obs, PolicyOutput
 
 
 class Config(TrunkConfig):
@@ -128,14 +129,15 @@ class FlowPolicy(VlaPolicy):
             # Of the very function that training calls, so the ratio starts at exactly 1.
             logp, _ = self._log_prob(summary, cache, units)
             value = self.critic(summary)[0][:n] if self.critic is not None else None
-            return PolicyOutput(units[:n], logp[:n], self.scale.restore(x)[:n], value)
+            features = summary[:n] if self.kind == "latent" else None
+            return PolicyOutput(units[:n], logp[:n], self.scale.restore(x)[:n], value, features=features)
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
         """Log-probabilities (and entropies, where there are any) [N, A], values [N]."""
         obs, n = padded(obs)
         frozen = self.kind == "latent"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            summary, cache = self.trunk.prefix(obs)
+            summary, cache = (obs[FEATURES], []) if FEATURES in obs else self.trunk.prefix(obs)
         logp, h = self._log_prob(summary, cache, pad_rows(units))
         return self.judged(summary, logp, h if entropy else None, n)
 

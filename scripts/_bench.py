@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
 from typing import Any
 
 Job = dict[str, Any]
@@ -79,6 +80,50 @@ def _run(script: str, job: Job, timeout: float) -> dict[str, Any] | None:
     why = f"nothing within {timeout:.0f} s" if code is None else f"exit code {code}: {last}"
     print(f"\nno result from {job}: {why}", file=sys.stderr)
     return None
+
+
+class Parts:
+    """Exclusive seconds by part: time in a nested part does not count for the outer one."""
+
+    def __init__(self, names: Sequence[str], wait: Callable[[], object] = lambda: None) -> None:
+        """Nothing measured yet.
+
+        Args:
+            names: Parts; the last is what runs when no other does.
+            wait: Called before the clock is read: what a GPU still does belongs to the part that asked for it.
+        """
+        self.seconds = dict.fromkeys(names, 0.0)
+        self._running = [names[-1]]
+        self._wait = wait
+        self._since = perf_counter()
+
+    def switch(self) -> None:
+        """Book the time since the last switch on the part that runs."""
+        self._wait()
+        now = perf_counter()
+        self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    def take(self) -> dict[str, float]:
+        """Seconds by part since the last `take`."""
+        self.switch()
+        out, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
+        return out
+
+    def watch(self, owner: Any, method: str, part: str) -> None:
+        """Measure every call of `owner.method` as `part`."""
+        inner = getattr(owner, method)
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            self.switch()
+            self._running.append(part)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.switch()
+                self._running.pop()
+
+        setattr(owner, method, measured)
 
 
 def median(results: list[dict[str, Any]], key: str) -> float | None:

@@ -18,43 +18,12 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from _bench import Job, finish, machine, measure_all, median, parser, spread, table, worker_main
+from _bench import Job, Parts, finish, machine, measure_all, median, parser, spread, table, worker_main
 
 COPIES = 32
 PEERS = ("gymnasium_sync", "gymnasium_async", "sb3_dummy", "sb3_subproc")
 ADAPTERS = {"HalfCheetah-v4": "envpool", "HalfCheetah-v5": "gymnasium"}
 PARTS = ("physics", "inverse kinematics", "forward kinematics", "reward", "observation", "reset", "rest")
-
-
-class Parts:
-    """Exclusive seconds by part: time in a nested part does not count for the outer one."""
-
-    def __init__(self) -> None:
-        """Nothing measured yet."""
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._running = ["rest"]
-        self._since = perf_counter()
-
-    def switch(self) -> None:
-        """Book the time since the last switch on the part that runs."""
-        now = perf_counter()
-        self.seconds[self._running[-1]] += now - self._since
-        self._since = now
-
-    def watch(self, owner: Any, method: str, part: str) -> None:
-        """Measure every call of `owner.method` as `part`."""
-        inner = getattr(owner, method)
-
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            self.switch()
-            self._running.append(part)
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.switch()
-                self._running.pop()
-
-        setattr(owner, method, measured)
 
 
 def tabletop(copies: int, threads: int) -> tuple[Any, Parts]:
@@ -66,7 +35,7 @@ def tabletop(copies: int, threads: int) -> tuple[Any, Parts]:
 
     config = Config(tasks=["reach", "push", "lift"], threads=threads)
     env = build(config, num_envs=copies, device=torch.device("cpu"), split="train", seed=0)
-    parts = Parts()
+    parts = Parts(PARTS)
     parts.watch(env.physics, "step", "physics")
     parts.watch(env.controller, "advance", "inverse kinematics")
     parts.watch(env.arm, "forward", "forward kinematics")
@@ -172,8 +141,7 @@ def measure(job: Job) -> dict[str, Any]:
     # Whole episodes of the tabletop in every block, so that each pays for its restarts.
     block = 50 if parts else max(1, int(done * 0.5))
     if parts:
-        parts.switch()
-        parts.seconds = dict.fromkeys(PARTS, 0.0)
+        parts.take()
     speeds, steps, start = [], 0, perf_counter()
     while perf_counter() - start < job["seconds"] or len(speeds) < 3:
         before = perf_counter()
@@ -183,8 +151,7 @@ def measure(job: Job) -> dict[str, Any]:
         steps += block
     result: dict[str, Any] = {"steps_per_s": statistics.median(speeds)}
     if parts:
-        parts.switch()
-        result |= {f"{name} ms": seconds / steps * 1e3 for name, seconds in parts.seconds.items()}
+        result |= {f"{name} ms": seconds / steps * 1e3 for name, seconds in parts.take().items()}
     return result
 
 

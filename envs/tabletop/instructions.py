@@ -9,12 +9,13 @@ whose embedding is untrained: the policy then has to rely on the other words.
 from __future__ import annotations
 
 import hashlib
-import re
+import unicodedata
 from functools import lru_cache
 
 import numpy as np
 
 from embodied_rl.envs.tabletop.scene import SHAPES
+from embodied_rl.errors import CapabilityError
 from embodied_rl.types import Split
 
 MAX_WORDS = 14
@@ -218,13 +219,24 @@ def word_id(word: str) -> int:
 
 @lru_cache(maxsize=8192)
 def encode(text: str) -> tuple[int, ...]:
-    """Word ids of a sentence, padded with 0 to MAX_WORDS; words beyond are dropped.
+    """Word ids of a sentence, padded with 0 to MAX_WORDS.
 
     Args:
-        text: Any sentence; case and punctuation do not matter.
+        text: A sentence in any language; case and punctuation do not matter. A word is a run of letters, marks and
+            digits, so in a script without spaces it reaches to the next punctuation.
 
     Returns:
         ids: MAX_WORDS ints.
+
+    Raises:
+        CapabilityError: It has no word, or more than MAX_WORDS: a sentence that is cut may mean something else.
     """
-    ids = [word_id(word) for word in re.findall(r"[a-z0-9]+", text.lower())][:MAX_WORDS]
-    return tuple(ids + [0] * (MAX_WORDS - len(ids)))
+    whole = unicodedata.normalize("NFC", text).lower()
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in whole).split()
+    if not 1 <= len(words) <= MAX_WORDS:
+        shown = text if len(text) <= 60 else f"{text[:60]}..."
+        raise CapabilityError(
+            f"instruction {shown!r} has {len(words) or 'no'} words, the tabletop reads 1 to {MAX_WORDS}: word it "
+            f"{'shorter' if words else 'in letters or digits'}, or raise MAX_WORDS in envs/tabletop/instructions.py"
+        )
+    return tuple([word_id(word) for word in words] + [0] * (MAX_WORDS - len(words)))

@@ -19,6 +19,7 @@ POLICY_SETTINGS = {
         ["critic.share=all", "normalize_obs=false"],
         ["critic.share=nothing", "hidden=[16]"],
     ],
+    "tiny_vla_flow": [[], ["likelihood=latent"]],
 }
 """Variants worth trying; any other policy is tried as it comes."""
 

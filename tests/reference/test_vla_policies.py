@@ -651,7 +651,9 @@ def test_discrete_actions_are_refused(name, message):
 def test_observations_that_the_trunk_cannot_read_are_refused(name):
     with pytest.raises(CapabilityError) as error:
         build(name, observation=OBSERVATION | {"front": TensorSpec((16, 18, 3), torch.uint8, low=0, high=255)})
-    assert str(error.value) == "observation 'front' is a picture of 16 x 18 pixels; this policy takes multiples of 4"
+    assert str(error.value) == (
+        "observation 'front' is a picture of 16 x 18 pixels; this policy takes multiples of 4: make the env's pictures 16 x 20"
+    )
     with pytest.raises(CapabilityError) as error:
         build(name, observation=OBSERVATION | {"objects": TensorSpec((2, 5))})
     assert str(error.value) == (

@@ -21,7 +21,7 @@ from embodied_rl.check import (
 )
 from embodied_rl.check_tools import Finding
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, ShapeError
-from embodied_rl.types import Evaluation, PolicyOutput, Step
+from embodied_rl.types import FEATURES, Evaluation, PolicyOutput, Step
 from tests.kit import TOYS, toy
 
 POINT = str(TOYS / "point.py")
@@ -512,6 +512,21 @@ class ObserveTrains(Linear):
             self.log_std += 1
 
 
+class TrainedFeatures(Linear):
+    """Gives as features what a layer made that learns: training would use a stale one and never move it."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.layer = nn.Linear(self.shift.numel(), self.shift.numel())
+
+    def features(self, obs):
+        return obs[FEATURES] if FEATURES in obs else self.layer(super().features(obs))
+
+    def act(self, obs, *, generator, greedy=False):
+        out = super().act(obs, generator=generator, greedy=greedy)
+        return dataclasses.replace(out, features=self.features(obs).detach())
+
+
 class HiddenStatistics(Linear):
     def __init__(self, spec):
         super().__init__(spec)
@@ -528,6 +543,7 @@ POLICY_MISTAKES = [
     (OtherFormula, "ratio_is_one", "they differ by up to"),
     (BatchNormalised, "ratio_is_one", "a minibatch of half of the rows in another order differs"),
     (BatchNormalised, "rows_do_not_meet", "when only other rows change"),
+    (TrainedFeatures, "features_stand_for_the_observation", "what makes the features must be frozen"),
     (OtherValue, "values_agree", "value and act differ by 0.1"),
     (GreedySamples, "greedy_is_deterministic", "two greedy decisions"),
     (GlobalNoise, "samples_follow_the_generator", "moves torch's global generator"),

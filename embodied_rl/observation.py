@@ -1,0 +1,38 @@
+"""What an env shows, compared with what its spec promised: a policy would misread the rest without a word."""
+
+from __future__ import annotations
+
+from embodied_rl.errors import ShapeError
+from embodied_rl.types import EnvSpec, Obs
+
+
+def check_observation(obs: Obs, spec: EnvSpec, *, start: bool = False) -> None:
+    """Refuse an observation that is not what the env's spec says.
+
+    Args:
+        obs: name -> [B, ...] as `reset`, `step` or `observe` returned it.
+        spec: Of the env.
+        start: An episode begins: also look at the range of integers that stay for the whole episode (word ids).
+
+    Raises:
+        ShapeError: Entries are missing or left over, or one has another shape, dtype or range; says both sides.
+    """
+    if obs.keys() != spec.observation.keys():
+        raise ShapeError(
+            f"the env shows {', '.join(obs) or 'nothing'}, its spec promises {', '.join(spec.observation)}: make the "
+            "env's observation and EnvSpec.observation name the same entries"
+        )
+    for name, wanted in spec.observation.items():
+        x = obs[name]
+        if x.shape[1:] != wanted.shape or x.dtype != wanted.dtype or len(x) != spec.num_envs:
+            raise ShapeError(
+                f"the env shows '{name}' as {x.dtype} {list(x.shape)}, its spec promises {wanted.dtype} "
+                f"{[spec.num_envs, *wanted.shape]}: convert it in the env, or correct EnvSpec.observation"
+            )
+        if start and wanted.constant and not (x.is_floating_point() or x.dtype.itemsize == 1):
+            low, high = (int(limit) for limit in x.aminmax())
+            if (wanted.low is not None and low < wanted.low) or (wanted.high is not None and high > wanted.high):
+                raise ShapeError(
+                    f"the env shows '{name}' with numbers from {low} to {high}, its spec promises {wanted.low} to "
+                    f"{wanted.high}: keep to it in the env, or correct EnvSpec.observation"
+                )

@@ -1,0 +1,66 @@
+"""What the benchmarks compute with: time by part, medians, spreads."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """scripts/_bench.py with a clock that a test moves."""
+    spec = importlib.util.spec_from_file_location("_bench", SCRIPTS / "_bench.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.now = 0.0
+    monkeypatch.setattr(module, "perf_counter", lambda: module.now)
+    return module
+
+
+def test_time_in_a_nested_part_does_not_count_for_the_outer_one(bench):
+    class Env:
+        def observe(self):
+            bench.now += 4
+
+        def reset(self, wrong=False):
+            bench.now += 1
+            self.observe()
+            if wrong:
+                raise ValueError
+            bench.now += 2
+
+    env, parts = Env(), bench.Parts(("camera", "reset", "rest"))
+    parts.watch(env, "observe", "camera"), parts.watch(env, "reset", "reset")
+    bench.now += 10
+    env.reset()
+    assert parts.take() == {"camera": 4, "reset": 3, "rest": 10}
+    with pytest.raises(ValueError):
+        env.reset(wrong=True)
+    bench.now += 5
+    assert parts.take() == {"camera": 4, "reset": 1, "rest": 5}, "a part that fails has ended all the same"
+
+
+def test_what_a_device_still_does_belongs_to_the_part_that_asked_for_it(bench):
+    class Policy:
+        def act(self):
+            self.owed = 3
+
+    def wait():
+        bench.now += policy.owed
+        policy.owed = 0
+
+    policy = Policy()
+    policy.owed = 0
+    parts = bench.Parts(("inference", "rest"), wait)
+    parts.watch(policy, "act", "inference")
+    policy.act()
+    assert parts.take() == {"inference": 3, "rest": 0}
+
+
+def test_a_measurement_that_failed_is_left_out_and_none_is_no_number(bench):
+    results = [{"ms": 4.0}, {"ms": None}, {"ms": 2.0}, {"ms": 6.0}]
+    assert bench.median(results, "ms") == 4.0
+    assert bench.spread(results, "ms") == 1.0
+    assert bench.median([], "ms") is None and bench.spread([], "ms") == 0.0
