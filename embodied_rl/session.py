@@ -1,4 +1,4 @@
-"""Everything a recipe describes, built and wired: env parts, policy, credit, loss, optimizer, collector."""
+"""Everything a recipe describes, built and wired: env parts, policy, rewards, credit, loss, optimizer, collector."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from embodied_rl.loss import LossFunction
 from embodied_rl.measure import Clock, rollout_metrics
 from embodied_rl.metrics import Partials
 from embodied_rl.recipe import Recipe
+from embodied_rl.rewards import RewardConfig
 from embodied_rl.seeding import global_rng_state, seed_everything, set_global_rng_state
+from embodied_rl.shaping import Shaping, check_reward
 from embodied_rl.types import Env, EnvSpec, Policy, Split, State
 from embodied_rl.update import Updater
 
@@ -74,6 +76,20 @@ def build_policy(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Polic
     module = registry.load("policy", _type_of(recipe.policy))
     seed_everything(recipe.seed)
     return cast(Policy, module.build(recipe.policy, env=env, device=device))
+
+
+def build_shaping(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Shaping | None:
+    """Build the recipe's reward model and what is done with its answers; None without one.
+
+    Raises:
+        CapabilityError: It cannot work with this env or method.
+    """
+    if recipe.reward is None:
+        return None
+    module = registry.load("reward", _type_of(recipe.reward))
+    config, credit = cast(RewardConfig, recipe.reward), cast(AlgorithmConfig, recipe.algorithm).credit
+    check_reward(config, credit, recipe.collect, env)
+    return Shaping(module.build(config, env=env, device=device), config, credit)
 
 
 def _type_of(section: Any) -> str:
@@ -180,6 +196,7 @@ class Session(Saved):
     credit: CreditChain
     updater: Updater
     collector: Collector
+    shaping: Shaping | None = None
     env_steps: int = 0
     episodes: int = 0
     decisions: int = 0
@@ -210,6 +227,7 @@ class Session(Saved):
                 envs.append(build_env(recipe, num_envs=c.copies // c.pipeline, device=device, split="train", part=part))
             policy = build_policy(recipe, env=envs[0].spec, device=device)
             check_fit(recipe, policy)
+            shaping = build_shaping(recipe, env=envs[0].spec, device=device)
             if fresh and recipe.start_from:
                 load_weights(policy, stored_weights(recipe.start_from), recipe.start_from)
             loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))
@@ -217,13 +235,13 @@ class Session(Saved):
             updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience)
             collector = Collector(
                 envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, run_seed=recipe.seed,
-                generator=torch.Generator(device).manual_seed(recipe.seed),
+                generator=torch.Generator(device).manual_seed(recipe.seed), keep_final_obs=shaping is not None,
             )  # fmt: skip
         except BaseException:
             for env in envs:
                 env.close()
             raise
-        return cls(recipe, device, policy, CreditChain(algorithm.credit), updater, collector)
+        return cls(recipe, device, policy, CreditChain(algorithm.credit), updater, collector, shaping)
 
     @property
     def update(self) -> int:
@@ -257,6 +275,9 @@ class Session(Saved):
         with clock.phase("rollout"):
             rollout = self.collector.collect()
         with clock.phase("advantage"):
+            judged: dict[str, tuple[float, float]] = {}
+            if self.shaping is not None:
+                rollout, judged = self.shaping(rollout)
             advantage = self.credit(rollout)
         with clock.phase("update"):
             metrics = self.updater.update(rollout, advantage, progress=self.progress)
@@ -269,7 +290,7 @@ class Session(Saved):
         self.decisions += decisions
         self.episodes += len(rollout.finished.get("return", ()))
         metrics.merge(rollout_metrics(rollout, self.collector.spec.tasks))
-        metrics.merge_pairs(advantage.metrics)
+        metrics.merge_pairs(advantage.metrics | judged)
         busy = sum(clock.seconds.values())
         metrics.last("perf/env_steps_per_s", steps / busy)
         metrics.last("perf/decisions_per_s", decisions / busy)
@@ -286,7 +307,8 @@ class Session(Saved):
 
     def state_dict(self) -> State:
         """The state of every part."""
-        return self.common_state() | {
+        shaping: State = {} if self.shaping is None else {"shaping": self.shaping.state_dict()}
+        return self.common_state() | shaping | {
             "credit": self.credit.state_dict(),
             "updater": self.updater.state_dict(),
             "collector": self.collector.state_dict(),
@@ -295,6 +317,8 @@ class Session(Saved):
     def _restore_parts(self, state: State) -> bool:
         self.credit.load_state_dict(state["credit"])
         self.updater.load_state_dict(state["updater"])
+        if self.shaping is not None:
+            self.shaping.load_state_dict(state["shaping"])
         return self.collector.load_state_dict(state["collector"])
 
     def close(self) -> None:

@@ -323,6 +323,13 @@ class Rollout:
     success_at_end [E] bool (when the env has success)."""
     metrics: dict[str, tuple[float, float]]
     """name -> (sum, count) partial means of the env's `Step.metrics` over the executed steps."""
+    success: Tensor | None = None
+    """[T, B] bool, the goal held at some step of the decision; None when the env has no success."""
+    final_obs: Obs = field(default_factory=dict)
+    """name -> [F, ...] states that no decision here was taken in: where an episode ended, or where it stands when the
+    rollout is over. Kept for reward models only."""
+    final: Tensor | None = None
+    """[T, B] int64 row of `final_obs` that followed the decision; -1 where the next decision's observation did."""
 
     @property
     def done(self) -> Tensor:
