@@ -107,7 +107,7 @@ def cluster(x: Tensor, radius: float, neighbours: int) -> Tensor:
     nobody = torch.full((), m, device=x.device)
     label = torch.where(core, torch.arange(m, device=x.device), nobody)
     while True:  # the lowest label walks from core to core
-        reached = torch.where(near & core, label, nobody).amin(1)
+        reached = torch.where(near, label, nobody).amin(1)
         grown = torch.where(core, reached, label)
         if torch.equal(grown, label):
             return reached
