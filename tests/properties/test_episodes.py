@@ -12,26 +12,23 @@ from embodied_rl.shaping import Shaping, episodes
 from tests.kit import toy
 from tests.properties.test_collector import LONGEST, scripted
 
-CASES = [
-    {"chunk": chunk, "parts": parts, "has_critic": critic, "mode": mode, "decisions": 1 + (3 * chunk + parts) % 7, "run_seed": chunk}
-    for chunk, parts, critic, mode in itertools.product((1, 2, 3, 4), (1, 2), (False, True), ("stream", "episodes"))
-]
+CASES = list(itertools.product((1, 2, 3, 4), (1, 2), (False, True), ("stream", "episodes")))
+"""Chunk, parts, whether there is a critic, mode."""
 
 
 def collected(case, rollouts=3):
-    envs = [toy("lengths", 6 // case["parts"], longest=LONGEST) for _ in range(case["parts"])]
+    chunk, parts, has_critic, mode = case
+    envs = [toy("lengths", 6 // parts, longest=LONGEST) for _ in range(parts)]
+    decisions = 1 + (3 * chunk + parts) % 7
     collector = Collector(
-        envs, scripted(case["chunk"], case["has_critic"]), decisions=case["decisions"], mode=case["mode"], run_seed=case["run_seed"],
-        keep_final_obs=True,
-    )  # fmt: skip
+        envs, scripted(chunk, has_critic), decisions=decisions, mode=mode, run_seed=chunk, keep_final_obs=True
+    )
     out = [collector.collect() for _ in range(rollouts)]
     collector.close()
     return out
 
 
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case.values())))
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_episode_shows_every_state_once_and_the_last_one_is_where_it_really_ended(case):
     for rollout in collected(case):
         seen = torch.zeros_like(rollout.valid)
@@ -65,10 +62,10 @@ class Hilly(RewardModel):
 
 
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case.values())))
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_shaping_of_an_episode_adds_up_to_the_difference_of_its_ends(case, gamma, coef=3.0):
     """sum_i gamma^(steps before i) F_i = gamma^(all steps) Phi(end) - Phi(start), with Phi(end) = 0 where nothing is counted after it."""
-    credit = Credit(gamma=gamma) if case["has_critic"] else Credit(gamma=gamma, returns="return_to_go", baseline="none")
+    credit = Credit(gamma=gamma) if case[2] else Credit(gamma=gamma, returns="return_to_go", baseline="none")
     shaping = Shaping(Hilly(), RewardConfig(type="hilly", coef=coef), credit)
     for plain in collected(case):
         plain.reward = plain.reward.double()
@@ -79,7 +76,7 @@ def test_the_shaping_of_an_episode_adds_up_to_the_difference_of_its_ends(case, g
             rows = slice(e.first, e.first + len(e))
             phi = height(e.obs["t"][:, 0], e.obs["t"][:, 1])
             before = e.obs["t"][:, 0].double() - e.obs["t"][0, 0]
-            over = e.terminated or (e.truncated and not case["has_critic"])
+            over = e.terminated or (e.truncated and not case[2])
             end = 0.0 if over else gamma ** before[-1] * phi[-1]
             total = (gamma ** before[:-1] * extra[rows, e.copy]).sum()
             torch.testing.assert_close(total, coef * (end - phi[0]), rtol=0, atol=1e-6)
@@ -89,11 +86,10 @@ def test_the_shaping_of_an_episode_adds_up_to_the_difference_of_its_ends(case, g
 
 
 def test_the_outcome_is_paid_once_to_failures_where_they_end():
-    case = {"chunk": 2, "parts": 1, "has_critic": False, "mode": "episodes", "decisions": 4, "run_seed": 3}
     credit = Credit(gamma=0.9, returns="trajectory", baseline="none")
     shaping = Shaping(Hilly(), RewardConfig(type="hilly", use="outcome", coef=0.5), credit)
     kinds = set()
-    for plain in collected(case, rollouts=4):
+    for plain in collected((2, 1, False, "episodes"), rollouts=4):
         shaped, metrics = shaping(plain)
         extra = shaped.reward - plain.reward
         ends = []
@@ -114,8 +110,7 @@ def test_what_cannot_be_judged_is_not_paid_and_not_counted_as_0():
         def judge(self, episodes):
             return [None if e.copy % 2 else torch.ones(len(e) + 1) for e in episodes]
 
-    case = {"chunk": 1, "parts": 1, "has_critic": True, "mode": "stream", "decisions": 5, "run_seed": 1}
-    plain = collected(case, rollouts=1)[0]
+    plain = collected((1, 1, True, "stream"), rollouts=1)[0]
     shaped, metrics = Shaping(Silent(), RewardConfig(type="silent"), Credit(gamma=0.5))(plain)
     assert torch.equal(shaped.reward[:, 1::2], plain.reward[:, 1::2])
     assert not torch.equal(shaped.reward[:, ::2], plain.reward[:, ::2])

@@ -43,7 +43,7 @@ CHAINS, SCALE_OF_ACTIONS = "embodied_rl.policies._chains", "embodied_rl.policies
 FLOW, TOKENS = "embodied_rl.policies.tiny_vla_flow", "embodied_rl.policies.tiny_vla_tokens:TokenPolicy"
 POTENTIAL, SHAPING = "embodied_rl.shaping:potential_reward", "embodied_rl.shaping:Shaping"
 SRPO = "embodied_rl.rewards.self_referential"
-CHUNKS = {"chunk": 3, "parts": 1, "has_critic": True, "mode": "stream", "decisions": 5, "run_seed": 1}
+CHUNKS = (3, 1, True, "stream")
 PROPERTIES = "tests.properties."
 
 MUTATIONS = [
