@@ -125,7 +125,8 @@ class VisionModel:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise NotFoundError(f"{where}: transformers {transformers.__version__} cannot load it ({first})") from error
-        if missing := sorted(info["missing_keys"]):
+        # The pooler comes after the hidden states, which are all that is read.
+        if missing := sorted(k for k in info["missing_keys"] if "pooler" not in k):
             raise CheckpointError(f"{where}: the folder lacks {len(missing)} weights ({', '.join(missing[:3])}, ...)")
         # A model of pictures and words brings its tower.
         self.model: Any = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)

@@ -72,7 +72,7 @@ class Config(RewardConfig):
             raise ValueError(f"memory ({self.memory}) does nothing with compare (group), whose starts never come back")
         if self.encoder != "pixels" and self.grid != type(self).model_fields["grid"].default:
             raise ValueError(
-                f"grid ({self.grid}) does nothing with encoder ({self.encoder}): remove it, or encoder: pixels"
+                f"grid ({self.grid}) does nothing with encoder ({self.encoder}): remove it, or set encoder: pixels"
             )
         return self
 
