@@ -9,7 +9,7 @@ from embodied_rl.advantage import Credit
 from embodied_rl.collect import Collector
 from embodied_rl.rewards import RewardConfig, RewardModel
 from embodied_rl.shaping import Shaping, episodes
-from tests.kit import toy
+from tests.kit import Scripted, toy
 from tests.properties.test_collector import LONGEST, scripted
 
 CASES = list(itertools.product((1, 2, 3, 4), (1, 2), (False, True), ("stream", "episodes")))
@@ -118,6 +118,20 @@ def test_what_cannot_be_judged_is_not_paid_and_not_counted_as_0():
     assert (judged, parts) == (sum(e.copy % 2 == 0 for e in episodes(plain)), len(episodes(plain)))
     total, count = metrics["rollout/progress_at_failure_mean"]
     assert count == sum(e.failed and e.copy % 2 == 0 for e in episodes(plain)) and total == count
+
+
+def test_pictures_drawn_on_demand_end_where_those_drawn_always_do():
+    def seen(on_demand):
+        env = toy("shown", 4, on_demand=on_demand, max_steps=5)
+        policy = Scripted(lambda obs: obs["goals"][:, :1, :2].expand(-1, 2, -1) - obs["position"].unsqueeze(1), lambda obs: obs["position"][:, 0], chunk=2, num_units=4)
+        rollout = Collector([env], policy, decisions=7, keep_final_obs=True).collect()
+        return episodes(rollout)
+
+    pairs = list(zip(seen(True), seen(False), strict=True))
+    assert len(pairs) > 4
+    for a, b in pairs:
+        assert a.obs.keys() == b.obs.keys() == {"position", "goals", "word", "camera"}
+        assert all(torch.equal(a.obs[n], b.obs[n]) for n in a.obs)
 
 
 def test_nothing_is_kept_when_nobody_asks():
