@@ -1,4 +1,4 @@
-"""What a recipe can name on this machine: one line for each env, policy, algorithm and packaged recipe."""
+"""What a recipe can name on this machine: one line for each env, policy, algorithm, reward model and recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def describe(what: str) -> list[tuple[str, str, str]]:
     """Describe everything of one sort.
 
     Args:
-        what: "envs", "policies", "algorithms" or "recipes".
+        what: "envs", "policies", "algorithms", "rewards" or "recipes".
 
     Returns:
         rows: (name, first line of its documentation, "" or what is missing to use it).

@@ -134,7 +134,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("envs", "policies", "algorithms", "recipes"))
+    parser.add_argument("what", choices=("envs", "policies", "algorithms", "rewards", "recipes"))
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:

@@ -187,7 +187,7 @@ class Collector:
     def __init__(
         self, envs: Sequence[Env], policy: Policy, *, decisions: int, mode: Literal["stream", "episodes"] = "stream",
         group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, keep_final_obs: bool = False,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -200,13 +200,14 @@ class Collector:
             curriculum: Which task each start gets; None for one after the other.
             run_seed: Seed of the starts.
             generator: Of the policy's samples, on the policy's device.
+            keep_final_obs: Fill `Rollout.final_obs`, which reward models read.
 
         Raises:
             CapabilityError: Groups on an env that cannot be seeded, or a curriculum without tasks or success.
         """
         self.policy, self.mode, self.group_size, self.run_seed = policy, mode, group_size, run_seed
         self.spec = envs[0].spec
-        self.decisions, self.generator = decisions, generator
+        self.decisions, self.generator, self.keep_final_obs = decisions, generator, keep_final_obs
         if group_size > 1 and not self.spec.seedable:
             raise CapabilityError(
                 f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, "
@@ -282,7 +283,7 @@ class Collector:
         done = record.outcome(t, part, executed)
         if not bool(done.any()):
             return
-        record.final_obs(t, part, executed.truncated)
+        record.final_obs(t, part, done if self.keep_final_obs else executed.truncated)
         if self.mode == "episodes":
             active[part.columns] &= ~done
         else:

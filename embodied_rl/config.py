@@ -2,8 +2,8 @@
 
 A recipe is a YAML file. `extends:` names the files it is laid over (relative to the file, then in the packaged
 `configs/`); sections merge deeply, lists are replaced, and a section whose `type` changes drops the keys of the old
-type. `a.b=c` on the command line comes last. The `env`, `policy` and `algorithm` sections are checked by the `Config`
-of the module that their `type` names, so a file added to `envs/` brings its own settings.
+type. `a.b=c` on the command line comes last. The `env`, `policy`, `algorithm` and `reward` sections are checked by the
+`Config` of the module that their `type` names, so a file added to `envs/` brings its own settings.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def build_recipe(data: dict[str, Any]) -> Recipe:
 
 
 def load_component(kind: registry.Kind, name: str, overrides: Sequence[str] = ()) -> Section:
-    """Return the `Config` of one env, policy or algorithm with overrides relative to it, for example `hidden=[64]`.
+    """Return the `Config` of one component with overrides relative to it, for example `hidden=[64]` of a policy.
 
     Raises:
         NotFoundError: There is no such module.
@@ -81,7 +81,8 @@ def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML that `load_resolved` reads back to an equal recipe, floats bit for bit."""
     data = recipe.dump()
     for kind in COMPONENTS:
-        data[kind] = {"type": data[kind].pop("type"), **data[kind]}
+        if data[kind] is not None:
+            data[kind] = {"type": data[kind].pop("type"), **data[kind]}
     return yaml_strict.dump(data)
 
 

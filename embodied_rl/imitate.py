@@ -58,6 +58,12 @@ class ImitationSession(Saved):
         """
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
+        if recipe.reward is not None:
+            raise CapabilityError(
+                f"reward ({cast(Any, recipe.reward).type}) does nothing with algorithm "
+                f"{cast(Any, recipe.algorithm).type}, which learns from demonstrations: remove the section, or set "
+                "reward=null"
+            )
         device, config = choose_device(recipe.device), cast(ImitationConfig, recipe.algorithm)
         demos = Demonstrations(config.demonstrations)
         env = build_env(recipe, num_envs=1, device=device, split="train")

@@ -130,6 +130,8 @@ class Recipe(Section):
     env: SerializeAsAny[Section]
     policy: SerializeAsAny[Section]
     algorithm: SerializeAsAny[Section]
+    reward: SerializeAsAny[Section] | None = None
+    """A reward model that adds to the env's own reward; null for the env's alone."""
     collect: Collect = Collect()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

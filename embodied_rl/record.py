@@ -102,11 +102,11 @@ class Record:
             self.metrics[n] = (s0 + s, k0 + k)
         return executed.terminated | executed.truncated
 
-    def final_obs(self, t: int, part: Part, truncated: Tensor) -> None:
-        """Keep what truncated copies saw last: their value is asked for at the end, all at once."""
-        if not self.c.policy.has_critic or not bool(truncated.any()):
+    def final_obs(self, t: int, part: Part, ended: Tensor) -> None:
+        """Keep what copies saw last, if a critic or a reward model is going to be asked about it, all at once."""
+        if not (self.c.policy.has_critic or self.c.keep_final_obs) or not bool(ended.any()):
             return
-        rows = truncated.nonzero().squeeze(-1)
+        rows = ended.nonzero().squeeze(-1)
         self.finals.append((t, rows + part.columns.start, {k: v.index_select(0, rows) for k, v in part.obs.items()}))
 
     def close(self, t: int, active: Tensor) -> Rollout:
@@ -120,6 +120,7 @@ class Record:
             d["mask"] &= d["valid"].unsqueeze(-1)
         next_value = self._next_value(d, running) if c.policy.has_critic else None
         solved = self._solved(d, t) if self.success else None
+        final, final_obs = self._final(d, t) if c.keep_final_obs else (None, {})
         finished = self._finished(d, t)
         return Rollout(
             obs={k: v[:t] for k, v in self.obs.items()},
@@ -129,21 +130,21 @@ class Record:
             value=d.get("value"), next_value=next_value, group=c.group_of.to(c.device).expand(t, -1), task=d["task"],
             policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
             chunk=c.policy.chunk, finished=finished, metrics=self.metrics, solved=solved, features=d.get("features"),
+            final=final, final_obs=final_obs,
         )  # fmt: skip
 
     def _next_value(self, d: dict[str, Tensor], running: Tensor) -> Tensor:
         """[T, B]: the next decision's value, the final state's where truncated, 0 where terminated.
 
-        The critic is asked once, about the states that no later decision values: where truncated copies stopped and
-        where the `running` ones [B] stand.
+        The critic is asked once, about the states that no later decision values: where copies stopped and where the
+        `running` ones [B] stand.
         """
         c = self.c
         out = torch.zeros_like(d["value"])
         out[:-1] = d["value"][1:]
         pieces = list(self.finals)
         if bool(running.any()):
-            parts = [p.obs for p in c.parts]
-            last = {k: torch.cat([o[k] for o in parts]) if len(parts) > 1 else parts[0][k] for k in c.spec.observation}
+            last = self._now()
             rows = running.nonzero().squeeze(-1)
             everyone = len(rows) == c.num_envs
             pieces.append((-1, rows, last if everyone else {k: v.index_select(0, rows) for k, v in last.items()}))
@@ -161,6 +162,25 @@ class Record:
             solved[i].masked_fill_(held, 2)
             held = (held | once[i]) & ~(d["terminated"][i] | d["truncated"][i])
         return solved
+
+    def _now(self) -> Obs:
+        """What all copies see after the last decision."""
+        parts = [p.obs for p in self.c.parts]
+        return {k: torch.cat([o[k] for o in parts]) if len(parts) > 1 else parts[0][k] for k in self.c.spec.observation}
+
+    def _final(self, d: dict[str, Tensor], t: int) -> tuple[Tensor, Obs]:
+        """`Rollout.final` and `Rollout.final_obs`: the ends of episodes, then the copies that are on their way."""
+        row = torch.full_like(d["episode"], -1)
+        pieces: list[Obs] = []
+        start = 0
+        for step, copies, obs in self.finals:
+            row[step, copies] = torch.arange(start, start + len(copies), device=row.device)
+            pieces.append(obs)
+            start += len(copies)
+        going = (d["valid"][t - 1] & (row[t - 1] < 0)).nonzero().squeeze(-1)
+        row[t - 1, going] = torch.arange(start, start + len(going), device=row.device)
+        now = self._now()
+        return row, {k: torch.cat([*(p[k] for p in pieces), now[k].index_select(0, going)]) for k in self.obs}
 
     def _finished(self, d: dict[str, Tensor], t: int) -> dict[str, Tensor]:
         """One row per episode that ended here; sums start with what earlier rollouts left behind."""

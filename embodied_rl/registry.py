@@ -8,6 +8,7 @@ What each kind of module offers:
     env        Config(Section), build(config, *, num_envs, device, split, seed) -> Env
     policy     Config(Section), build(config, *, env, device) -> Policy           (env: EnvSpec)
     algorithm  Config(AlgorithmConfig)
+    reward     Config(RewardConfig), build(config, *, env, device) -> RewardModel  (env: EnvSpec)
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from typing import Literal, NoReturn
 
 from embodied_rl.errors import MissingExtraError, NotFoundError, nearest
 
-Kind = Literal["env", "policy", "algorithm"]
+Kind = Literal["env", "policy", "algorithm", "reward"]
 
 PACKAGES: dict[Kind, str] = {
     "env": "embodied_rl.envs",
     "policy": "embodied_rl.policies",
     "algorithm": "embodied_rl.algorithms",
+    "reward": "embodied_rl.rewards",
 }
-PLURAL: dict[Kind, str] = {"env": "envs", "policy": "policies", "algorithm": "algorithms"}
+PLURAL: dict[Kind, str] = {"env": "envs", "policy": "policies", "algorithm": "algorithms", "reward": "rewards"}
 EXTRAS = {
     "envpool": "envpool",
     "wandb": "wandb",
@@ -50,11 +52,11 @@ def load(kind: Kind, name: str) -> ModuleType:
     """Import the module behind a name.
 
     Args:
-        kind: "env", "policy" or "algorithm".
+        kind: "env", "policy", "algorithm" or "reward".
         name: A built-in name, a dotted module path, or a path to a `.py` file.
 
     Returns:
-        module: With `Config` and, for envs and policies, `build`.
+        module: With `Config` and, except for algorithms, `build`.
 
     Raises:
         NotFoundError: No such name, module or file, or the module lacks `Config` or `build`.

@@ -16,7 +16,9 @@ from embodied_rl.recipe import Recipe
 from embodied_rl.section import Section
 from embodied_rl.yaml_strict import Node
 
-COMPONENTS: tuple[registry.Kind, ...] = ("env", "policy", "algorithm")
+COMPONENTS: tuple[registry.Kind, ...] = ("env", "policy", "algorithm", "reward")
+OPTIONAL: tuple[registry.Kind, ...] = ("reward",)
+"""Components that a recipe may leave out (null)."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def resolve(root: Node, name: str, problems: Problems) -> Resolved:
     Raises:
         ConfigError: There is at least one problem.
     """
-    components = {kind: _component(kind, root, name, problems) for kind in COMPONENTS}
+    absent = [kind for kind in OPTIONAL if root.value.get(kind, Node(None, name)).value is None]
+    components = {kind: _component(kind, root, name, problems) for kind in COMPONENTS if kind not in absent}
     # A component that could not be loaded is checked no further, but the rest of the recipe still is.
     fields: dict[str, Any] = {kind: (config, ...) if config else (Any, None) for kind, config in components.items()}
     schema = create_model("Recipe", __base__=Recipe, **fields)
@@ -70,10 +73,10 @@ def resolve(root: Node, name: str, problems: Problems) -> Resolved:
 
 
 def resolve_component(kind: registry.Kind, name: str, settings: Node | None, problems: Problems) -> Section:
-    """Check the settings of one env, policy or algorithm on its own.
+    """Check the settings of one env, policy, algorithm or reward model on its own.
 
     Args:
-        kind: "env", "policy" or "algorithm".
+        kind: "env", "policy", "algorithm" or "reward".
         name: As in `type`.
         settings: Its section; None for all defaults.
         problems: Found while reading the settings.

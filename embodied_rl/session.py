@@ -1,4 +1,4 @@
-"""Everything a recipe describes, built and wired: env parts, policy, credit, loss, optimizer, collector."""
+"""Everything a recipe describes, built and wired: env parts, policy, rewards, credit, loss, optimizer, collector."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from embodied_rl.loss import LossFunction
 from embodied_rl.measure import Clock, rollout_metrics
 from embodied_rl.metrics import Partials
 from embodied_rl.recipe import Recipe
+from embodied_rl.rewards import RewardConfig
 from embodied_rl.seeding import global_rng_state, seed_everything, set_global_rng_state
 from embodied_rl.selection import refill
+from embodied_rl.shaping import Shaping, check_reward
 from embodied_rl.types import Env, EnvSpec, Policy, Rollout, Split, State
 from embodied_rl.update import Updater
 
@@ -86,6 +88,20 @@ def build_policy(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Polic
             "raise env.max_steps"
         )
     return policy
+
+
+def build_shaping(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Shaping | None:
+    """Build the recipe's reward model and what is done with its answers; None without one.
+
+    Raises:
+        CapabilityError: It cannot work with this env or method.
+    """
+    if recipe.reward is None:
+        return None
+    module = registry.load("reward", _type_of(recipe.reward))
+    config, credit = cast(RewardConfig, recipe.reward), cast(AlgorithmConfig, recipe.algorithm).credit
+    check_reward(config, credit, recipe.collect, env)
+    return Shaping(module.build(config, env=env, device=device), config, credit)
 
 
 def _type_of(section: Any) -> str:
@@ -203,6 +219,7 @@ class Session(Saved):
     credit: CreditChain
     updater: Updater
     collector: Collector
+    shaping: Shaping | None = None
     env_steps: int = 0
     episodes: int = 0
     decisions: int = 0
@@ -233,6 +250,7 @@ class Session(Saved):
                 envs.append(build_env(recipe, num_envs=c.copies // c.pipeline, device=device, split="train", part=part))
             policy = build_policy(recipe, env=envs[0].spec, device=device)
             check_fit(recipe, policy, envs[0].spec)
+            shaping = build_shaping(recipe, env=envs[0].spec, device=device)
             if fresh and recipe.start_from:
                 load_weights(policy, stored_weights(recipe.start_from), recipe.start_from)
             loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))
@@ -241,13 +259,14 @@ class Session(Saved):
             collector = Collector(
                 envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, curriculum=c.curriculum,
                 run_seed=recipe.seed, generator=torch.Generator(device).manual_seed(recipe.seed),
+                keep_final_obs=shaping is not None,
             )  # fmt: skip
         except BaseException:
             for env in envs:
                 env.close()
             raise
         credit = CreditChain(algorithm.credit, drop_equal_groups=c.dynamic_sampling != "none")
-        return cls(recipe, device, policy, credit, updater, collector)
+        return cls(recipe, device, policy, credit, updater, collector, shaping)
 
     @property
     def update(self) -> int:
@@ -279,7 +298,7 @@ class Session(Saved):
             metrics: Of this iteration.
         """
         with clock.phase("rollout"):
-            rollout, attempts = self._collect()
+            rollout, gathered = self._collect()
         with clock.phase("advantage"):
             advantage = self.credit(rollout)
         with clock.phase("update"):
@@ -293,22 +312,34 @@ class Session(Saved):
         self.decisions += decisions
         self.episodes += len(rollout.finished.get("return", ()))
         metrics.merge(rollout_metrics(rollout, self.collector.spec.tasks))
+        metrics.merge(gathered)
         metrics.merge(self.collector.sampler.metrics())
         metrics.merge_pairs(advantage.metrics)
-        if self.recipe.collect.dynamic_sampling == "refill":
-            metrics.last("rollout/attempts", attempts)
         busy = sum(clock.seconds.values())
         metrics.last("perf/env_steps_per_s", steps / busy)
         metrics.last("perf/decisions_per_s", decisions / busy)
         return metrics
 
-    def _collect(self) -> tuple[Rollout, int]:
-        """One rollout, or as many as dynamic sampling needs, and their number."""
+    def _collect(self) -> tuple[Rollout, Partials]:
+        """One rollout with what the reward model pays, or as many as dynamic sampling needs, side by side."""
+        metrics = Partials()
+
+        def one() -> Rollout:
+            rollout = self.collector.collect()
+            if self.shaping is None:
+                return rollout
+            rollout, judged = self.shaping(rollout)
+            metrics.merge_pairs(judged)
+            return rollout
+
         c = self.recipe.collect
         if c.dynamic_sampling != "refill":
-            return self.collector.collect(), 1
-        groups = c.copies // c.group_size
-        return refill(self.collector.collect, self.credit.contrast, groups=groups, max_attempts=c.max_attempts)
+            return one(), metrics
+        rollout, attempts = refill(
+            one, self.credit.contrast, groups=c.copies // c.group_size, max_attempts=c.max_attempts
+        )
+        metrics.last("rollout/attempts", attempts)
+        return rollout, metrics
 
     def counters(self) -> dict[str, float]:
         """Rows of metrics that only count."""
@@ -321,7 +352,8 @@ class Session(Saved):
 
     def state_dict(self) -> State:
         """The state of every part."""
-        return self.common_state() | {
+        shaping: State = {} if self.shaping is None else {"shaping": self.shaping.state_dict()}
+        return self.common_state() | shaping | {
             "credit": self.credit.state_dict(),
             "updater": self.updater.state_dict(),
             "collector": self.collector.state_dict(),
@@ -330,6 +362,8 @@ class Session(Saved):
     def _restore_parts(self, state: State) -> bool:
         self.credit.load_state_dict(state["credit"])
         self.updater.load_state_dict(state["updater"])
+        if self.shaping is not None:
+            self.shaping.load_state_dict(state["shaping"])
         return self.collector.load_state_dict(state["collector"])
 
     def close(self) -> None:

@@ -335,6 +335,11 @@ class Rollout:
     rollout are known from their beginning."""
     features: Tensor | None = None
     """[T, B, ...] what `PolicyOutput.features` gave, for `Policy.evaluate`; None where it reads `obs`."""
+    final_obs: Obs = field(default_factory=dict)
+    """name -> [F, ...] states that no decision here was taken in: where an episode ended, or where it stands when the
+    rollout is over. Kept for reward models only."""
+    final: Tensor | None = None
+    """[T, B] int64 row of `final_obs` that followed the decision; -1 where the next decision's observation did."""
 
     @property
     def done(self) -> Tensor:

@@ -55,7 +55,7 @@ def test_the_installed_program_runs():
         ([], "error: the following arguments are required: COMMAND; see `embodied-rl --help`\n"),
         (["train"], "error: the following arguments are required: RECIPE; see `embodied-rl train --help`\n"),
         (["trian", "x"], "error: argument COMMAND: 'trian' does not exist; did you mean 'train'?; see `embodied-rl --help`\n"),
-        (["list", "x"], "error: argument what: 'x' does not exist; known: algorithms, envs, policies, recipes; see `embodied-rl list --help`\n"),
+        (["list", "x"], "error: argument what: 'x' does not exist; known: algorithms, envs, policies, recipes, rewards; see `embodied-rl list --help`\n"),
         (["train", "x", "--fast"], "error: unknown argument '--fast'; see `embodied-rl --help`\n"),
         (["report", "a", "b"], "error: unknown argument 'b'; see `embodied-rl --help`\n"),
         (["evaluate", "a", "--episodes", "0"], "error: argument --episodes: expected a whole number of at least 1, got '0'; see `embodied-rl evaluate --help`\n"),
@@ -68,11 +68,11 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(argv, message, cap
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("what", ["envs", "policies", "algorithms", "recipes"])
+@pytest.mark.parametrize("what", ["envs", "policies", "algorithms", "rewards", "recipes"])
 def test_list_says_what_each_name_is(what, capsys):
     assert main(["list", what]) == 0
     lines = capsys.readouterr().out.splitlines()
-    expected = {"envs": "tabletop", "policies": "mlp", "algorithms": "ppo", "recipes": "tabletop_demo"}[what]
+    expected = {"envs": "tabletop", "policies": "mlp", "algorithms": "ppo", "rewards": "self_referential", "recipes": "tabletop_demo"}[what]
     assert any(line.startswith(expected) for line in lines)
     assert all(re.fullmatch(r"\w+ +\S.*[.:;\w)]", line) for line in lines), lines
 

@@ -44,6 +44,9 @@ MLP = "embodied_rl.policies.mlp:MlpPolicy"
 CHAINS, SCALE_OF_ACTIONS = "embodied_rl.policies._chains", "embodied_rl.policies._trunk:ActionScale"
 FLOW, TOKENS = "embodied_rl.policies.tiny_vla_flow", "embodied_rl.policies.tiny_vla_tokens:TokenPolicy"
 PROPERTIES, SELECTION = "tests.properties.", "tests.unit.test_selection:"
+POTENTIAL, SHAPING = "embodied_rl.shaping:potential_reward", "embodied_rl.shaping:Shaping"
+SRPO = "embodied_rl.rewards.self_referential"
+CHUNKS = (3, 1, True, "stream")
 
 MUTATIONS = [
     # generalised advantage estimates
@@ -248,6 +251,31 @@ MUTATIONS = [
     Mutation("embodied_rl.update:Updater._mend", "> c.above * count", ">= 0", "test_logp_gap:test_up_to_the_threshold_nothing_is_changed", {"do": "correct"}),
     Mutation("embodied_rl.update:Updater._step", "self._stepped = self._moved = True", "self._stepped = True",
              "test_logp_gap:test_the_gap_is_logged_in_every_update", {"method": "ppo", "mode": "stream"}),
+    # progress rewards
+    Mutation(POTENTIAL, "discount * torch", "torch", "test_shaping:test_shaping_by_hand"),
+    Mutation(POTENTIAL, "- now", "+ now", "test_shaping:test_every_policy_loses_the_potential_of_the_state_and_nothing_else", {"seed": 0}),
+    Mutation(POTENTIAL, "over = terminated if bootstraps else terminated | truncated", "over = truncated",
+             "test_shaping:test_every_policy_loses_the_potential_of_the_state_and_nothing_else", {"seed": 0}),
+    Mutation(POTENTIAL, "terminated if bootstraps else terminated | truncated", "terminated",
+             "test_shaping:test_with_a_time_limit_and_no_critic_every_policy_loses_the_potential_of_the_start", {"seed": 0}),
+    Mutation(POTENTIAL, "terminated if bootstraps else terminated | truncated", "terminated | truncated",
+             "test_shaping:test_advantages_are_the_same_for_a_critic_that_knows_the_shaping", {"lam": 0.7}),
+    Mutation(f"{SHAPING}._potential", "rollout.steps.to(now.dtype)", "1", PROPERTIES + "test_episodes:test_the_shaping_of_an_episode_adds_up_to_the_difference_of_its_ends",
+             {"case": CHUNKS, "gamma": 0.9}),
+    Mutation(f"{SHAPING}._potential", "a[1:]", "a[:-1]", PROPERTIES + "test_episodes:test_the_shaping_of_an_episode_adds_up_to_the_difference_of_its_ends",
+             {"case": CHUNKS, "gamma": 0.9}),
+    Mutation(f"{SHAPING}._outcome", " and e.failed", "", PROPERTIES + "test_episodes:test_the_outcome_is_paid_once_to_failures_where_they_end"),
+    Mutation("embodied_rl.record:Record._final", "going = (d[\"valid\"][t - 1] & (row[t - 1] < 0))", "going = d[\"valid\"][t - 1]",
+             PROPERTIES + "test_episodes:test_an_episode_shows_every_state_once_and_the_last_one_is_where_it_really_ended", {"case": CHUNKS}),
+    Mutation(f"{SRPO}:progress", "* (0.5 - (d", "* (0.5 + (d", "test_self_referential:test_failures_are_scored_by_their_distance_to_the_nearest_cluster"),
+    Mutation(f"{SRPO}:progress", "* (0.5 - (d - low)", "* (0.5 - d", "test_self_referential:test_failures_are_scored_by_their_distance_to_the_nearest_cluster"),
+    Mutation(f"{SRPO}:distance", "amin(1)", "amax(1)", "test_self_referential:test_failures_are_scored_by_their_distance_to_the_nearest_cluster"),
+    Mutation(f"{SRPO}:cluster", ">= neighbours", "> neighbours", "test_self_referential:test_successes_cluster_and_the_lonely_one_counts_for_nothing"),
+    Mutation(f"{SRPO}:cluster", "torch.where(core, reached, label)", "reached", "test_self_referential:test_a_point_between_two_clusters_does_not_join_them"),
+    Mutation(f"{SRPO}:cluster_centres", " * x.shape[1] ** 0.5", "", "test_self_referential:test_successes_cluster_and_the_lonely_one_counts_for_nothing"),
+    Mutation(f"{SRPO}:SelfReferential._learn", "argmax()) + 1", "argmax())", "test_self_referential:test_the_reference_is_the_state_in_which_the_goal_first_held"),
+    Mutation(f"{SRPO}:SelfReferential._learn", "e.failed and", "", "test_self_referential:test_a_potential_is_known_before_the_rollout_it_judges"),
+    Mutation(f"{SRPO}:SelfReferential.judge", '"outcome"', '"potential"', "test_self_referential:test_a_potential_is_known_before_the_rollout_it_judges"),
     # the optimizer
     Mutation("embodied_rl.update:Updater._adapt", "self.lr / 1.5", "self.lr * 1.5",
              "test_optimizer:test_the_adaptive_step_shrinks_when_the_policy_moves_too_far_and_grows_when_it_hardly_moves"),

@@ -93,6 +93,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "collect": {"copies": 6, "decisions": 8, "pipeline": 2},
         "evaluate": {"every": 4, "episodes_during": 3, "copies": 3},
     },
+    "potential": {
+        "env": {"end_on_success": True, "reward": "sparse"},
+        "reward": {"type": "self_referential", "use": "potential", "memory": 3, "neighbours": 1, "entries": ["position"]},
+    },
+    "outcome": {
+        "env": {"end_on_success": True, "reward": "sparse"},
+        "policy": {"chunk": 2, "critic": {"kind": "none"}},
+        "algorithm": {"type": "reinforce"},
+        "collect": {"mode": "episodes", "decisions": 4},
+        "reward": {"type": "self_referential", "embed": "trajectory"},
+    },
     "imitation": {
         "policy": {"type": "tiny_vla_flow", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
         # The last update is shorter than the others.

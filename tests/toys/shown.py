@@ -55,6 +55,10 @@ class Shown(point.Point):
     def _obs(self) -> Obs:
         return {} if self.config.on_demand else self._see()
 
+    def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
+        super().reset(mask, seeds, tasks)
+        return self._see()
+
     def observe(self) -> Obs:
         self.looked += 1
         return self._see()
