@@ -16,7 +16,7 @@ expected picture coordinates are the spatial softmax of Levine et al. 2016 (arXi
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,17 @@ PATCH = 4
 KeysValues = tuple[Tensor, Tensor]
 Cache = list[KeysValues]
 """Keys and values [N, heads, tokens, width / heads] of the prefix, layer by layer."""
+
+
+class Prefix(NamedTuple):
+    """What is made of an observation, once per decision."""
+
+    summary: Tensor
+    """[N, width] for the critic."""
+    cache: Cache
+    """For `Trunk.suffix`."""
+    sight: Tensor
+    """[N, ...] pictures and words alone, for foresight."""
 
 
 class ValueHead(Section):
@@ -82,9 +93,9 @@ class TrunkConfig(Section):
     """Tokens per picture: places that the words and the network ask for."""
     chunk: int = Field(4, ge=1)
     """Control steps that one decision covers."""
-    foresight: float = Field(1.0, ge=0)
-    """Weight, while imitating, of a second loss: predict from the summary where the robot will be at the end of the
-    demonstration. It teaches the trunk where to look long before the actions could; 0 leaves it out."""
+    foresight: float = Field(5.0, ge=0)
+    """Weight, while imitating, of a second loss: predict from pictures and words where the robot will be at the end of
+    the demonstration. It teaches the eye where to look long before the actions could; 0 leaves it out."""
     critic: ValueHead = ValueHead()
 
     @model_validator(mode="after")
@@ -236,38 +247,42 @@ class Trunk(nn.Module):
         self.register_buffer("no_words", torch.zeros(word_width), persistent=False)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
         self.summary = nn.Parameter(0.1 * torch.randn(config.width))
+        sight = len(self.pictures) * config.glances * config.width + word_width * bool(self.words_entry)
         wanted = bool(config.foresight and self.vectors)
-        self.foresight = Foresight(env, self.vectors, config.width) if wanted else None
+        self.foresight = Foresight(env, self.vectors, sight or config.width, config.width) if wanted else None
 
     def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
         """See `embodied_rl.types.Imitator`."""
         if self.foresight is not None:
             self.foresight.fit(statistics)
 
-    def foresight_loss(self, summary: Tensor, last: Obs) -> Tensor:
+    def foresight_loss(self, sight: Tensor, last: Obs) -> Tensor:
         """[N, 1] what `foresight` adds to the loss of a demonstrated frame."""
         if self.foresight is None:
-            return summary.new_zeros(len(summary), 1)
-        return self.config.foresight * self.foresight.loss(summary, last).unsqueeze(1)
+            return sight.new_zeros(len(sight), 1)
+        return self.config.foresight * self.foresight.loss(sight, last).unsqueeze(1)
 
-    def prefix(self, obs: Obs) -> tuple[Tensor, Cache]:
+    def prefix(self, obs: Obs) -> Prefix:
         """Encode what is seen.
 
         Args:
             obs: [N, ...], N at least MIN_ROWS (see `padded`).
 
         Returns:
-            summary: [N, width], for the critic.
-            cache: For `suffix`.
+            prefix: Summary, keys and values, and what was seen.
         """
         n = len(next(iter(obs.values())))
         words = self.words(obs[self.words_entry]) if self.words_entry else self.no_words.expand(n, -1)
-        tokens = [self.summary.expand(n, 1, -1)]
-        tokens += [self.eyes[name](obs[name], words) for name in self.pictures]
-        tokens += [self.joints[name](obs[name]).unsqueeze(1) for name in self.vectors]
-        if self.words_entry:
-            tokens.append(self.word_token(words).unsqueeze(1))
-        x = torch.cat(tokens, dim=1)
+        glances = [self.eyes[name](obs[name], words) for name in self.pictures]
+        told = [words] if self.words_entry else []
+        joints = [self.joints[name](obs[name]).unsqueeze(1) for name in self.vectors]
+        sentence = [self.word_token(words).unsqueeze(1)] if self.words_entry else []
+        summary, cache = self.run(torch.cat([self.summary.expand(n, 1, -1), *glances, *joints, *sentence], dim=1))
+        sight = [g.flatten(1) for g in glances] + told
+        return Prefix(summary, cache, torch.cat(sight, dim=1) if sight else summary)
+
+    def run(self, x: Tensor) -> tuple[Tensor, Cache]:
+        """Let prefix tokens [N, L, width] attend to each other: the first one [N, width], and all keys and values."""
         cache: Cache = []
         for block in self.blocks:
             x, k, v = block(x, None, None)
@@ -300,7 +315,10 @@ def causal_mask(length: int, cache: Cache) -> Tensor:
 
 
 class Foresight(nn.Module):
-    """Predict, from the prefix's summary, the observation's vectors at the end of a demonstration.
+    """Predict, from pictures and words, the observation's vectors at the end of a demonstration.
+
+    The vectors of the moment are kept from it: late in a demonstration where the hand is tells where it ends, and a
+    prediction that follows the hand instead of the picture goes astray with the hand.
 
     Only imitation trains it; it is frozen until `fit`, so that reinforcement learning carries it along unchanged.
     """
@@ -308,12 +326,12 @@ class Foresight(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, env: EnvSpec, names: list[str], width: int) -> None:
-        """One linear layer over all vectors of the observation."""
+    def __init__(self, env: EnvSpec, names: list[str], sight: int, width: int) -> None:
+        """One hidden layer, from `sight` numbers to all vectors of the observation."""
         super().__init__()
         self.names = names
         size = sum(env.observation[name].shape[0] for name in names)
-        self.head = nn.Linear(width, size)
+        self.hidden, self.head = nn.Linear(sight, width), nn.Linear(width, size)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
         self.requires_grad_(False)
@@ -324,10 +342,10 @@ class Foresight(nn.Module):
         self.std.copy_(torch.cat([statistics[name]["std"] for name in self.names]).clamp(min=0.01))
         self.requires_grad_(True)
 
-    def loss(self, summary: Tensor, last: Obs) -> Tensor:
+    def loss(self, sight: Tensor, last: Obs) -> Tensor:
         """[N] mean squared error in standard deviations."""
         target = (torch.cat([last[name] for name in self.names], dim=1) - self.mean) / self.std
-        return (self.head(summary) - target).square().mean(1)
+        return (self.head(F.gelu(self.hidden(sight))) - target).square().mean(1)
 
 
 class Critic(nn.Module):

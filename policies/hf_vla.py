@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError, CheckpointError, MissingExtraError, NotFoundError
 from embodied_rl.policies import tiny_vla_flow, tiny_vla_tokens
-from embodied_rl.policies._trunk import Cache, Trunk
+from embodied_rl.policies._trunk import Prefix, Trunk
 from embodied_rl.policies.tiny_vla_flow import FlowPolicy
 from embodied_rl.policies.tiny_vla_tokens import TokenPolicy
 from embodied_rl.section import Section
@@ -416,16 +416,12 @@ class WrappedTrunk(Trunk):
         self.backbone = Backbone(env, model, model, model, config)
         self.narrow = nn.Sequential(nn.LayerNorm(self.backbone.width), nn.Linear(self.backbone.width, config.width))
 
-    def prefix(self, obs: Obs) -> tuple[Tensor, Cache]:
-        """See `Trunk.prefix`."""
+    def prefix(self, obs: Obs) -> Prefix:
+        """See `Trunk.prefix`; the model's states are tokens of the small trunk, and foresight reads the summary."""
         hidden = self.narrow(self.backbone(obs))
         joints = [self.joints[name](obs[name]).unsqueeze(1) for name in self.vectors]
-        x = torch.cat([self.summary.expand(len(hidden), 1, -1), hidden, *joints], dim=1)
-        cache: Cache = []
-        for block in self.blocks:
-            x, k, v = block(x, None, None)
-            cache.append((k, v))
-        return x[:, 0], cache
+        summary, cache = self.run(torch.cat([self.summary.expand(len(hidden), 1, -1), hidden, *joints], dim=1))
+        return Prefix(summary, cache, summary)
 
 
 def build(config: Config, *, env: EnvSpec, device: torch.device) -> TokenPolicy | FlowPolicy:

@@ -124,7 +124,7 @@ class FlowPolicy(VlaPolicy):
         """Draw a chunk [B, C, D] and the units that `evaluate` needs to judge it."""
         with torch.inference_mode():
             obs, n = padded(obs)
-            summary, cache = self.trunk.prefix(obs)
+            summary, cache, _ = self.trunk.prefix(obs)
             x, units = self._draw(summary, cache, n, generator, greedy)
             # Of the very function that training calls, so the ratio starts at exactly 1.
             logp, _ = self._log_prob(summary, cache, units)
@@ -137,7 +137,7 @@ class FlowPolicy(VlaPolicy):
         obs, n = padded(obs)
         frozen = self.kind == "latent"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            summary, cache = (obs[FEATURES], []) if FEATURES in obs else self.trunk.prefix(obs)
+            summary, cache = (obs[FEATURES], []) if FEATURES in obs else self.trunk.prefix(obs)[:2]
         logp, h = self._log_prob(summary, cache, pad_rows(units))
         return self.judged(summary, logp, h if entropy else None, n)
 
@@ -162,11 +162,11 @@ class FlowPolicy(VlaPolicy):
         a = self.scale.normalise(action)
         noise = torch.randn(a.shape, generator=generator, device=a.device)
         t = torch.rand(len(a), generator=generator, device=a.device) * self.now[0]
-        summary, cache = self.trunk.prefix(obs)
+        _, cache, sight = self.trunk.prefix(obs)
         x, target = training_pair(self.config.process, a, noise, t)
         out, _ = self._answer(cache, pad_rows(x).unsqueeze(1), pad_rows(t).unsqueeze(1))
         error = (out[:n, 0] - target).square().mean(-1)
-        return error + self.trunk.foresight_loss(summary[:n], last)
+        return error + self.trunk.foresight_loss(sight[:n], last)
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

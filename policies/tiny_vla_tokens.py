@@ -69,7 +69,7 @@ class TokenPolicy(VlaPolicy):
         """Sample (or take the likeliest) tokens [B, A]; the action is [B, C, D]."""
         with torch.inference_mode():
             obs, n = padded(obs)
-            summary, cache = self.trunk.prefix(obs)
+            summary, cache, _ = self.trunk.prefix(obs)
             if self.autoregressive:
                 units = self._decode(cache, n, generator, greedy)
                 logits = self._logits(cache, units)
@@ -86,7 +86,7 @@ class TokenPolicy(VlaPolicy):
         """Log-probabilities and entropies [N, A], values [N]."""
         obs, n = padded(obs)
         units = pad_rows(units)
-        summary, cache = self.trunk.prefix(obs)
+        summary, cache, _ = self.trunk.prefix(obs)
         logits = self._logits(cache, units)
         h = None
         if entropy:
@@ -103,10 +103,10 @@ class TokenPolicy(VlaPolicy):
         bins = self.config.bins
         # A class is (u + 1) / 2 * bins, rounded down; the range's upper edge belongs to the last.
         units = ((self.scale.normalise(action) + 1) / 2 * bins).long().clamp(0, bins - 1).flatten(1)
-        summary, cache = self.trunk.prefix(obs)
+        _, cache, sight = self.trunk.prefix(obs)
         logits = self._logits(cache, pad_rows(units), temperature=1.0)
         loss = F.cross_entropy(logits[:n].flatten(0, 1), units.flatten(), reduction="none")
-        return loss.view(n, self.chunk, self.size).mean(-1) + self.trunk.foresight_loss(summary[:n], last)
+        return loss.view(n, self.chunk, self.size).mean(-1) + self.trunk.foresight_loss(sight[:n], last)
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
