@@ -123,7 +123,7 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument("--episodes", type=_count, required=True, help="episodes of the whole set")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="the set; goes on with one that exists")
-    parser.add_argument("--noise", type=_noise, default=0.1, help="added to the expert's actions (default: 0.1)")
+    parser.add_argument("--noise", type=_noise, default=1.0, help="how much the expert is pushed about (default: 1)")
     parser.add_argument("--all", action="store_true", help="keep failures too")
 
 

@@ -28,7 +28,7 @@ def collect_and_tell(
         recipe: Its env, seed, device, threads and collect.copies count.
         folder: See `collect_demonstrations`, as for the rest.
         episodes: Of the whole set.
-        noise: In action units.
+        noise: Of the disturbance, in action units.
         keep: Which episodes.
         console: Where to print.
 

@@ -178,12 +178,19 @@ class DemoWriter:
         if not isinstance(own, dict) or not isinstance(own.get("made"), dict):
             raise DemonstrationError(f"{self.folder}: was not made by embodied-rl collect; choose another --out")
         then, now = _flat(own["made"]), _flat(self._own["made"])
-        for key in [*then, *(k for k in now if k not in then)]:
-            if then.get(key) != now.get(key):
+        for key in then:
+            if key in now and then[key] != now[key]:
                 raise DemonstrationError(
-                    f"{self.folder}: was made with {key} {then.get(key)}, and {now.get(key)} is asked for now; choose "
-                    "another --out, or ask for the same"
+                    f"{self.folder}: was made with {key} {then[key]}, and {now[key]} is asked for now; choose another "
+                    "--out, or ask for the same"
                 )
+        gone, new = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
+        if gone or new:
+            raise DemonstrationError(
+                f"{self.folder}: was made by another version, with settings that there are not now "
+                f"({', '.join(gone) or 'none'}) and without some that there are ({', '.join(new) or 'none'}); choose "
+                "another --out"
+            )
         if info["features"] != {name: f.describe() for name, f in self.features.items()}:
             raise DemonstrationError(f"{self.folder}: the env now shows other things than it did; choose another --out")
 

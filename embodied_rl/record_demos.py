@@ -1,8 +1,11 @@
 """Recording demonstrations: an env's own scripted expert plays, the episodes that succeed are kept.
 
 Attempt i has task i modulo the number of tasks and a start that depends on (seed, i) alone. Attempts are played in
-batches of `copies`, side by side; the expert's noise is seeded per batch. So what an attempt looks like depends on its
-number, `copies` and the settings, and never on when recording was interrupted.
+batches of `copies`, side by side; what disturbs the expert is seeded per batch. So what an attempt looks like depends
+on its number, `copies` and the settings, and never on when recording was interrupted.
+
+The env executes what the expert wants plus a disturbance, and the set holds what it wanted: it shows how to come back
+to the path (DART; Laskey, Lee, Fox, Dragan, Goldberg 2017, arXiv:1703.09327).
 
 Episode k of the set has task k modulo the number of tasks, and is the next attempt of that task that is worth keeping:
 every task has the same number of episodes (one more for the first ones), a longer set begins with the shorter one, and
@@ -11,6 +14,7 @@ a set that was interrupted equals one that was not.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -33,7 +37,11 @@ from embodied_rl.seeding import start_seed, start_seeds
 from embodied_rl.types import Env, Obs
 
 STARTS, NOISE = -2, -3
-"""Streams of the start seeds and of the noise: those of training are groups 0, 1, 2, ..."""
+"""Streams of the start seeds and of the disturbance: those of training are groups 0, 1, 2, ..."""
+CORRELATION = 0.85
+"""Of the disturbance from one control step to the next: it pushes one way for a while, which moves a hand."""
+FADE = 20
+"""Control steps within which the disturbance fades out, so that it spoils neither a grasp nor the end of an episode."""
 PATIENCE = 100
 """Attempts in a row that may fail at a task before recording gives up."""
 LONGEST = 100_000
@@ -41,15 +49,53 @@ LONGEST = 100_000
 
 
 class Expert(Protocol):
-    """What `env.expert(noise=..., seed=...)` returns: a scripted policy that watches the env it belongs to."""
+    """What `env.expert()` returns: a scripted policy that watches the env it belongs to.
+
+    An attribute `disturbed`, D booleans, names the dimensions of the action that may be disturbed; without it, all.
+    """
 
     def reset(self, mask: Tensor) -> None:
         """Begin anew in the masked copies [B]; the env has been reset before."""
         ...
 
     def act(self) -> Tensor:
-        """Actions [B, D] float32 for the state the env is in."""
+        """Actions [B, D] float32 for the state the env is in; what was executed before may be something else."""
         ...
+
+
+class Disturbance:
+    """What is added to the actions of one batch of attempts, from their first control step on.
+
+    n_0 = std e_0,  n_t = rho n_{t-1} + std sqrt(1 - rho^2) e_t,  e_t ~ N(0, 1);  added at step t: max(0, 1 - t/F) n_t
+
+    So n_t has standard deviation std at every t. Differs from DART, where the noise is white and its covariance is fitted
+    to the errors of the imitator: white noise averages out over the steps in which a hand moves by centimetres.
+
+    Source: Laskey, Lee, Fox, Dragan, Goldberg 2017, DART, arXiv:1703.09327, algorithm 1 (the noise is executed, and the
+    supervisor's own action is what is learned).
+    """
+
+    def __init__(self, std: float, disturbed: Tensor, copies: int, seed: int) -> None:
+        """Draw the first one.
+
+        Args:
+            std: In action units.
+            disturbed: [D] bool; the other dimensions are left alone.
+            copies: B.
+            seed: Of everything that is drawn.
+        """
+        self._std, self._disturbed = std, disturbed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._step = 0
+        self._now = std * torch.randn(copies, len(disturbed), generator=self._generator)
+
+    def draw(self) -> Tensor:
+        """What to add at this control step [B, D], and on to the next."""
+        added = max(0.0, 1 - self._step / FADE) * self._now * self._disturbed
+        fresh = torch.randn(self._now.shape, generator=self._generator)
+        self._now = CORRELATION * self._now + math.sqrt(1 - CORRELATION**2) * self._std * fresh
+        self._step += 1
+        return added
 
 
 @dataclass(frozen=True)
@@ -60,6 +106,11 @@ class Settings:
     keep: Literal["success", "all"]
     copies: int
     seed: int
+
+    def made(self) -> dict[str, Any]:
+        """What info.json says of them; a set recorded under another kind of noise differs in its names."""
+        disturbance = {"std": self.noise, "correlation": CORRELATION, "fade": FADE}
+        return {"disturbance": disturbance, "keep": self.keep, "copies": self.copies, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -89,7 +140,7 @@ def collect_demonstrations(
     folder: str | Path,
     episodes: int,
     *,
-    noise: float = 0.1,
+    noise: float = 1.0,
     keep: Literal["success", "all"] = "success",
     copies: int = 16,
     seed: int = 0,
@@ -102,10 +153,10 @@ def collect_demonstrations(
         env: The env's section of a recipe, `recipe.env`.
         folder: Where the set lies or shall lie.
         episodes: Episodes of the whole set; nothing is recorded when it holds as many.
-        noise: Standard deviation of what the expert adds to its actions, in action units.
+        noise: Standard deviation of the `Disturbance`, in action units; 0 leaves the expert alone.
         keep: Episodes in which the goal held at some step, or all.
         copies: Attempts played side by side.
-        seed: Of starts and noise.
+        seed: Of starts and disturbances.
         device: Where the env computes.
         on_progress: Called with the number of episodes in the set whenever it has changed.
 
@@ -125,7 +176,7 @@ def collect_demonstrations(
     try:
         _check_capable(built, cast(Any, env).type, settings)
         features = _features(built)
-        made = {"env": env.model_dump(mode="json"), **vars(settings), "device": where.type}
+        made = {"env": env.model_dump(mode="json"), **settings.made(), "device": where.type}
         writer = DemoWriter(
             Path(folder), features, fps=built.spec.control_hz, robot=Path(str(cast(Any, env).type)).stem, made=made,
             observation=built.spec.observation,
@@ -144,7 +195,7 @@ def _check_capable(env: Env, name: str, settings: Settings) -> None:
     spec = env.spec
     lacks = []
     if not callable(getattr(env, "expert", None)):
-        lacks.append("a scripted expert (a method `expert(*, noise, seed)` of the env)")
+        lacks.append("a scripted expert (a method `expert()` of the env)")
     if not spec.seedable:
         lacks.append("starts that can be repeated (`EnvSpec.seedable`)")
     if spec.action.kind != "continuous":
@@ -224,7 +275,8 @@ class _Tape:
         self.seeds = start_seeds(settings.seed, "train", torch.full_like(numbers, STARTS), numbers)
         tasks = numbers % len(spec.tasks)
         noise_seed = start_seed(settings.seed, "train", NOISE, attempts.start // b)
-        expert: Expert = cast(Any, env).expert(noise=settings.noise, seed=noise_seed)
+        expert: Expert = cast(Any, env).expert()
+        disturbance = Disturbance(settings.noise, _disturbed(expert, spec.action.size), b, noise_seed)
         active = torch.ones(b, dtype=torch.bool, device=device)
         obs = env.reset(active.clone(), self.seeds.to(device), tasks.to(device))
         expert.reset(active.clone())
@@ -242,10 +294,11 @@ class _Tape:
             seen = env.observe() if spec.on_demand else obs
             check_observation(seen, spec, start=not self._frames)
             frame = _to_numpy({feature_of(entry, spec.observation[entry])[0]: x for entry, x in seen.items()})
-            action = torch.where(active[:, None], expert.act().clamp(-1, 1), 0.0)
-            step = env.step(action, None if bool(active.all()) else active)
+            wanted = expert.act().clamp(-1, 1)
+            executed = (wanted + disturbance.draw().to(device)).clamp(-1, 1)
+            step = env.step(torch.where(active[:, None], executed, 0.0), None if bool(active.all()) else active)
             obs, done = step.obs, step.terminated | step.truncated
-            told = {"action": action, "next.reward": step.reward, "next.done": done}
+            told = {"action": wanted, "next.reward": step.reward, "next.done": done}
             if step.success is not None:
                 told["next.success"] = step.success
                 self.solved |= (step.success & active).cpu().numpy()
@@ -274,6 +327,16 @@ class _Tape:
         }
         arrays = {name: to_arrow(values, features[name]) for name, values in columns.items()}
         return Packed(arrays, episode_statistics(columns, features), length, text, extra)
+
+
+def _disturbed(expert: Expert, size: int) -> Tensor:
+    """[D] bool, the dimensions that may be disturbed."""
+    told = getattr(expert, "disturbed", (True,) * size)
+    if len(told) != size or not all(isinstance(x, bool) for x in told):
+        raise CapabilityError(
+            f"the expert's `disturbed` is {told!r}, expected {size} booleans, one for each dimension of the action"
+        )
+    return torch.tensor(told)
 
 
 def _to_numpy(tensors: Obs) -> dict[str, np.ndarray]:

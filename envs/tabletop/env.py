@@ -203,11 +203,11 @@ class TabletopEnv:
         """TCP position [B, 3] (m) and rotation [B, 3, 3] of all copies; valid until the next step."""
         return self.arm.position, self.arm.rotation
 
-    def expert(self, *, noise: float, seed: int) -> Expert:
+    def expert(self) -> Expert:
         """A scripted policy that solves every task; see `expert.py`."""
         from embodied_rl.envs.tabletop.expert import Expert
 
-        return Expert(self, noise=noise, seed=seed)
+        return Expert(self)
 
     def instructions(self) -> list[str]:
         """The instruction of each copy as text."""

@@ -64,21 +64,17 @@ class Expert:
         close: with closed fingers above and down before the handle, then away from the robot.
 
     Example:
-        expert = Expert(env, noise=0.1, seed=0)
+        expert = Expert(env)
         env.reset(mask, seeds, tasks); expert.reset(mask); step = env.step(expert.act())
     """
 
-    def __init__(self, env: TabletopEnv, *, noise: float = 0.1, seed: int = 0) -> None:
-        """Watch an env; call `reset` after each reset of it.
+    disturbed = (True, True, True, False, False, False, False)
+    """The hand may be pushed aside; its turn and its fingers are left alone."""
 
-        Args:
-            env: Read in `act`; never stepped here.
-            noise: Standard deviation added to the translation, in action units.
-            seed: Of the noise.
-        """
+    def __init__(self, env: TabletopEnv) -> None:
+        """Watch an env, which is read in `act` and never stepped here; call `reset` after each reset of it."""
         device = env.physics.device
-        self._env, self._noise, self._device = env, noise, device
-        self._generator = torch.Generator().manual_seed(seed)
+        self._env, self._device = env, device
         self._family_of = torch.tensor([FAMILY[name] for name in env.spec.tasks], device=device)
         self._lift = torch.tensor([name == "lift" for name in env.spec.tasks], device=device)
         self._stack = torch.tensor([name == "stack" for name in env.spec.tasks], device=device)
@@ -112,9 +108,8 @@ class Expert:
         plan = self._plan[family, self._phase]
         limit = plan[:, 3:]
         move = ((target - env.controller.position) / MAX_MOVE).clamp(-limit, limit)
-        noise = self._noise * torch.randn(len(move), 3, generator=self._generator).to(self._device)
         action = torch.zeros(len(move), 7, device=self._device)
-        action[:, :3] = move + noise
+        action[:, :3] = move
         action[:, 5] = self._turn(family)
         action[:, 6] = plan[:, 2]
         return action.clamp(-1, 1).to(env.device)

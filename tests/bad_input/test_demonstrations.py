@@ -400,7 +400,7 @@ def test_a_wrong_command_line(argv, message, capsys):
 
 def test_an_env_without_an_expert(toy, capsys):
     assert collect(capsys) == (
-        f"error: env '{TOYS}/point.py' cannot be demonstrated: it lacks a scripted expert (a method `expert(*, noise, seed)` of the env)\n"
+        f"error: env '{TOYS}/point.py' cannot be demonstrated: it lacks a scripted expert (a method `expert()` of the env)\n"
     )
     assert not (toy / "out").exists()
 
@@ -408,7 +408,7 @@ def test_an_env_without_an_expert(toy, capsys):
 def test_going_on_with_a_set_that_was_made_differently(recipe, capsys):
     assert main(["collect", "toy.yaml", "--episodes", "2", "--out", "out"]) == 0
     for more, what in [
-        (["--noise", "0.3"], "noise 0.1, and 0.3 is"),
+        (["--noise", "0.3"], "disturbance.std 1.0, and 0.3 is"),
         (["--all"], "keep success, and all is"),
         (["env.max_steps=8"], "env.max_steps 10, and 8 is"),
         (["seed=1"], "seed 0, and 1 is"),
@@ -418,6 +418,31 @@ def test_going_on_with_a_set_that_was_made_differently(recipe, capsys):
             f"error: out: was made with {what} asked for now; choose another --out, or ask for the same\n"
         )
     assert Demonstrations("out").episodes == 2
+
+
+def test_going_on_with_a_set_of_a_version_that_wrote_the_noise_into_the_actions(recipe, capsys):
+    assert main(["collect", "toy.yaml", "--episodes", "2", "--out", "out"]) == 0
+    data = info(recipe / "out")
+    del data["embodied_rl"]["made"]["disturbance"]
+    data["embodied_rl"]["made"]["noise"] = 1.0
+    (recipe / "out/meta/info.json").write_text(json.dumps(data))
+    assert collect(capsys) == (
+        "error: out: was made by another version, with settings that there are not now (noise) and without some that "
+        "there are (disturbance.correlation, disturbance.fade, disturbance.std); choose another --out\n"
+    )
+
+
+@pytest.mark.parametrize("told", [(True,), (1.0, 0.0), (0, 1)])
+def test_an_expert_that_does_not_say_which_dimensions_may_be_disturbed(told, tmp_path, monkeypatch):
+    from embodied_rl import registry
+
+    env = shown()
+    monkeypatch.setattr(registry.load("env", env.type).Expert, "disturbed", told, raising=False)
+    with pytest.raises(CapabilityError) as error:
+        collect_demonstrations(env, tmp_path / "set", 2, copies=2)
+    assert str(error.value) == (
+        f"the expert's `disturbed` is {told}, expected 2 booleans, one for each dimension of the action"
+    )
 
 
 def test_a_folder_with_something_else_in_it(recipe, capsys):

@@ -153,7 +153,7 @@ def seen(episodes: int = 40) -> tuple[str, str]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "seen.py").write_text(SEEN.format(shown=TOYS / "shown.py"))
     env = load_component("env", str(folder / "seen.py"), [])
-    collect_demonstrations(env, folder / "demos", episodes, noise=0.3)
+    collect_demonstrations(env, folder / "demos", episodes)
     return str(folder / "seen.py"), str(folder / "demos")
 
 

@@ -75,15 +75,15 @@ class Shown(point.Point):
     def instructions(self) -> list[str]:
         return [TEXTS[int(w) - 1] if self.config.text is None else self.config.text for w in self.word[:, 0]]
 
-    def expert(self, *, noise: float, seed: int) -> Expert:
-        return Expert(self, noise, seed)
+    def expert(self) -> Expert:
+        return Expert(self)
 
 
 class Expert:
     """Straight to the goal."""
 
-    def __init__(self, env: Shown, noise: float, seed: int) -> None:
-        self.env, self.noise, self.generator = env, noise, torch.Generator().manual_seed(seed)
+    def __init__(self, env: Shown) -> None:
+        self.env = env
 
     def reset(self, mask: Tensor) -> None:
         pass
@@ -91,8 +91,7 @@ class Expert:
     def act(self) -> Tensor:
         env = self.env
         goal = env.goals[torch.arange(env.spec.num_envs), env.word[:, 0] - 1, :2]
-        noise = self.noise * torch.randn(env.spec.num_envs, 2, generator=self.generator)
-        return (0.0 if env.config.clumsy else 1.0) * ((goal - env.position) / 0.3 + noise)
+        return (0.0 if env.config.clumsy else 1.0) * (goal - env.position) / 0.3
 
 
 def build(config: Config, *, num_envs: int, device: torch.device, split: str, seed: int) -> Shown:

@@ -20,14 +20,14 @@ from embodied_rl.config import load_component
 from embodied_rl.demo_check import validate
 from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.errors import CapabilityError
-from embodied_rl.record_demos import STARTS, collect_demonstrations
+from embodied_rl.record_demos import CORRELATION, FADE, NOISE, STARTS, Disturbance, collect_demonstrations
 from embodied_rl.seeding import start_seed
 from tests.kit import CPU, TOYS
 
 SHOWN = str(TOYS / "shown.py")
 
 
-def record(folder, episodes, *, noise=0.3, keep="success", copies=4, seed=0, **settings):
+def record(folder, episodes, *, noise=1.0, keep="success", copies=4, seed=0, **settings):
     """Demonstrations of the toy; its expert fails at about a quarter of the starts when time is short."""
     values = {"max_steps": 5} | settings
     env = load_component("env", SHOWN, [f"{k}={json.dumps(v)}" for k, v in values.items()])
@@ -49,9 +49,24 @@ def twelve(tmp_path_factory):
 # ---- what is recorded ------------------------------------------------------------------------------------------------
 
 
-def test_what_was_played_comes_back_exactly(twelve):
-    demos = Demonstrations(twelve)
-    lengths = set()
+def disturbance(copies, seed, steps, std, dimensions):
+    """[steps, copies, D] by the formula, one number at a time, from the same draws."""
+    generator = torch.Generator().manual_seed(seed)
+    e = [torch.randn(copies, dimensions, generator=generator).double().numpy() for _ in range(steps)]
+    out = np.zeros((steps, copies, dimensions))
+    for i in np.ndindex(copies, dimensions):
+        n = std * e[0][i]
+        for t in range(steps):
+            n = n if t == 0 else 0.85 * n + std * (1 - 0.85**2) ** 0.5 * e[t][i]
+            out[t, *i] = n * (1 - t / 20) if t < 20 else 0
+    return out
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_the_env_executes_more_than_the_expert_wanted_and_the_set_holds_what_it_wanted(noise, tmp_path):
+    record(tmp_path / "demos", 12, noise=noise)
+    demos = Demonstrations(tmp_path / "demos")
+    lengths, pushed = set(), 0.0
     for line, episode in zip(demos.lines, demos.load(), strict=True):
         module = registry.load("env", SHOWN)
         env = module.build(module.Config(max_steps=5), num_envs=1, device=CPU, split="train", seed=0)
@@ -60,18 +75,70 @@ def test_what_was_played_comes_back_exactly(twelve):
         assert line.extra["task"] == env.spec.tasks[attempt % 2]
         obs = env.reset(torch.ones(1, dtype=torch.bool), torch.tensor([line.extra["seed"]]), torch.tensor([attempt % 2]))
         assert episode.instruction == env.instructions()[0]
+        added = disturbance(4, start_seed(0, "train", NOISE, attempt // 4), 5, noise, 2)[:, attempt % 4]
         for t in range(line.length):
             assert set(obs) == set(episode.obs)
-            for name, x in obs.items():
-                assert episode.obs[name].dtype == x.dtype
-                assert torch.equal(episode.obs[name][t], x[0]), (name, t)
-            step = env.step(episode.action[t : t + 1])
-            assert episode.reward[t] == step.reward[0]
+            for name in ("goals", "word"):
+                assert torch.equal(episode.obs[name][t], obs[name][0]), (name, t)
+            torch.testing.assert_close(episode.obs["position"][t], obs["position"][0], rtol=0, atol=1e-5)
+            goal = episode.obs["goals"][t, attempt % 2, :2]
+            wanted = ((goal - episode.obs["position"][t]) / 0.3).clamp(-1, 1)
+            torch.testing.assert_close(episode.action[t], wanted, rtol=0, atol=1e-6)
+            executed = (episode.action[t] + torch.tensor(added[t]).float()).clamp(-1, 1)
+            pushed = max(pushed, float((executed - wanted).abs().max()))
+            step = env.step(executed[None])
+            torch.testing.assert_close(episode.reward[t], step.reward[0], rtol=0, atol=1e-5)
             assert episode.success[t] == step.success[0]
             obs = step.obs
         assert bool(step.terminated | step.truncated)
         lengths.add(line.length)
     assert len(lengths) > 2, "episodes of one length would test little"
+    assert (pushed > 1) if noise else (pushed < 1e-6)
+
+
+def test_pictures_come_back_exactly(tmp_path):
+    """Undisturbed, so that an env can be made to play the same again, bit for bit."""
+    record(tmp_path / "demos", 4, noise=0.0)
+    demos = Demonstrations(tmp_path / "demos")
+    for line, episode in zip(demos.lines, demos.load(), strict=True):
+        module = registry.load("env", SHOWN)
+        env = module.build(module.Config(max_steps=5), num_envs=1, device=CPU, split="train", seed=0)
+        task = torch.tensor([line.extra["attempt"] % 2])
+        obs = env.reset(torch.ones(1, dtype=torch.bool), torch.tensor([line.extra["seed"]]), task)
+        for t in range(line.length):
+            for name, x in obs.items():
+                assert episode.obs[name].dtype == x.dtype
+                assert torch.equal(episode.obs[name][t], x[0]), (name, t)
+            step = env.step(episode.action[t : t + 1])
+            assert episode.reward[t] == step.reward[0]
+            obs = step.obs
+
+
+def test_the_disturbance_is_slow_as_strong_as_asked_for_and_fades():
+    std, copies = 0.7, 40_000
+    drawn = Disturbance(std, torch.tensor([True, False]), copies, seed=3)
+    added = torch.stack([drawn.draw() for _ in range(FADE + 5)])
+    assert not added[:, :, 1].any(), "a dimension that is to be left alone is"
+    assert not added[FADE:].any() and bool(added[FADE - 1].any())
+    faded = 1 - torch.arange(FADE) / FADE
+    # 40,000 draws: the standard error of a standard deviation is 0.35 %, of a correlation 0.5 %.
+    torch.testing.assert_close(added[:FADE, :, 0].std(1), std * faded, rtol=0.02, atol=0)
+    for lag in (1, 4):
+        r = torch.corrcoef(added[[2, 2 + lag], :, 0])[0, 1]
+        assert float(r) == pytest.approx(CORRELATION**lag, abs=0.02)
+    again = Disturbance(std, torch.tensor([True, False]), copies, seed=3)
+    assert torch.equal(torch.stack([again.draw() for _ in range(3)]), added[:3])
+    assert not torch.equal(Disturbance(std, torch.tensor([True, False]), copies, seed=4).draw(), added[0])
+
+
+def test_an_expert_says_which_dimensions_are_disturbed(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry.load("env", SHOWN).Expert, "disturbed", (True, False), raising=False)
+    record(tmp_path / "demos", 8)
+    moved = []
+    for episode in Demonstrations(tmp_path / "demos").load():
+        moved.append((episode.obs["position"].diff(dim=0) / 0.3 - episode.action[:-1]).abs())
+    off = torch.cat(moved)
+    assert float(off[:, 0].max()) > 0.5 and float(off[:, 1].max()) < 1e-5
 
 
 def test_the_set_describes_what_the_env_shows_and_takes(twelve):
@@ -115,8 +182,9 @@ def test_an_env_that_shows_itself_on_demand_gives_the_same_set(twelve, tmp_path)
 
 
 def test_the_files_are_what_other_programs_read(twelve):
-    table = pq.read_table(twelve / "data/chunk-000/episode_000003.parquet")
-    line = json.loads((twelve / "meta/episodes.jsonl").read_text().splitlines()[3])
+    lines = [json.loads(line) for line in (twelve / "meta/episodes.jsonl").read_text().splitlines()]
+    line = max(lines, key=lambda row: row["length"])
+    table = pq.read_table(twelve / f"data/chunk-000/episode_{line['episode_index']:06d}.parquet")
     info = json.loads((twelve / "meta/info.json").read_text())
     assert table.num_rows == line["length"]
     assert set(table.column_names) == set(info["features"])
@@ -130,7 +198,7 @@ def test_the_files_are_what_other_programs_read(twelve):
     assert [texts[f["task_index"]] for f in frames] == line["tasks"] * len(frames)
     stats = [json.loads(row) for row in (twelve / "meta/episodes_stats.jsonl").read_text().splitlines()]
     assert set(stats[3]["stats"]) == set(info["features"])
-    assert np.shape(stats[3]["stats"]["observation.images.camera"]["mean"]) == (3, 1, 1)
+    assert np.shape(stats[line["episode_index"]]["stats"]["observation.images.camera"]["mean"]) == (3, 1, 1)
     note = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert note["observation.images.camera"] == {"_type": "Image"}
 

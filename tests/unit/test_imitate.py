@@ -218,7 +218,7 @@ def test_resumed_with_other_demonstrations_it_stops(tmp_path):
     wanted = recipe(algorithm={"demonstrations": str(folder)}, log={"folder": str(tmp_path)})
     lab.go(wanted, tmp_path / "sft", until=2)
     frames = Demonstrations(folder).frames
-    collect_demonstrations(wanted.env, folder, 41, noise=0.3)
+    collect_demonstrations(wanted.env, folder, 41)
     with pytest.raises(CapabilityError) as error:
         lab.go(wanted, tmp_path / "sft", resume=True)
     assert f"frames in the set, the saved run had {frames}; go on with the same set and cache_bytes, or begin a new run" in str(error.value)
