@@ -21,6 +21,7 @@ from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 if TYPE_CHECKING:
     from embodied_rl.envs.tabletop.camera import BatchCamera
     from embodied_rl.envs.tabletop.expert import Expert
+    from embodied_rl.envs.tabletop.instructions import Sentences
     from embodied_rl.envs.tabletop.pictures import Pictures
 
 ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))
@@ -50,6 +51,7 @@ class TabletopEnv:
         end_on_success: bool,
         device: torch.device,
         pictures: Pictures | None = None,
+        evaluation_sentences: Sentences = "heldout",
     ) -> None:
         """Wire the parts; use `build` to make one from a config."""
         num_envs, inner = physics.num_envs, physics.device
@@ -78,6 +80,7 @@ class TabletopEnv:
         self._reward = reward
         self._max_steps = max_steps
         self._end_on_success = end_on_success
+        self._evaluation_sentences = evaluation_sentences
         self.arm = ArmKinematics(scene.model, HOME, physics.qpos)
         self.controller = PoseController(self.arm)
         self.episode = Episode.empty(num_envs, inner)
@@ -227,7 +230,9 @@ class TabletopEnv:
         scene, inner = self.scene, self.physics.device
         picked = [tasks[row] for row in rows]
         chosen = [seeds[row] for row in rows]
-        starts = draw_starts(scene, [self._tasks[task] for task in picked], chosen)
+        starts = draw_starts(
+            scene, [self._tasks[task] for task in picked], chosen, evaluation_sentences=self._evaluation_sentences
+        )
         index = torch.tensor(rows, device=inner)
         mask = torch.zeros(self.spec.num_envs, dtype=torch.bool, device=inner)
         mask[index] = True
