@@ -20,7 +20,7 @@ from embodied_rl.collect import execute
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.results import EvaluationResult
 from embodied_rl.seeding import start_seeds
-from embodied_rl.types import Env, Obs, Policy, Split, Step
+from embodied_rl.types import Env, EnvSpec, Obs, Policy, Split, Step
 from embodied_rl.video import Clip, write_videos
 
 OnFrame = Callable[[Env, Tensor], None]
@@ -134,8 +134,13 @@ def film(
         for i, number in enumerate(numbers.tolist())
     ]
     if folder is not None:
-        write_videos(folder, clips, env.spec.control_hz or 20.0)
+        write_videos(folder, clips, frame_rate(env.spec))
     return clips
+
+
+def frame_rate(spec: EnvSpec) -> float:
+    """Frames per second at which a film of an env shows real time; 20 where the env has no clock."""
+    return spec.control_hz or 20.0
 
 
 def choose(result: EvaluationResult, count: int) -> Tensor:

@@ -68,14 +68,11 @@ class Suite:
                 generator=self._generator(mode, device),
             )
 
-    @property
-    def can_film(self) -> bool:
-        """Whether the env, once built, has a camera and can start an episode again."""
-        return self.env is not None and bool(self.env.spec.cameras) and self.env.spec.seedable
-
     def film(self, policy: Policy, result: EvaluationResult, numbers: Tensor, folder: Path) -> list[Clip]:
-        """Film episodes of a result of this suite; see `embodied_rl.evaluate.film`."""
+        """Film episodes of a result of this suite (see `embodied_rl.evaluate.film`); none where the env cannot."""
         assert self.env is not None, "run comes first"
+        if not (self.env.spec.cameras and self.env.spec.seedable):
+            return []
         with global_rng_untouched():
             generator = self._generator(result.greedy, self.env.device)
             return film(policy, self.env, result, numbers, folder=folder, generator=generator)

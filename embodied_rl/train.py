@@ -13,12 +13,14 @@ from time import perf_counter
 from types import FrameType
 from typing import Any
 
+import torch
+
 from embodied_rl import checkpoint
 from embodied_rl.algorithms import ImitationConfig
 from embodied_rl.compare import summarize
 from embodied_rl.config import dump_recipe, load_resolved
 from embodied_rl.errors import ConfigError, DivergenceError
-from embodied_rl.evaluate import choose
+from embodied_rl.evaluate import choose, frame_rate
 from embodied_rl.imitate import ImitationSession
 from embodied_rl.measure import Clock, memory_mib
 from embodied_rl.recipe import HELDOUT, Recipe
@@ -27,6 +29,7 @@ from embodied_rl.results import EvaluationResult
 from embodied_rl.runfolder import RunFolder, SuiteResult, Summary, open_run
 from embodied_rl.session import Session
 from embodied_rl.suites import Suite, check_suites, evaluation_file, suites_of
+from embodied_rl.video import BEFORE, PAIRS, read_clips, write_pairs
 from embodied_rl.writers import Writers, open_writers
 
 log = logging.getLogger(__name__)
@@ -260,7 +263,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def _measure_start(folder: RunFolder, session: Learner) -> None:
-    """Evaluate the policy that training starts from, on the starts of the final evaluation."""
+    """Evaluate and film the policy that training starts from, on the starts of the final evaluation."""
     recipe = session.recipe
     if recipe.start_from is None or not recipe.evaluate.episodes or session.update:
         return
@@ -271,7 +274,12 @@ def _measure_start(folder: RunFolder, session: Learner) -> None:
         log.info("evaluating %s, which training starts from (%s)", recipe.start_from, suite.name)
         started = perf_counter()
         with closing(suite):
-            suite.run(session.policy, session.device, recipe.evaluate.episodes).save(path)
+            result = suite.run(session.policy, session.device, recipe.evaluate.episodes)
+            if suite.name == HELDOUT:
+                # The first episodes, not chosen ones: whoever follows looks better on what this policy failed at.
+                numbers = torch.arange(min(recipe.evaluate.videos, result.episodes))
+                suite.film(session.policy, result, numbers, folder.videos / BEFORE)
+            result.save(path)
         session.wall_s += perf_counter() - started
 
 
@@ -292,10 +300,19 @@ def _conclude(folder: RunFolder, session: Learner) -> dict[str, EvaluationResult
         with closing(suite):
             result = results[suite.name] = suite.run(session.policy, session.device, e.episodes)
             result.save(folder.path / evaluation_file(suite.name))
-            if suite.name == HELDOUT and suite.can_film and e.videos:
-                suite.film(session.policy, result, choose(result, e.videos), folder.videos)
+            if suite.name == HELDOUT and e.videos:
+                _film(folder, session, suite, result)
     session.wall_s += perf_counter() - started
     return results
+
+
+def _film(folder: RunFolder, session: Learner, suite: Suite, result: EvaluationResult) -> None:
+    """Film the trained policy: the episodes of which there are films before training, or chosen ones."""
+    before = read_clips(folder.videos / BEFORE)[: result.episodes]
+    numbers = torch.arange(len(before)) if before else choose(result, session.recipe.evaluate.videos)
+    after = suite.film(session.policy, result, numbers, folder.videos)
+    if before and after:
+        write_pairs(folder.videos / PAIRS, before, after, frame_rate(suite.open(session.device).spec))
 
 
 def _summary(session: Learner, reason: str, evaluation: dict[str, SuiteResult]) -> Summary:

@@ -1,7 +1,9 @@
 """Suites: the same starts in an env with some settings changed, before training and after it."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +12,11 @@ from embodied_rl.config import build_recipe, dump_recipe, load_recipe, load_reso
 from embodied_rl.errors import ConfigError
 from embodied_rl.results import EvaluationResult
 from embodied_rl.suites import Suite, check_suites, evaluation_file, suites_of
+from embodied_rl.video import read_mp4
 
 HURRIED = "evaluate.suites.hurried.max_steps=3"
+TRAINING = ("evaluate.every=1", "algorithm.update.lr=0.1")
+FILMED = f"env.type={Path(__file__).parents[1] / 'toys' / 'filmed.py'}"
 CPU = torch.device("cpu")
 
 
@@ -24,8 +29,8 @@ def pair(tmp_path_factory, toy_run):
     """A run with a suite that started from another run."""
     folder = tmp_path_factory.mktemp("suites")
     recipe = str(toy_run.parent / "toy.yaml")
-    changes = [HURRIED, f"start_from={toy_run}", f"log.folder={folder}", "evaluate.every=1"]
-    assert main(["train", recipe, "name=second", *changes]) == 0
+    changes = [f"start_from={toy_run}", f"log.folder={folder}", "evaluate.videos=3", FILMED]
+    assert main(["train", recipe, "name=second", *TRAINING, HURRIED, *changes]) == 0
     return folder / "second"
 
 
@@ -51,6 +56,22 @@ def test_the_policy_that_training_starts_from_plays_every_suite_too(pair, toy_ru
         assert suites[name]["since_start"]["all"]["episodes"] == 8
 
 
+def test_the_first_episodes_are_filmed_before_and_after_training(pair):
+    before, after = (episodes(pair, evaluation_file("heldout", start=start)) for start in (True, False))
+    index = json.loads((pair / "videos" / "pairs" / "index.json").read_text())
+    assert index["fps"] == 10 and len(index["pairs"]) == 3
+    for i, shown in enumerate(index["pairs"]):
+        assert shown["task"] == ("first", "second")[i % 2] and shown["instruction"] == f"to the {shown['task']}"
+        for when, result in (("before", before), ("after", after)):
+            facts = {"success": bool(result.success_once[i]), "length": int(result.length[i]), "return": float(result.returns[i])}
+            assert shown[when] == facts
+        film = read_mp4(pair / "videos" / "pairs" / shown["file"]).astype(int)
+        assert len(film) == max(shown["before"]["length"], shown["after"]["length"]) + 1
+        left, right = film[:, :, :192], film[:, :, 196:]
+        assert np.abs(left[0] - right[0]).mean() < 1 < np.abs(left[-1] - right[-1]).mean(), "one start, two policies"
+    assert (pair / "report.html").read_text().count("<video") == 3
+
+
 def test_suites_are_played_at_the_end_only(pair):
     keys = {key for line in (pair / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     assert any(key.startswith("eval/heldout/") for key in keys) and not any("hurried" in key for key in keys)
@@ -58,8 +79,7 @@ def test_suites_are_played_at_the_end_only(pair):
 
 def test_a_suite_changes_nothing_of_the_training(pair, toy_run, tmp_path):
     recipe = str(toy_run.parent / "toy.yaml")
-    plain = ["train", recipe, "name=plain", f"start_from={toy_run}", f"log.folder={tmp_path}", "evaluate.every=1"]
-    assert main(plain) == 0
+    assert main(["train", recipe, "name=plain", *TRAINING, f"start_from={toy_run}", f"log.folder={tmp_path}"]) == 0
     rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (pair, tmp_path / "plain")]
     for one, two in zip(*rows, strict=True):
         assert {k: v for k, v in one.items() if k[:5] not in ("time/", "perf/")} == {
