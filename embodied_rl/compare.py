@@ -270,7 +270,7 @@ def print_targets(
     """
     for target, suites in zip(targets, results, strict=True):
         for suite, result in suites.items():
-            print_evaluation(target if suite == HELDOUT else f"{target}, {suite}", result, console)
+            print_evaluation(str(target) if suite == HELDOUT else f"{target}, {suite}", result, console)
             if suite != HELDOUT and result.seedable:
                 print_comparison(compare(result, suites[HELDOUT]), (suite, HELDOUT), console)
     if len(results) == 2:
