@@ -61,8 +61,8 @@ def test_the_model_imitates_in_the_simulator_and_is_improved_by_reinforcement(he
     run("train dots.yaml")
     run("train dots_rl.yaml")
     suite = json.loads((here / "runs" / "rl" / "summary.json").read_text())["evaluation"]["heldout"]
-    assert suite["start"]["overall"]["success_once"]["rate"] > 0.3
-    assert suite["since_start"]["all"]["difference"] > 0.08
+    assert suite["start"]["overall"]["success_once"]["rate"] > 0.5
+    assert suite["since_start"]["all"]["difference"] > 0.05
     assert (here / "runs" / "rl" / "report.html").read_text().count("<video") == 4
     capsys.readouterr()
     run("evaluate runs/rl")
