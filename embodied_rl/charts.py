@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from embodied_rl.runfolder import SuiteResult
 
 Row = dict[str, Any]
 Points = tuple[np.ndarray, np.ndarray]
@@ -55,6 +57,35 @@ class Chart:
     wide: bool = False
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """A level to compare a curve with, and its 95 % interval.
+
+    Example: `Baseline(0.41, 0.356, 0.466)`.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def baselines(start: SuiteResult) -> dict[str, Baseline]:
+    """Levels of the policy that training started from.
+
+    Args:
+        start: Its evaluation.
+
+    Returns:
+        levels: Key of CHARTS -> level; success with Wilson's interval, return with mean +- 1.96 standard errors.
+    """
+    r = start["overall"]
+    half = 1.96 * r["return_std"] / math.sqrt(r["episodes"])
+    levels = {"eval/<suite>/return_mean": Baseline(r["return_mean"], r["return_mean"] - half, r["return_mean"] + half)}
+    if once := r.get("success_once"):
+        levels["eval/<suite>/success_rate"] = Baseline(once["rate"], once["low95"], once["high95"])
+    return levels
+
+
 CHARTS: tuple[Chart, ...] = (
     Chart("Success", ("rollout/success_once_rate", "eval/<suite>/success_rate"), share=True, wide=True),
     Chart("Return", ("rollout/return_mean", "eval/<suite>/return_mean"), "task units", wide=True),
@@ -65,6 +96,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart("Entropy", ("actor/entropy",), "nat"),
     Chart("Step size: KL(old ‖ new)", ("actor/kl_k3", "actor/kl_k1"), "nat"),
     Chart("Distance to the reference", ("actor/kl_to_reference",), "nat"),
+    Chart("Log-probability gap to the sampler", ("sync/logp_gap_mean",), "nat"),
     Chart("Clipped share", ("actor/clip_fraction",)),
     Chart("Explained variance of the critic", ("critic/explained_variance",)),
     Chart("Critic loss", ("critic/loss",)),
@@ -75,12 +107,13 @@ CHARTS: tuple[Chart, ...] = (
 """Panels in reading order; a panel of which nothing was measured is left out."""
 
 
-def draw(rows: Sequence[Row], chart: Chart) -> str | None:
+def draw(rows: Sequence[Row], chart: Chart, levels: Mapping[str, Baseline] | None = None) -> str | None:
     """Draw one panel.
 
     Args:
         rows: `metrics.jsonl`.
         chart: What to draw.
+        levels: Key of a chart -> level drawn as a dashed line; see `baselines`.
 
     Returns:
         svg: An `<svg>` element without references to other files; None when none of the keys was measured.
@@ -92,16 +125,17 @@ def draw(rows: Sequence[Row], chart: Chart) -> str | None:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.6, 2.8) if chart.wide else (4.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        _plot(axes, rows, chart, lines)
+        _plot(axes, rows, chart, lines, levels or {})
         return _svg(figure)
 
 
-def save_curves(rows: Sequence[Row], path: Path) -> bool:
+def save_curves(rows: Sequence[Row], path: Path, levels: Mapping[str, Baseline] | None = None) -> bool:
     """Write success (or return) over control steps as a PNG picture.
 
     Args:
         rows: `metrics.jsonl`.
         path: Ends in .png.
+        levels: See `draw`.
 
     Returns:
         written: False when nothing was measured yet.
@@ -113,7 +147,7 @@ def save_curves(rows: Sequence[Row], path: Path) -> bool:
             lines = [(label, points) for label, points in lines if len(points[0])]
             if lines:
                 axes = figure.add_subplot()
-                _plot(axes, rows, chart, lines)
+                _plot(axes, rows, chart, lines, levels or {})
                 axes.set_title(chart.title, fontsize=10, loc="left")
                 figure.savefig(path, metadata={"Software": None})
                 return True
@@ -134,7 +168,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
         return (sums[high] - sums[low]) / (counts[high] - counts[low])
 
 
-def _plot(axes: Axes, rows: Sequence[Row], chart: Chart, lines: list[tuple[str, Points]]) -> None:
+def _plot(
+    axes: Axes, rows: Sequence[Row], chart: Chart, lines: list[tuple[str, Points]], levels: Mapping[str, Baseline]
+) -> None:
     for i, (label, (x, y)) in enumerate(lines):
         colour = PALETTE[i % len(PALETTE)]
         x, y, keep = x, np.asarray(y), _thin(len(x))
@@ -149,7 +185,14 @@ def _plot(axes: Axes, rows: Sequence[Row], chart: Chart, lines: list[tuple[str, 
         axes.set_ylim(-0.03, 1.03)
     else:
         _limit(axes, lines)
-    if len(lines) > 1:
+    found = [levels[key] for key in chart.keys if key in levels]
+    bottom, top = axes.get_ylim()
+    for level in found:
+        bottom, top = min(bottom, level.low), max(top, level.high)
+        axes.axhspan(level.low, level.high, color=INK, alpha=0.08, linewidth=0)
+        axes.axhline(level.value, color=INK, linestyle=(0, (5, 3)), linewidth=1.2, label="before training")
+    axes.set_ylim(bottom, top)
+    if len(lines) > 1 or found:
         axes.legend(frameon=False, fontsize=8, loc="best", handlelength=1.4)
     axes.set_ylabel(chart.unit)
     axes.set_xlabel("control steps")

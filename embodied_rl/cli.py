@@ -178,15 +178,12 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from embodied_rl.compare import compare, evaluate_targets, print_comparison, print_evaluation
+    from embodied_rl.compare import evaluate_targets, print_targets
 
     targets = [args.target] if args.other is None else [args.target, args.other]
     greedy = False if args.sampled else None
     results = evaluate_targets(targets, episodes=args.episodes, copies=args.copies, greedy=greedy, device=args.device)
-    for target, result in zip(targets, results, strict=True):
-        print_evaluation(target, result, _console())
-    if len(results) == 2:
-        print_comparison(compare(*results), (args.target, args.other), _console())
+    print_targets(targets, results, _console())
 
 
 def _collect(args: argparse.Namespace) -> int:

@@ -16,12 +16,12 @@ from torch import Tensor
 from embodied_rl import checkpoint
 from embodied_rl.config import load_resolved
 from embodied_rl.errors import CapabilityError, NotFoundError
-from embodied_rl.evaluate import evaluate
-from embodied_rl.recipe import Recipe
+from embodied_rl.recipe import HELDOUT, Recipe
 from embodied_rl.results import EvaluationResult
-from embodied_rl.runfolder import Change
+from embodied_rl.runfolder import Difference, SuiteResult
 from embodied_rl.session import build_env, build_policy, choose_device, load_weights, stored_weights
 from embodied_rl.stats import Interval, bootstrap, mcnemar, paired_difference, wilson
+from embodied_rl.suites import suites_of
 from embodied_rl.types import Env, Policy
 
 Success = Literal["once", "at_end"]
@@ -114,25 +114,47 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, success: Success = "onc
     return PairedComparison(overall, tasks, bootstrap((a.returns - b.returns).numpy()), success)
 
 
-def since_start(after: EvaluationResult, before: EvaluationResult) -> dict[str, Change]:
-    """What training changed, task by task and in all, on the same starts.
+def summarize(
+    after: dict[str, EvaluationResult], before: dict[str, EvaluationResult] | None = None
+) -> dict[str, SuiteResult]:
+    """The suites of a final evaluation as `summary.json` holds them.
 
     Args:
-        after: The trained policy's evaluation.
-        before: That of the policy it started from.
+        after: Suite -> the trained policy's evaluation; `heldout` is one of them.
+        before: Suite -> that of the policy it started from, as far as it was measured.
 
     Returns:
-        changes: "all" and each task -> rates and the paired difference; empty when the env has no notion of success.
+        suites: Rates, what differs from `heldout`, and what training changed; paired where the starts are the same.
     """
-    paired = compare(after, before)
-    rows = {**paired.tasks, **({} if paired.overall is None else {"all": paired.overall})}
-    return {
-        name: {
-            "before": p.rate_b.value, "after": p.rate_a.value, "difference": p.difference.value,
-            "low95": p.difference.low, "high95": p.difference.high, "p": p.p, "episodes": p.episodes,
-        }
-        for name, p in rows.items()
-    }  # fmt: skip
+    out: dict[str, SuiteResult] = {}
+    for name, result in after.items():
+        suite = out[name] = result.to_dict()
+        if name != HELDOUT and (rows := _paired_rows(result, after[HELDOUT])):
+            suite["against_heldout"] = {task: _difference(p) for task, p in rows.items()}
+    for name, start in summarize(before).items() if before else ():
+        assert before is not None
+        if name in out:
+            out[name]["start"] = start
+            if rows := _paired_rows(after[name], before[name]):
+                out[name]["since_start"] = {
+                    task: {"before": p.rate_b.value, "after": p.rate_a.value, **_difference(p)}
+                    for task, p in rows.items()
+                }
+    return out
+
+
+def _paired_rows(a: EvaluationResult, b: EvaluationResult) -> dict[str, Paired]:
+    """Each task and "all"; empty without a notion of success, or where the starts are not the same."""
+    try:
+        paired = compare(a, b)
+    except CapabilityError:
+        return {}
+    return {**paired.tasks, **({} if paired.overall is None else {"all": paired.overall})}
+
+
+def _difference(paired: Paired) -> Difference:
+    d = paired.difference
+    return {"difference": d.value, "low95": d.low, "high95": d.high, "p": paired.p, "episodes": paired.episodes}
 
 
 def _paired(x: Tensor, y: Tensor) -> Paired:
@@ -201,8 +223,8 @@ def evaluate_targets(
     copies: int | None = None,
     greedy: bool | None = None,
     device: str | None = None,
-) -> list[EvaluationResult]:
-    """Evaluate runs or checkpoints on the same held-out starts, all in the env of the first.
+) -> list[dict[str, EvaluationResult]]:
+    """Evaluate runs or checkpoints on the same held-out starts, all in the env and the suites of the first.
 
     Args:
         targets: Run folders or checkpoints.
@@ -212,29 +234,50 @@ def evaluate_targets(
         device: None takes the first recipe's device.
 
     Returns:
-        results: One per target.
+        results: One per target: suite -> evaluation.
 
     Raises:
         UserError: See `load_policy` and `evaluate`.
     """
-    results: list[EvaluationResult] = []
-    first: Loaded | None = None
+    first = load_policy(targets[0], copies=copies, device=device)
+    suites = suites_of(first.recipe, copies=copies)
+    suites[0].env = first.env
+    results: list[dict[str, EvaluationResult]] = [{} for _ in targets]
     try:
-        for target in targets:
-            loaded = load_policy(target, env=first.env if first else None, copies=copies, device=device)
-            first = first or loaded
-            settings, seed = first.recipe.evaluate, first.recipe.seed
-            mode = settings.greedy if greedy is None else greedy
-            generator = None if mode else torch.Generator(loaded.env.device).manual_seed(seed)
-            # A recipe that skips the evaluation after training can still be evaluated by hand.
-            count = episodes or settings.episodes or settings.episodes_during
-            results.append(
-                evaluate(loaded.policy, loaded.env, episodes=count, run_seed=seed, greedy=mode, generator=generator)
-            )
+        policies = [first.policy, *(load_policy(target, env=first.env).policy for target in targets[1:])]
+        e = first.recipe.evaluate
+        # A recipe that skips the evaluation after training can still be evaluated by hand.
+        count = episodes or e.episodes or e.episodes_during
+        for suite in suites:
+            for policy, found in zip(policies, results, strict=True):
+                found[suite.name] = suite.run(policy, first.env.device, count, greedy=greedy)
+            suite.close()
     finally:
-        if first is not None:
-            first.env.close()
+        for suite in suites:
+            suite.close()
     return results
+
+
+def print_targets(
+    targets: Sequence[str | Path], results: Sequence[dict[str, EvaluationResult]], console: Console | None = None
+) -> None:
+    """Print what `evaluate_targets` found: each evaluation, each suite beside `heldout`, and two targets in pairs.
+
+    Args:
+        targets: One or two names.
+        results: Of each, suite -> evaluation.
+        console: Where to print; standard output when None.
+    """
+    for target, suites in zip(targets, results, strict=True):
+        for suite, result in suites.items():
+            print_evaluation(str(target) if suite == HELDOUT else f"{target}, {suite}", result, console)
+            if suite != HELDOUT and result.seedable:
+                print_comparison(compare(result, suites[HELDOUT]), (suite, HELDOUT), console)
+    if len(results) == 2:
+        for suite in results[0]:
+            of = "" if suite == HELDOUT else f", {suite}"
+            names = (f"{targets[0]}{of}", f"{targets[1]}{of}")
+            print_comparison(compare(results[0][suite], results[1][suite]), names, console)
 
 
 def print_evaluation(name: str, result: EvaluationResult, console: Console | None = None) -> None:

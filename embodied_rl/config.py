@@ -18,7 +18,7 @@ from embodied_rl.errors import NotFoundError, nearest
 from embodied_rl.recipe import Recipe
 from embodied_rl.schema import COMPONENTS, Problems, Resolved, resolve, resolve_component, show
 from embodied_rl.section import Section
-from embodied_rl.yaml_strict import Node, YamlError
+from embodied_rl.yaml_strict import Node, YamlError, merge
 
 _OVERRIDE = re.compile(r"(?P<path>[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)=(?P<value>.*)", re.DOTALL)
 
@@ -41,7 +41,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reso
     problems = Problems()
     root = _read(path, (), problems)
     overlay = _parse_overrides(overrides, problems)
-    return resolve(_merge(root, overlay) if overlay else root, display(path), problems)
+    return resolve(merge(root, overlay) if overlay else root, display(path), problems)
 
 
 def load_resolved(path: str | Path) -> Resolved:
@@ -150,7 +150,7 @@ def _read(path: Path, chain: tuple[Path, ...], problems: Problems, *, extends: b
         problems.append(f"{parents.where}: extends: a resolved recipe extends nothing")
         return own
     base = _read_parents(parents, path, (*chain, path.resolve()), problems)
-    return _merge(base, own)
+    return merge(base, own)
 
 
 def _read_parents(parents: Node, path: Path, chain: tuple[Path, ...], problems: Problems) -> Node:
@@ -170,7 +170,7 @@ def _read_parents(parents: Node, path: Path, chain: tuple[Path, ...], problems: 
             loop = [*chain[chain.index(found.resolve()) :], found]
             problems.append(f"{name.where}: extends: goes in a circle: {' -> '.join(display(p) for p in loop)}")
         else:
-            merged = _merge(merged, _read(found, chain, problems))
+            merged = merge(merged, _read(found, chain, problems))
     return merged
 
 
@@ -223,17 +223,5 @@ def _parse_overrides(overrides: Iterable[str], problems: Problems) -> Node | Non
         for kind in COMPONENTS:
             if kind in node.value:
                 node = Node({kind: _anchor_type(kind, node.value[kind], Path.cwd())}, where)
-        tree = _merge(tree, node) if tree else node
+        tree = merge(tree, node) if tree else node
     return tree
-
-
-def _merge(below: Node, top: Node) -> Node:
-    if not (isinstance(below.value, dict) and isinstance(top.value, dict)):
-        return top
-    old, new = below.value.get("type"), top.value.get("type")
-    if old and new and old.value != new.value:
-        return top
-    merged = dict(below.value)
-    for key, node in top.value.items():
-        merged[key] = _merge(merged[key], node) if key in merged else node
-    return Node(merged, top.where)

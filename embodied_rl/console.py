@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from embodied_rl.runfolder import Rate, Result, Summary
+from embodied_rl.recipe import HELDOUT
+from embodied_rl.runfolder import Difference, Rate, Result, Summary
 
 Row = Mapping[str, float]
 
@@ -190,14 +191,14 @@ def stop_sentence(summary: Summary) -> str:
 
 
 def summary_table(summary: Summary) -> Table:
-    """The closing table: success per task and overall with 95 % intervals, and the change since `start_from`."""
-    change = summary.get("since_start", {}).get("all")
-    caption = None
-    if change:
-        caption = Text(
-            f"before training {change['before']:.3f}; paired difference {change['difference']:+.3f} "
-            f"({change['low95']:+.3f} to {change['high95']:+.3f})"
-        )
+    """The closing table: success with 95 % intervals, what changed since `start_from`, suites beside `heldout`."""
+    notes = []
+    for suite, found in summary["evaluation"].items():
+        if change := found.get("since_start", {}).get("all"):
+            notes.append(f"{suite}: before training {change['before']:.3f}, {_paired(change)}")
+        if gap := found.get("against_heldout", {}).get("all"):
+            notes.append(f"{suite} minus {HELDOUT}: {_paired(gap)}")
+    caption = Text("\n".join(notes)) if notes else None
     title = Text(f"{summary['name']}: {stop_sentence(summary)}")
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("suite", "task"):
@@ -210,6 +211,10 @@ def summary_table(summary: Summary) -> Table:
             last = task == "all"
             table.add_row(Text(suite), Text(task), *_cells(r), style="bold" if last else None, end_section=last)
     return table
+
+
+def _paired(d: Difference) -> str:
+    return f"paired difference {d['difference']:+.3f} ({d['low95']:+.3f} to {d['high95']:+.3f})"
 
 
 def _cells(r: Result) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.observation import check_observation
 from embodied_rl.results import EvaluationResult
 from embodied_rl.seeding import start_seeds
-from embodied_rl.types import Env, Obs, Policy, Split, Step
+from embodied_rl.types import Env, EnvSpec, Obs, Policy, Split, Step
 from embodied_rl.video import Clip, write_videos
 
 OnFrame = Callable[[Env, Tensor], None]
@@ -84,8 +84,8 @@ def film(
     policy: Policy,
     env: Env,
     result: EvaluationResult,
+    numbers: Tensor,
     *,
-    count: int,
     camera: str | None = None,
     height: int = 192,
     width: int = 192,
@@ -94,14 +94,13 @@ def film(
 ) -> list[Clip]:
     """Play some episodes of an evaluation again, from the same starts, and film them.
 
-    As many successes as failures are chosen where both exist, spread over the tasks. What a clip says of itself
-    (success, length, return) is what happened in front of the camera.
+    What a clip says of itself (success, length, return) is what happened in front of the camera.
 
     Args:
         policy: The one that was evaluated.
         env: The env it was evaluated in; any number of copies.
-        result: What to choose from.
-        count: Episodes to film; fewer when there are fewer.
+        result: The evaluation.
+        numbers: [N] int64 of its episodes, for example from `choose`.
         camera: None takes the env's first.
         height: Pixels.
         width: Pixels.
@@ -119,7 +118,6 @@ def film(
         raise CapabilityError("this env has no camera to film with; set evaluate.videos: 0")
     if not env.spec.seedable:
         raise CapabilityError("this env cannot start an episode again, so none can be filmed; set evaluate.videos: 0")
-    numbers = choose(result, count)
     if not len(numbers):
         return []
     recorder = Recorder(camera or env.spec.cameras[0], height, width)
@@ -137,8 +135,13 @@ def film(
         for i, number in enumerate(numbers.tolist())
     ]
     if folder is not None:
-        write_videos(folder, clips, env.spec.control_hz or 20.0)
+        write_videos(folder, clips, frame_rate(env.spec))
     return clips
+
+
+def frame_rate(spec: EnvSpec) -> float:
+    """Frames per second at which a film of an env shows real time; 20 where the env has no clock."""
+    return spec.control_hz or 20.0
 
 
 def choose(result: EvaluationResult, count: int) -> Tensor:
@@ -146,7 +149,7 @@ def choose(result: EvaluationResult, count: int) -> Tensor:
 
     Args:
         result: An evaluation.
-        count: How many at most.
+        count: How many at most; as many successes as failures where both exist.
 
     Returns:
         numbers: [<= count] int64, ascending.

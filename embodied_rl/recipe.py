@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from embodied_rl.curriculum import Curriculum
 from embodied_rl.section import Section
@@ -59,6 +59,11 @@ class Collect(Section):
         return self
 
 
+HELDOUT = "heldout"
+"""The suite of an evaluation in which nothing of env is changed."""
+SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
 class Evaluate(Section):
     """Closed-loop evaluation on starts that training never sees."""
 
@@ -70,10 +75,20 @@ class Evaluate(Section):
     """Episodes of each evaluation during training."""
     copies: int = Field(100, ge=1)
     """Copies that share them evenly."""
+    suites: dict[SuiteName, dict[str, Any]] | None = None
+    """Name -> settings of env: after training (and before it, with start_from) the same starts are also played in an
+    env with these settings changed, and compared in pairs; null plays none."""
     greedy: bool = True
     """Take the policy's mode; false samples, as in training."""
     videos: int = Field(8, ge=0)
     """Episodes filmed after training (successes and failures); 0 for none, or when the env has no camera."""
+
+    @field_validator("suites")
+    @classmethod
+    def _names_are_free(cls, suites: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+        if HELDOUT in (suites or {}):
+            raise ValueError(f"'{HELDOUT}' is the suite that changes nothing; give this one another name")
+        return suites
 
 
 class Checkpoint(Section):

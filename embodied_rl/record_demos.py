@@ -68,8 +68,8 @@ class Disturbance:
 
     n_0 = std e_0,  n_t = rho n_{t-1} + std sqrt(1 - rho^2) e_t,  e_t ~ N(0, 1);  added at step t: max(0, 1 - t/F) n_t
 
-    So n_t has standard deviation std at every t. Differs from DART, where the noise is white and its covariance is fitted
-    to the errors of the imitator: white noise averages out over the steps in which a hand moves by centimetres.
+    So n_t has standard deviation std at every t. Differs from DART, where the noise is white and its covariance is
+    fitted to the errors of the imitator: white noise averages out over the steps in which a hand moves by centimetres.
 
     Source: Laskey, Lee, Fox, Dragan, Goldberg 2017, DART, arXiv:1703.09327, algorithm 1 (the noise is executed, and the
     supervisor's own action is what is learned).

@@ -8,9 +8,11 @@ Layout:
         git.diff          what differed from that commit (only when something did)
         metrics.jsonl     one JSON object per update
         summary.json      how the run ended (see `Summary`)
+        evaluation.json   every episode of the final evaluation; evaluation.<suite>.json of further suites, and
+                          evaluation_start*.json of the policy that training started from
         report.html       one page that shows it all
         checkpoints/      see `embodied_rl.checkpoint`
-        videos/           MP4 and GIF
+        videos/           MP4 and GIF; before/ and pairs/ where training started from a policy
         tensorboard/      events
 """
 
@@ -61,32 +63,43 @@ class Result(TypedDict):
     episodes: int
 
 
-class SuiteResult(TypedDict):
-    """One evaluation suite."""
+class Difference(TypedDict):
+    """Difference of two success rates on the same starts, with its 95 % interval (Newcombe) and McNemar's exact p."""
 
-    overall: Result
-    tasks: dict[str, Result]
-    """Task name -> its episodes; empty for an env of one task."""
-
-
-TEMPORARY = ".tmp-"
-"""How names of files begin that are not yet whole."""
-
-
-class Change(TypedDict):
-    """Success before and after training on the same starts, and the paired difference with its 95 % interval.
-
-    Example: {"before": 0.41, "after": 0.93, "difference": 0.52, "low95": 0.46, "high95": 0.58, "p": 1e-40,
-    "episodes": 300}; p is McNemar's exact test.
-    """
-
-    before: float
-    after: float
     difference: float
     low95: float
     high95: float
     p: float
     episodes: int
+
+
+class Change(Difference):
+    """Success before and after training on the same starts, and after - before.
+
+    Example: {"before": 0.41, "after": 0.93, "difference": 0.52, "low95": 0.46, "high95": 0.58, "p": 1e-40,
+    "episodes": 300}.
+    """
+
+    before: float
+    after: float
+
+
+class SuiteResult(TypedDict):
+    """One evaluation suite; differences have a key for each task and "all"."""
+
+    overall: Result
+    tasks: dict[str, Result]
+    """Task name -> its episodes; empty for an env of one task."""
+    against_heldout: NotRequired[dict[str, Difference]]
+    """Success in this suite minus success in `heldout`; absent in `heldout` itself."""
+    start: NotRequired[SuiteResult]
+    """The policy that training started from, in this suite; only with `start_from`."""
+    since_start: NotRequired[dict[str, Change]]
+    """What changed since then, where the starts were the same."""
+
+
+TEMPORARY = ".tmp-"
+"""How names of files begin that are not yet whole."""
 
 
 class Summary(TypedDict):
@@ -116,7 +129,7 @@ class Summary(TypedDict):
     evaluation: dict[str, SuiteResult]
     """Suite name -> result of the final evaluation; empty when it was skipped."""
     since_start: NotRequired[dict[str, Change]]
-    """"all" and each task -> what changed since `start_from`; only where there is one."""
+    """Only in old summaries, of their one suite; now each suite of `evaluation` has its own."""
 
 
 class RunFolder:

@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 from pydantic import Field, ValidationError, create_model
 
-from embodied_rl import registry
+from embodied_rl import registry, yaml_strict
 from embodied_rl.errors import ConfigError, MissingExtraError, NotFoundError, nearest
 from embodied_rl.recipe import Recipe
 from embodied_rl.section import Section
-from embodied_rl.yaml_strict import Node
+from embodied_rl.yaml_strict import Node, merge
 
 COMPONENTS: tuple[registry.Kind, ...] = ("env", "policy", "algorithm", "reward")
 OPTIONAL: tuple[registry.Kind, ...] = ("reward",)
@@ -67,9 +67,49 @@ def resolve(root: Node, name: str, problems: Problems) -> Resolved:
         composed = schema.model_validate_json(json.dumps(root.plain()))
     except ValidationError as error:
         problems.extend(_describe(error, root, schema, tell_missing=not problems.incomplete))
+    if components["env"]:
+        problems.extend(_suite_problems(root, components["env"]))
     problems.raise_if_any(f"the recipe {name}")
     recipe = Recipe.model_validate(dict(composed))
     return Resolved(recipe, {path: _source(path.split("."), root) for path in flatten(recipe.dump())})
+
+
+def suite_env(env: Section, changes: dict[str, Any]) -> Section:
+    """The env section with some settings changed, as a suite of the evaluation asks for it.
+
+    Args:
+        env: The recipe's.
+        changes: One entry of `evaluate.suites`; `resolve` has checked it.
+    """
+    both = (env.model_dump(mode="json"), changes)
+    below, top = (yaml_strict.parse(yaml_strict.dump(x), "", lines=False) for x in both)
+    return type(env).model_validate_json(json.dumps(merge(below, top).plain()))
+
+
+def _suite_problems(root: Node, schema: type[Section]) -> list[str]:
+    """What is wrong with the env of each suite; nothing while the env itself, or the list of suites, is wrong."""
+    evaluate, env = root.value.get("evaluate"), root.value["env"]
+    suites = evaluate.value.get("suites") if evaluate and isinstance(evaluate.value, dict) else None
+    try:
+        plain = schema.model_validate_json(json.dumps(env.plain()))
+    except ValidationError:
+        return []
+    problems: list[str] = []
+    for name, suite in suites.value.items() if suites and isinstance(suites.value, dict) else ():
+        if not isinstance(suite.value, dict):
+            continue
+        path = f"evaluate.suites.{name}"
+        if "type" in suite.value:
+            problems.append(f"{suite.value['type'].where}: {path}.type: a suite stays in the recipe's env; remove it")
+            continue
+        changed = merge(env, suite)
+        try:
+            same = schema.model_validate_json(json.dumps(changed.plain())) == plain
+        except ValidationError as error:
+            problems += _describe(error, changed, schema, tell_missing=True, prefix=path)
+        else:
+            problems += [f"{suite.where}: {path}: changes no setting of env; change one, or remove it"] if same else []
+    return problems
 
 
 def resolve_component(kind: registry.Kind, name: str, settings: Node | None, problems: Problems) -> Section:
@@ -135,7 +175,9 @@ def _component(kind: registry.Kind, root: Node, name: str, problems: Problems) -
     return None
 
 
-def _describe(error: ValidationError, root: Node, schema: type[Section], *, tell_missing: bool) -> list[str]:
+def _describe(
+    error: ValidationError, root: Node, schema: type[Section], *, tell_missing: bool, prefix: str = ""
+) -> list[str]:
     """One line per wrong place; a union reports each of its members, which are joined here."""
     lines: dict[tuple[str, str], list[str]] = {}
     for item in error.errors():
@@ -143,7 +185,7 @@ def _describe(error: ValidationError, root: Node, schema: type[Section], *, tell
         path, node = _locate(item["loc"], root, absent=absent)
         if absent and (path in COMPONENTS or not tell_missing):
             continue  # a missing component was told by _component, with what is known
-        messages = lines.setdefault((node.where, path), [])
+        messages = lines.setdefault((node.where, ".".join(filter(None, (prefix, path)))), [])
         messages.append(_message(item, path, node, schema))
     return [
         f"{where}: {path + ': ' if path else ''}{' or '.join(dict.fromkeys(messages))}"

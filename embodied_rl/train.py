@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
@@ -17,27 +17,25 @@ import torch
 
 from embodied_rl import checkpoint
 from embodied_rl.algorithms import ImitationConfig
-from embodied_rl.compare import since_start
+from embodied_rl.compare import summarize
 from embodied_rl.config import dump_recipe, load_resolved
 from embodied_rl.errors import ConfigError, DivergenceError
-from embodied_rl.evaluate import evaluate, film
+from embodied_rl.evaluate import choose, frame_rate
 from embodied_rl.imitate import ImitationSession
 from embodied_rl.measure import Clock, memory_mib
-from embodied_rl.recipe import Recipe
+from embodied_rl.recipe import HELDOUT, Recipe
 from embodied_rl.report import write_report
 from embodied_rl.results import EvaluationResult
-from embodied_rl.runfolder import RunFolder, Summary, open_run
-from embodied_rl.seeding import global_rng_untouched
-from embodied_rl.session import Session, build_env
-from embodied_rl.types import Env
+from embodied_rl.runfolder import RunFolder, SuiteResult, Summary, open_run
+from embodied_rl.session import Session
+from embodied_rl.suites import Suite, check_suites, evaluation_file, suites_of
+from embodied_rl.video import BEFORE, PAIRS, read_clips, write_pairs
 from embodied_rl.writers import Writers, open_writers
 
 log = logging.getLogger(__name__)
 
 RESUMABLE = ("name", "train", "evaluate", "checkpoint", "log", "device")
 """Sections that may differ between a run and its continuation: they do not change what the next update computes."""
-START_EVALUATION = "evaluation_start.json"
-"""Of the policy that training starts from."""
 GOALS = ("finished", "time", "target")
 """Reasons to stop that are an end of training; the others are a signal's name and "diverged"."""
 
@@ -115,7 +113,7 @@ def train(session: Learner, folder: RunFolder, writers: Writers, stop: StopReque
             s.score = None
             if r.evaluate.every and s.update % r.evaluate.every == 0:
                 with clock.phase("evaluate"):
-                    result = suite.run(s, r.evaluate.episodes_during, final=False)
+                    result = suite.run(s.policy, s.device, r.evaluate.episodes_during, final=False)
                 metrics.merge(result.metrics(suite.name))
                 s.score = result.score
             s.wall_s = wall_before + perf_counter() - started
@@ -149,56 +147,23 @@ def why_stop(session: Learner, stop: StopRequest) -> str | None:
     return None
 
 
-class Suite:
-    """Evaluation on held-out starts, with an env of its own that is built when first needed."""
-
-    name = "heldout"
-
-    def __init__(self, recipe: Recipe) -> None:
-        """Remember the recipe; build nothing yet."""
-        self.recipe = recipe
-        self.env: Env | None = None
-
-    def run(self, session: Learner, episodes: int, *, final: bool) -> EvaluationResult:
-        """Evaluate the session's policy on `episodes` held-out starts, the same ones every time.
-
-        The final evaluation has starts of its own: those that chose the best checkpoint would flatter it.
-        """
-        e, seed = self.recipe.evaluate, self.recipe.seed
-        # Evaluating must not move what training draws from: a generator of its own, and the global ones put back.
-        generator = None if e.greedy else torch.Generator(session.device).manual_seed(seed)
-        with global_rng_untouched():
-            if self.env is None:
-                self.env = build_env(self.recipe, num_envs=e.copies, device=session.device, split="eval")
-            return evaluate(
-                session.policy,
-                self.env,
-                episodes=episodes,
-                run_seed=seed,
-                stream=0 if final else 1,
-                greedy=e.greedy,
-                generator=generator,
-            )
-
-    def close(self) -> None:
-        """Close the env."""
-        if self.env is not None:
-            self.env.close()
-            self.env = None
-
-
 class Finished:
     """What `run` gives back."""
 
-    def __init__(self, folder: Path, reason: str, result: EvaluationResult | None) -> None:
+    def __init__(self, folder: Path, reason: str, results: dict[str, EvaluationResult]) -> None:
         """Keep the three.
 
         Args:
             folder: The run folder.
             reason: Why training ended, as `train` returns it.
-            result: Of the final evaluation; None when it was skipped or the run was interrupted.
+            results: Suite -> final evaluation; empty when it was skipped or the run was interrupted.
         """
-        self.folder, self.reason, self.result = folder, reason, result
+        self.folder, self.reason, self.results = folder, reason, results
+
+    @property
+    def result(self) -> EvaluationResult | None:
+        """Of the suite `heldout`; None when there was no final evaluation."""
+        return self.results.get(HELDOUT)
 
     @property
     def interrupted(self) -> bool:
@@ -237,27 +202,27 @@ def _run_in(folder: RunFolder, session: Learner, resume: bool) -> Finished:
         _restore(folder, session)
     folder.write_start(dump_recipe(recipe), device=session.device)
     with StopRequest().listening() as stop:
+        if recipe.evaluate.episodes:
+            check_suites(recipe, session.device)
         _measure_start(folder, session)
         try:
             with closing(_writers(folder, session)) as writers:
                 reason = train(session, folder, writers, stop)
         except DivergenceError:
-            folder.write_summary(_summary(session, "diverged", None))
+            folder.write_summary(_summary(session, "diverged", {}))
             raise
-        result, stop.at_once = None, True
+        results: dict[str, EvaluationResult] = {}
+        stop.at_once = True
         try:
             if stop.signal is None:
-                result = _conclude(folder, session)
+                results = _conclude(folder, session)
         except KeyboardInterrupt:
             pass
         if stop.signal is not None:
-            reason, result = stop.signal.name, None
-    summary = _summary(session, reason, result)
-    if result is not None and (folder.path / START_EVALUATION).exists():
-        summary["since_start"] = since_start(result, EvaluationResult.load(folder.path / START_EVALUATION))
-    folder.write_summary(summary)
+            reason, results = stop.signal.name, {}
+    folder.write_summary(_summary(session, reason, summarize(results, _start_evaluations(folder, results))))
     write_report(folder.path)
-    return Finished(folder.path, reason, result)
+    return Finished(folder.path, reason, results)
 
 
 def _writers(folder: RunFolder, session: Learner) -> Writers:
@@ -298,37 +263,59 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def _measure_start(folder: RunFolder, session: Learner) -> None:
-    """Evaluate the policy that training starts from, on the starts of the final evaluation."""
-    path, recipe = folder.path / START_EVALUATION, session.recipe
-    if recipe.start_from is None or not recipe.evaluate.episodes or session.update or path.exists():
+    """Evaluate and film the policy that training starts from, on the starts of the final evaluation."""
+    recipe = session.recipe
+    if recipe.start_from is None or not recipe.evaluate.episodes or session.update:
         return
-    log.info("evaluating %s, which training starts from", recipe.start_from)
-    started = perf_counter()
-    with closing(Suite(recipe)) as suite:
-        suite.run(session, recipe.evaluate.episodes, final=True).save(path)
-    session.wall_s += perf_counter() - started
+    for suite in suites_of(recipe):
+        path = folder.path / evaluation_file(suite.name, start=True)
+        if path.exists():
+            continue
+        log.info("evaluating %s, which training starts from (%s)", recipe.start_from, suite.name)
+        started = perf_counter()
+        with closing(suite):
+            result = suite.run(session.policy, session.device, recipe.evaluate.episodes)
+            if suite.name == HELDOUT:
+                # The first episodes, not chosen ones: whoever follows looks better on what this policy failed at.
+                numbers = torch.arange(min(recipe.evaluate.videos, result.episodes))
+                suite.film(session.policy, result, numbers, folder.videos / BEFORE)
+            result.save(path)
+        session.wall_s += perf_counter() - started
 
 
-def _conclude(folder: RunFolder, session: Learner) -> EvaluationResult | None:
-    """Final evaluation and videos."""
+def _start_evaluations(folder: RunFolder, suites: Iterable[str]) -> dict[str, EvaluationResult]:
+    """Suite -> evaluation of the policy that training started from, as far as there are any."""
+    paths = {suite: folder.path / evaluation_file(suite, start=True) for suite in suites}
+    return {suite: EvaluationResult.load(path) for suite, path in paths.items() if path.exists()}
+
+
+def _conclude(folder: RunFolder, session: Learner) -> dict[str, EvaluationResult]:
+    """Final evaluation of every suite, and videos of the first."""
     e = session.recipe.evaluate
     if e.episodes == 0:
-        return None
-    suite = Suite(session.recipe)
+        return {}
+    results: dict[str, EvaluationResult] = {}
     started = perf_counter()
-    try:
-        result = suite.run(session, e.episodes, final=True)
-        result.save(folder.path / "evaluation.json")
-        assert suite.env is not None
-        if e.videos and suite.env.spec.cameras and suite.env.spec.seedable:
-            film(session.policy, suite.env, result, folder=folder.videos, count=e.videos)
-    finally:
-        suite.close()
+    for suite in suites_of(session.recipe):
+        with closing(suite):
+            result = results[suite.name] = suite.run(session.policy, session.device, e.episodes)
+            result.save(folder.path / evaluation_file(suite.name))
+            if suite.name == HELDOUT and e.videos:
+                _film(folder, session, suite, result)
     session.wall_s += perf_counter() - started
-    return result
+    return results
 
 
-def _summary(session: Learner, reason: str, result: EvaluationResult | None) -> Summary:
+def _film(folder: RunFolder, session: Learner, suite: Suite, result: EvaluationResult) -> None:
+    """Film the trained policy: the episodes of which there are films before training, or chosen ones."""
+    before = read_clips(folder.videos / BEFORE)[: result.episodes]
+    numbers = torch.arange(len(before)) if before else choose(result, session.recipe.evaluate.videos)
+    after = suite.film(session.policy, result, numbers, folder.videos)
+    if before and after:
+        write_pairs(folder.videos / PAIRS, before, after, frame_rate(suite.open(session.device).spec))
+
+
+def _summary(session: Learner, reason: str, evaluation: dict[str, SuiteResult]) -> Summary:
     summary: Summary = {
         "name": session.recipe.name,
         "finished": reason in GOALS,
@@ -338,7 +325,7 @@ def _summary(session: Learner, reason: str, result: EvaluationResult | None) -> 
         "wall_time_s": session.wall_s,
         "device": str(session.device),
         "seed": session.recipe.seed,
-        "evaluation": {} if result is None else {Suite.name: result.to_dict()},
+        "evaluation": evaluation,
     }
     if isinstance(session, ImitationSession):
         return summary | {"optimizer_steps": session.steps}

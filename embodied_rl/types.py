@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from embodied_rl.errors import ShapeError
+
 Obs = dict[str, Tensor]
 """What a policy sees: name -> [B, ...]. For example {"state": [64, 52] float32, "instruction": [64, 12] int64}."""
 
@@ -70,6 +72,34 @@ class ActionSpec:
     def dtype(self) -> torch.dtype:
         """float32 for continuous actions, int64 for discrete ones."""
         return torch.float32 if self.kind == "continuous" else torch.int64
+
+    def check(self, action: Tensor, num_envs: int, device: torch.device, where: str) -> None:
+        """Refuse what is not an action for each copy; an env calls it first in `step`.
+
+        Args:
+            action: Anything that was given to `step`.
+            num_envs: Copies B.
+            device: The env's.
+            where: Name of the env, for the message.
+
+        Raises:
+            ShapeError: Another shape, type or device, or a number that is no action; says which copies.
+        """
+        wanted = (num_envs, *self.shape)
+        if tuple(action.shape) != wanted or action.dtype != self.dtype or action.device.type != device.type:
+            raise ShapeError(
+                f"{where} action: found shape {list(action.shape)}, {action.dtype} on {action.device}, expected "
+                f"{list(wanted)}, {self.dtype} on {device}"
+            )
+        if self.kind == "continuous":
+            wrong, what = ~torch.isfinite(action).all(dim=1), "not finite"
+            expected = "numbers in [-1, 1]; the policy that made them has diverged"
+        else:
+            wrong, what, expected = (action < 0) | (action >= self.size), "no action", f"0 to {self.size - 1}"
+        if bool(wrong.any()):
+            bad = wrong.nonzero().flatten().tolist()
+            more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+            raise ShapeError(f"{where} action: {what} in copies {bad[:8]}{more}, expected {expected}")
 
 
 @dataclass(frozen=True)

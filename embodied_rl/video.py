@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,18 @@ from typing import Any
 import imageio
 import matplotlib
 import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from embodied_rl.errors import ShapeError
+from embodied_rl.errors import RunFolderError, ShapeError
 from embodied_rl.runfolder import explained, write_json_atomic
 
 SUCCESS, FAILURE, NEUTRAL = (46, 139, 87), (200, 62, 58), (110, 118, 129)
 """Border colours, RGB; neutral for envs without a notion of success."""
 INDEX = "index.json"
+BEFORE, PAIRS = "before", "pairs"
+"""Folders in a run's `videos/`: the policy that training started from, and that one beside the trained one."""
 
 
 @dataclass
@@ -111,7 +117,7 @@ def write_gif(path: Path, frames: np.ndarray | Tensor, fps: float, *, width: int
     sample = Image.new("RGB", (pictures[0].width, pictures[0].height * 3))
     for i, p in enumerate((pictures[0], pictures[len(pictures) // 2], pictures[-1])):
         sample.paste(p, (0, i * p.height))
-    palette = sample.quantize(colors, method=Image.Quantize.MEDIANCUT)
+    palette = sample.quantize(colors, method=Image.Quantize.FASTOCTREE)  # a median cut gives small things no colour
     indexed = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     with explained(path, "write the video"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +178,73 @@ def framed(clip: Clip, cell: int = 192) -> np.ndarray:
     return out
 
 
+def read_clips(folder: Path) -> list[Clip]:
+    """The clips that `write_videos` wrote into a folder, as H.264 kept them; none when there is no folder."""
+    if not (folder / INDEX).is_file():
+        return []
+    clips = json.loads((folder / INDEX).read_text(encoding="utf-8"))["clips"]
+    return [
+        Clip(read_mp4(folder / c["file"]), c["task"], c["instruction"], c["success"], c["length"], c["return"])
+        for c in clips
+    ]
+
+
+def read_mp4(path: Path) -> np.ndarray:
+    """Frames [T, H, W, 3] uint8 of an MP4.
+
+    Raises:
+        RunFolderError: ffmpeg cannot read it.
+    """
+    # Not imageio's reader, which leaves its pipes open at the end of a file.
+    command = [get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    size = re.search(r"Video:.*?, (\d+)x(\d+)", done.stderr.decode(errors="replace"))
+    if done.returncode or size is None:
+        raise RunFolderError(f"{path}: is not a film that ffmpeg can read; delete it and its index, and go on without")
+    return np.frombuffer(done.stdout, np.uint8).reshape(-1, int(size[2]), int(size[1]), 3)
+
+
+def beside(left: np.ndarray, right: np.ndarray, gap: int = 4) -> np.ndarray:
+    """Two films of one height in one, in step; the shorter holds its last frame.
+
+    Args:
+        left: [T1, H, W1, 3] uint8.
+        right: [T2, H, W2, 3] uint8.
+        gap: White columns between them.
+
+    Returns:
+        frames: [max(T1, T2), H, W1 + gap + W2, 3] uint8.
+    """
+    length = max(len(left), len(right))
+    sides = [frames[np.minimum(np.arange(length), len(frames) - 1)] for frames in (left, right)]
+    white = np.full((length, left.shape[1], gap, 3), 255, np.uint8)
+    return np.concatenate([sides[0], white, sides[1]], axis=2)
+
+
+def write_pairs(folder: Path, before: Sequence[Clip], after: Sequence[Clip], fps: float) -> None:
+    """Write a film for each start that two policies played, one beside the other, with a grid and an index.
+
+    Args:
+        folder: Where to.
+        before: Clips of the first policy.
+        after: Clips of the second, of the same starts in the same order.
+        fps: Frames per second.
+    """
+    index, tiles = [], []
+    for i, (a, b) in enumerate(zip(before, after, strict=True)):
+        name = f"{i:02d}_{_plain(a.task)}.mp4"
+        height = min(a.frames.shape[1], b.frames.shape[1])  # H.264 may have cost one of them its last row
+        write_mp4(folder / name, beside(a.frames[:, :height], b.frames[:, :height]), fps)
+        index.append(
+            {"file": name, "task": a.task, "instruction": a.instruction, "before": _facts(a), "after": _facts(b)}
+        )
+        tiles += [replace(clip, task=f"{clip.task}, {when}") for clip, when in ((a, "before"), (b, "after"))]
+    whole = grid(tiles, columns=2 * max(1, round(math.sqrt(len(index)))))
+    write_mp4(folder / "grid.mp4", whole, fps)
+    write_gif(folder / "grid.gif", whole, fps)
+    write_json_atomic(folder / INDEX, {"fps": fps, "pairs": index})
+
+
 def write_videos(folder: Path, clips: Sequence[Clip], fps: float) -> list[dict[str, Any]]:
     """Write every clip as MP4, all of them as grid.mp4 and grid.gif, and an index that the report reads.
 
@@ -188,18 +261,23 @@ def write_videos(folder: Path, clips: Sequence[Clip], fps: float) -> list[dict[s
         return index
     for i, clip in enumerate(clips):
         outcome = "" if clip.success is None else "_success" if clip.success else "_failure"
-        task = "".join(c if c.isalnum() or c in "-_" else "-" for c in clip.task)
-        name = f"{i:02d}_{task}{outcome}.mp4"
+        name = f"{i:02d}_{_plain(clip.task)}{outcome}.mp4"
         write_mp4(folder / name, clip.frames, fps)
-        index.append(
-            {"file": name, "task": clip.task, "instruction": clip.instruction, "success": clip.success,
-             "length": clip.length, "return": clip.episode_return}
-        )  # fmt: skip
+        index.append({"file": name, "task": clip.task, "instruction": clip.instruction, **_facts(clip)})
     whole = grid(clips)
     write_mp4(folder / "grid.mp4", whole, fps)
     write_gif(folder / "grid.gif", whole, fps)
     write_json_atomic(folder / INDEX, {"fps": fps, "clips": index})
     return index
+
+
+def _plain(name: str) -> str:
+    """A task's name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+
+
+def _facts(clip: Clip) -> dict[str, Any]:
+    return {"success": clip.success, "length": clip.length, "return": clip.episode_return}
 
 
 @lru_cache

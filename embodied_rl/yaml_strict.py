@@ -51,6 +51,22 @@ class Node:
         return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
 
 
+def merge(below: Node, top: Node) -> Node:
+    """Lay one tree over another: mappings deeply, all else is replaced.
+
+    A mapping whose `type` changes drops what is below it: those were the settings of something else.
+    """
+    if not (isinstance(below.value, dict) and isinstance(top.value, dict)):
+        return top
+    old, new = below.value.get("type"), top.value.get("type")
+    if old and new and old.value != new.value:
+        return top
+    merged = dict(below.value)
+    for key, node in top.value.items():
+        merged[key] = merge(merged[key], node) if key in merged else node
+    return Node(merged, top.where)
+
+
 class YamlError(ValueError):
     """One or more problems in a YAML text: a complete line for each, and what could be read besides."""
 

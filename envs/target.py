@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from embodied_rl.errors import CheckpointError, NotFoundError, ShapeError
+from embodied_rl.errors import CheckpointError, NotFoundError
 from embodied_rl.section import Section
 from embodied_rl.seeding import numpy_rng
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, Split, State, Step, TensorSpec
@@ -71,18 +71,7 @@ class TargetEnv:
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         """Judge one action of every copy; copies that are not active go on as well."""
-        wanted = (self.spec.num_envs, 2)
-        if tuple(action.shape) != wanted or action.dtype != torch.float32 or action.device.type != self.device.type:
-            raise ShapeError(
-                f"target action: found shape {list(action.shape)}, {action.dtype} on {action.device}, expected "
-                f"{list(wanted)}, torch.float32 on {self.device}; one row of 2 numbers per copy"
-            )
-        bad = (~torch.isfinite(action)).any(dim=1).nonzero().flatten().tolist()
-        if bad:
-            raise ShapeError(
-                f"target action: not finite in copies {bad[:8]}, expected numbers in [-1, 1]; the policy that made "
-                "them has diverged"
-            )
+        self.spec.action.check(action, self.spec.num_envs, self.device, "target")
         near = torch.linalg.vector_norm(action.clamp(-1, 1) - self._target, dim=1) < self.config.tolerance
         self._right = torch.where(near, self._right + 1, torch.zeros_like(self._right))
         self._steps = self._steps + 1

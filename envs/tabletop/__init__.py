@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from embodied_rl.envs.tabletop.env import TabletopEnv
+from embodied_rl.envs.tabletop.instructions import Sentences
 from embodied_rl.envs.tabletop.physics import NativePhysics, Physics
 from embodied_rl.envs.tabletop.pictures import Pictures
 from embodied_rl.envs.tabletop.scene import CAMERAS, Scene, build_scene
@@ -45,6 +46,9 @@ class Config(Section):
     much as some ten control steps."""
     picture_size: int = Field(64, ge=8, le=512)
     """Rows and columns of each picture in pixels."""
+    evaluation_sentences: Sentences = "heldout"
+    """heldout: evaluation starts are told in sentences that training never uses; training: in sentences of training.
+    The layouts are the same, so the two can be compared in pairs (see evaluate.suites)."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of the native engine; null takes every core this process may use."""
 
@@ -115,6 +119,7 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         end_on_success=config.end_on_success,
         device=device,
         pictures=pictures,
+        evaluation_sentences=config.evaluation_sentences,
     )
 
 

@@ -15,12 +15,13 @@ from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
 from embodied_rl.envs.tabletop.physics import Physics
 from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
-from embodied_rl.errors import CheckpointError, NotFoundError, ShapeError, nearest
+from embodied_rl.errors import CheckpointError, NotFoundError, nearest
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
 if TYPE_CHECKING:
     from embodied_rl.envs.tabletop.camera import BatchCamera
     from embodied_rl.envs.tabletop.expert import Expert
+    from embodied_rl.envs.tabletop.instructions import Sentences
     from embodied_rl.envs.tabletop.pictures import Pictures
 
 ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))
@@ -50,6 +51,7 @@ class TabletopEnv:
         end_on_success: bool,
         device: torch.device,
         pictures: Pictures | None = None,
+        evaluation_sentences: Sentences = "heldout",
     ) -> None:
         """Wire the parts; use `build` to make one from a config."""
         num_envs, inner = physics.num_envs, physics.device
@@ -78,6 +80,7 @@ class TabletopEnv:
         self._reward = reward
         self._max_steps = max_steps
         self._end_on_success = end_on_success
+        self._evaluation_sentences = evaluation_sentences
         self.arm = ArmKinematics(scene.model, HOME, physics.qpos)
         self.controller = PoseController(self.arm)
         self.episode = Episode.empty(num_envs, inner)
@@ -100,7 +103,8 @@ class TabletopEnv:
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         """Advance one control step (1/20 s); copies that are not active stay as they are."""
-        action = self._checked(action)
+        self.spec.action.check(action, self.spec.num_envs, self.device, "tabletop")
+        action = action.clamp(-1, 1).to(self.physics.device)
         if active is not None:
             active = active.to(self.physics.device)
         # Nothing here is learned: without autograd's book-keeping the small kernels start a fifth faster.
@@ -227,7 +231,9 @@ class TabletopEnv:
         scene, inner = self.scene, self.physics.device
         picked = [tasks[row] for row in rows]
         chosen = [seeds[row] for row in rows]
-        starts = draw_starts(scene, [self._tasks[task] for task in picked], chosen)
+        starts = draw_starts(
+            scene, [self._tasks[task] for task in picked], chosen, evaluation_sentences=self._evaluation_sentences
+        )
         index = torch.tensor(rows, device=inner)
         mask = torch.zeros(self.spec.num_envs, dtype=torch.bool, device=inner)
         mask[index] = True
@@ -250,19 +256,3 @@ class TabletopEnv:
             self._pictures.forget(mask)
         score = judge(self._tasks, self.episode.task, self.view())[1]
         self._score = torch.where(mask, score, self._score)
-
-    def _checked(self, action: Tensor) -> Tensor:
-        wanted = (self.spec.num_envs, ACTION.size)
-        if tuple(action.shape) != wanted or action.dtype != torch.float32 or action.device.type != self.device.type:
-            raise ShapeError(
-                f"tabletop action: found shape {list(action.shape)}, {action.dtype} on {action.device}, expected "
-                f"{list(wanted)}, torch.float32 on {self.device}; one row of {ACTION.size} numbers per copy"
-            )
-        if not bool(torch.isfinite(action).all()):
-            bad = (~torch.isfinite(action)).any(dim=1).nonzero().flatten().tolist()
-            more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-            raise ShapeError(
-                f"tabletop action: not finite in copies {bad[:8]}{more}, expected numbers in [-1, 1]; "
-                "the policy that made them has diverged"
-            )
-        return action.clamp(-1, 1).to(self.physics.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +23,9 @@ MAX_WORDS = 14
 """L, word ids of an instruction; shorter ones are padded with 0."""
 WORD_IDS = 1024
 """Ids are 1 to WORD_IDS - 1; 0 is padding."""
+
+Sentences = Literal["heldout", "training"]
+"""Whose templates evaluation starts use: their own, which training never sees, or those of training."""
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embodied_rl.envs.tabletop.instructions import describe, encode, write_instruction
+from embodied_rl.envs.tabletop.instructions import Sentences, describe, encode, write_instruction
 from embodied_rl.envs.tabletop.scene import FINGER_MAX, HALF_SIZE, HIDDEN, HOME, SHAPES, Scene
 from embodied_rl.envs.tabletop.tasks import Task
 from embodied_rl.seeding import numpy_rng
@@ -56,13 +56,16 @@ class Starts:
     texts: list[str]
 
 
-def draw_starts(scene: Scene, tasks: list[Task], seeds: list[int]) -> Starts:
+def draw_starts(
+    scene: Scene, tasks: list[Task], seeds: list[int], *, evaluation_sentences: Sentences = "heldout"
+) -> Starts:
     """Draw starts; each depends on its own seed and task only, so equal ones are equal bit for bit.
 
     Args:
         scene: Addresses of the state vector.
         tasks: R tasks.
-        seeds: R start seeds; odd for evaluation, which takes other wordings (see `embodied_rl.seeding`).
+        seeds: R start seeds; odd for evaluation (see `embodied_rl.seeding`).
+        evaluation_sentences: Where evaluation starts take their sentences from; all else about them is the same.
 
     Returns:
         starts: Objects at least SEPARATION apart, at rest.
@@ -76,7 +79,7 @@ def draw_starts(scene: Scene, tasks: list[Task], seeds: list[int]) -> Starts:
     texts = [
         write_instruction(
             task.wordings[relation[i]],
-            "eval" if seeds[i] & 1 else "train",
+            "eval" if evaluation_sentences == "heldout" and seeds[i] & 1 else "train",
             describe(int(a[i]), colors[i], u[i, 10]),
             describe(int(b[i]), colors[i], u[i, 11]),
             u[i, 12],

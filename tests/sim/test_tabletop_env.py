@@ -90,6 +90,16 @@ def test_different_seeds_differ(env):
         assert len({tuple(row.flatten().tolist()) for row in one[name]}) == 7
 
 
+def test_evaluation_in_sentences_of_training_shows_the_same_layouts(env):
+    other = make(copies=7, tasks=ALL, evaluation_sentences="training")
+    seeds = seeds_of(7, split="eval")
+    heldout, training = begin(env, seeds), begin(other, seeds)
+    assert all(torch.equal(heldout[name], training[name]) for name in ("proprio", "objects", "goal"))
+    assert bool((heldout["instruction"] != training["instruction"]).any(dim=1).all())
+    assert not set(env.instructions()) & set(other.instructions())
+    other.close()
+
+
 def test_a_group_of_copies_with_one_seed_starts_identically_with_one_instruction():
     env = make(copies=6)
     seeds = seeds_of(2).repeat_interleave(3)

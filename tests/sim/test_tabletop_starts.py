@@ -105,6 +105,28 @@ def test_training_and_evaluation_sentences_never_meet(scene):
         assert not set(train) & set(evaluation)
 
 
+def test_the_sentence_is_all_that_differs_between_the_wordings_of_an_evaluation_start(scene):
+    seeds = [start_seed(11, "eval", 0, i) for i in range(100)]
+    for task in TASKS.values():
+        heldout = draw_starts(scene, [task] * 100, seeds)
+        training = draw_starts(scene, [task] * 100, seeds, evaluation_sentences="training")
+        for name in ("qpos", "a", "b", "b_start", "relation", "goal", "colors"):
+            assert np.array_equal(getattr(heldout, name), getattr(training, name)), name
+        for wording, source in (("eval", heldout), ("train", training)):
+            patterns = [re.sub(r"\\\{.\\\}", "[a-z ]+", re.escape(t)) for w in task.wordings for t in TEMPLATES[w][wording]]
+            assert all(any(re.fullmatch(p, text) for p in patterns) for text in source.texts)
+        assert not set(heldout.texts) & set(training.texts)
+        # Both name the objects with the same words: only the sentence around them is another.
+        names = [[re.findall(rf"{'|'.join(COLORS + SHAPES)}", text) for text in s.texts] for s in (heldout, training)]
+        assert names[0] == names[1]
+
+
+def test_training_starts_do_not_know_how_evaluation_is_worded(scene):
+    seeds = [start_seed(11, "train", 0, i) for i in range(50)]
+    tasks = [TASKS["push"]] * 50
+    assert draw_starts(scene, tasks, seeds).texts == draw_starts(scene, tasks, seeds, evaluation_sentences="training").texts
+
+
 def test_evaluation_uses_only_words_that_its_task_has_in_training():
     for templates in TEMPLATES.values():
         assert words_of(templates["eval"]) <= words_of(templates["train"])

@@ -16,7 +16,7 @@ from embodied_rl.compare import (
     load_policy,
     print_comparison,
     print_evaluation,
-    since_start,
+    summarize,
     verdict,
 )
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError
@@ -56,7 +56,9 @@ def test_a_comparison_pairs_the_episodes_by_hand():
 
 def test_what_training_changed_is_told_in_pairs():
     before, after = result([1, 0, 0, 0, 1, 0]), result([1, 1, 1, 1, 0, 0])
-    changes = since_start(after, before)
+    suites = summarize({"heldout": after}, {"heldout": before})
+    assert suites["heldout"]["start"] == before.to_dict() and suites["heldout"]["overall"] == after.to_dict()["overall"]
+    changes = suites["heldout"]["since_start"]
     assert list(changes) == ["x", "y", "all"]
     paired = paired_difference(1, 3, 1, 1)
     assert changes["all"] == {
@@ -64,6 +66,30 @@ def test_what_training_changed_is_told_in_pairs():
         "p": mcnemar(3, 1), "episodes": 6,
     }  # fmt: skip
     assert (changes["x"]["before"], changes["x"]["after"], changes["y"]["episodes"]) == (2 / 3, 2 / 3, 3)
+
+
+def test_a_suite_is_told_beside_the_held_out_one_in_pairs():
+    heldout, easy = result([1, 0, 0, 0, 1, 0]), result([1, 1, 1, 1, 0, 0])
+    suites = summarize({"heldout": heldout, "easy": easy}, {"heldout": heldout, "easy": heldout})
+    paired = paired_difference(1, 3, 1, 1)
+    assert suites["easy"]["against_heldout"]["all"] == {
+        "difference": paired.value, "low95": paired.low, "high95": paired.high, "p": mcnemar(3, 1), "episodes": 6,
+    }  # fmt: skip
+    assert paired.value > 0, "the suite's success minus that of heldout"
+    assert "against_heldout" not in suites["heldout"]
+    assert suites["easy"]["start"]["against_heldout"]["all"]["difference"] == 0
+    assert suites["easy"]["since_start"]["all"]["before"] == 2 / 6 and suites["easy"]["since_start"]["all"]["after"] == 4 / 6
+    assert suites["heldout"]["since_start"]["all"]["difference"] == 0
+
+
+def test_what_was_not_played_on_the_same_starts_is_told_without_a_difference():
+    after = {"heldout": result([1, 1, 0, 0])}
+    for before in (result([1, 0]), result([1, 0, 0, 0], seedable=False)):
+        suite = summarize(after, {"heldout": before})["heldout"]
+        assert suite["start"]["overall"]["success_once"]["successes"] == 1 and "since_start" not in suite
+    assert "start" not in summarize(after)["heldout"] and "start" not in summarize(after, {})["heldout"]
+    without = dataclasses.replace(result([0, 0]), success_once=None, success_at_end=None)
+    assert "against_heldout" not in summarize({"heldout": without, "easy": without})["easy"]
 
 
 def test_the_example_in_the_docstring_is_true():
@@ -127,7 +153,7 @@ def test_a_run_loads_with_the_weights_of_its_newest_checkpoint(toy_run):
 
 def test_evaluating_a_run_again_gives_what_the_run_itself_measured(toy_run):
     stored = EvaluationResult.load(toy_run / "evaluation.json")
-    again = evaluate_targets([toy_run])[0]
+    again = evaluate_targets([toy_run])[0]["heldout"]
     assert torch.equal(again.seed, stored.seed) and torch.equal(again.success_once, stored.success_once)
     assert torch.equal(again.returns, stored.returns)
 
@@ -138,14 +164,14 @@ def test_two_checkpoints_meet_the_same_starts_whatever_their_own_settings(toy_ru
     text = (other / "recipe.yaml").read_text()
     assert "seed: 0" in text
     (other / "recipe.yaml").write_text(text.replace("seed: 0", "seed: 5"))
-    a, b = evaluate_targets([toy_run, other], episodes=6, copies=3)
+    a, b = (suites["heldout"] for suites in evaluate_targets([toy_run, other], episodes=6, copies=3))
     assert a.episodes == b.episodes == 6 and torch.equal(a.seed, b.seed)
     assert torch.equal(a.returns, b.returns), "the weights are the same, so everything is"
     assert compare(a, b).overall.p == 1.0
 
 
 def test_sampling_instead_of_the_mode_is_an_option(toy_run):
-    greedy, sampled = (evaluate_targets([toy_run], episodes=4, greedy=g)[0] for g in (True, False))
+    greedy, sampled = (evaluate_targets([toy_run], episodes=4, greedy=g)[0]["heldout"] for g in (True, False))
     assert greedy.greedy and not sampled.greedy and not torch.equal(greedy.returns, sampled.returns)
 
 

@@ -230,10 +230,10 @@ class Filmed:
 def test_a_film_shows_the_chosen_episodes_from_start_to_last_state(tmp_path):
     result = evaluate(STAY, toy("lengths", 4), episodes=16, run_seed=0)
     env = Filmed(3)
-    clips = film(STAY, env, result, count=6, height=32, width=48, folder=tmp_path)
-    numbers = choose(result, 6).tolist()
+    numbers = choose(result, 6)
+    clips = film(STAY, env, result, numbers, height=32, width=48, folder=tmp_path)
     assert len(clips) == 6
-    for clip, number in zip(clips, numbers, strict=True):
+    for clip, number in zip(clips, numbers.tolist(), strict=True):
         length = int(result.length[number])
         assert clip.length == length and clip.frames.shape == (length + 1, 32, 48, 3)
         assert clip.frames[:, 0, 0, 0].tolist() == list(range(length + 1))
@@ -247,7 +247,7 @@ def test_a_film_shows_every_control_step_of_a_chunk():
     policy = Scripted(lambda obs: torch.zeros(len(obs["t"]), 4, 1), lambda obs: torch.zeros(len(obs["t"])), chunk=4)
     env = Filmed(2)
     result = evaluate(policy, env, episodes=5, run_seed=0)
-    for clip in film(policy, env, result, count=5, height=8, width=8):
+    for clip in film(policy, env, result, torch.arange(5), height=8, width=8):
         assert clip.frames[:, 0, 0, 0].tolist() == list(range(clip.length + 1))
 
 
@@ -263,8 +263,8 @@ def test_films_show_successes_and_failures_of_every_task():
 def test_an_env_that_cannot_be_filmed_says_why():
     result = evaluate(STAY, toy("lengths", 2), episodes=2, run_seed=0)
     with pytest.raises(CapabilityError, match="no camera to film with; set evaluate.videos: 0"):
-        film(STAY, toy("lengths", 2), result, count=1)
+        film(STAY, toy("lengths", 2), result, torch.arange(1))
     blind = Filmed(2)
     blind.spec = dataclasses.replace(blind.spec, seedable=False)
     with pytest.raises(CapabilityError, match="cannot start an episode again"):
-        film(STAY, blind, result, count=1)
+        film(STAY, blind, result, torch.arange(1))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from embodied_rl import report
-from embodied_rl.charts import CHARTS, draw, save_curves, smooth
+from embodied_rl import report, report_evaluation
+from embodied_rl.charts import CHARTS, Baseline, baselines, draw, save_curves, smooth
 from embodied_rl.errors import NotFoundError, RunFolderError
 from embodied_rl.report import write_report
 from embodied_rl.runfolder import open_run
-from embodied_rl.video import Clip, write_videos
+from embodied_rl.video import Clip, write_pairs, write_videos
 from embodied_rl.writers import JsonlWriter
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -77,7 +77,7 @@ def metrics_row(update: int) -> dict:
         "progress/update": update, "progress/env_steps": 100 * update, "progress/episodes": 15 * update,
         "rollout/success_once_rate": update / 100, "rollout/return_mean": 0.1 * update, "rollout/length_mean": 50.0,
         "rollout/success_once_rate/reach": update / 80, "rollout/success_once_rate/push": update / 120,
-        "actor/entropy": 3.0, "actor/kl_k3": 0.01, "actor/kl_k1": 0.012, "actor/clip_fraction": 0.1,
+        "sync/logp_gap_mean": 1e-7, "actor/entropy": 3.0, "actor/kl_k3": 0.01, "actor/kl_k1": 0.012, "actor/clip_fraction": 0.1,
         "critic/explained_variance": 0.5, "critic/loss": 0.2, "actor/grad_norm": 0.4, "actor/lr": 3e-4,
         "time/rollout_s": 3.0, "time/update_s": 1.0, "time/total_s": 4.0 * update, "perf/env_steps_per_s": 2500.0,
         "perf/memory_mib": 800.0,
@@ -142,10 +142,86 @@ def test_the_page_shows_success_with_intervals_per_task_and_overall(finished):
 
 
 def test_a_run_that_started_from_another_shows_what_changed_in_pairs(tmp_path, two_panels):
-    change = {"before": 0.41, "after": 0.93, "difference": 0.52, "low95": 0.46, "high95": 0.58, "p": 2e-30, "episodes": 300}
-    words = " ".join(page_of(make_run(tmp_path / "run", given=summary(since_start={"reach": change, "all": change}))).words)
+    old = summary(since_start={"reach": CHANGE, "all": CHANGE})  # as summaries of one suite had it
+    words = " ".join(page_of(make_run(tmp_path / "run", given=old)).words)
     assert "Before and after" in words and words.count("+0.520") == 2 and "+0.460 to +0.580" in words and "2e-30" in words
     assert "Before and after" not in " ".join(page_of(make_run(tmp_path / "other", given=summary())).words)
+
+
+CHANGE = {"before": 0.41, "after": 0.93, "difference": 0.52, "low95": 0.46, "high95": 0.58, "p": 2e-30, "episodes": 300}
+GAP = {"difference": 0.03, "low95": -0.01, "high95": 0.07, "p": 0.2, "episodes": 100}
+
+
+def two_suites() -> dict:
+    """Before and after, in two suites of two tasks."""
+
+    def suite(after: tuple[int, int], before: tuple[int, int], more: dict) -> dict:
+        def played(successes: tuple[int, int]) -> dict:
+            tasks = {task: result(n, 50) for task, n in zip(("reach", "push"), successes, strict=True)}
+            return {"overall": result(sum(successes), 100), "tasks": tasks}
+
+        changes = {task: CHANGE for task in ("reach", "push", "all")}
+        return played(after) | more | {"start": played(before) | more, "since_start": changes}
+
+    gaps = {task: GAP for task in ("reach", "push", "all")}
+    return {
+        "heldout": suite((44, 42), (20, 10), {}),
+        "training_sentences": suite((48, 46), (25, 15), {"against_heldout": gaps}),
+    }
+
+
+def test_success_is_shown_by_task_and_suite_before_and_after_with_intervals(tmp_path, two_panels):
+    page = page_of(make_run(tmp_path / "run", given=summary(evaluation=two_suites())))
+    assert "86.0 % 81.0–90.0 success, heldout" in page.text and "94.0 % 89.0–98.0 success, training sentences" in page.text
+    # After training: rate, interval, and what differs from the held-out suite.
+    assert "reach 0.960 0.910–1.000 0.940 +0.030 -0.010 to +0.070 3.25 41.0 50" in page.text
+    assert page.text.count("minus heldout return") == 1, "the held-out suite is not compared with itself"
+    # Before and after, on the same starts.
+    assert page.text.count("before after difference, 95 % p episodes") == 2
+    row = "push 0.410 {} 0.930 {} +0.520 +0.460 to +0.580 2e-30 300"
+    assert row.format("0.150–0.240", "0.790–0.880") in page.text and row.format("0.250–0.340", "0.870–0.960") in page.text
+    assert row.format("0.250–0.340", "0.810–0.900").replace("push", "all") in page.text
+    bars = [a["aria-label"] for tag, a in page.tags if tag == "div" and "bar" in a.get("class", "")]
+    assert bars[-6:] == ["25 of 50", "48 of 50", "15 of 50", "46 of 50", "40 of 100", "94 of 100"]
+
+
+def test_films_of_the_same_starts_are_shown_side_by_side_task_by_task(tmp_path, two_panels):
+    run = make_run(tmp_path / "demo", updates=2, given=summary(), clips=3)
+    frames = np.zeros((4, 32, 32, 3), np.uint8)
+    before = [Clip(frames, task, f"do {i}", False, 4, 0.0) for i, task in enumerate(("push", "reach", "push"))]
+    after = [Clip(frames, clip.task, clip.instruction, i != 1, 2 + i, 1.0) for i, clip in enumerate(before)]
+    write_pairs(run / "videos" / "pairs", before, after, fps=10)
+    page = page_of(run)
+    assert "Episodes before and after training" in page.text and "Episodes after training" not in page.text
+    assert len([1 for tag, _ in page.tags if tag == "video"]) == 3
+    shown = ["push do 0", "push do 2", "reach do 1"]
+    assert [page.text.index(words) for words in shown] == sorted(page.text.index(words) for words in shown)
+    assert "before: failure · 4 steps after: success · 4 steps push do 2" in page.text
+    assert "before: failure · 4 steps after: failure · 3 steps reach do 1" in page.text
+
+
+def test_the_policy_that_training_started_from_is_a_dashed_line_with_its_interval(tmp_path):
+    levels = baselines({"overall": result(41, 100) | {"return_std": 2.0}, "tasks": {}})
+    assert levels["eval/<suite>/success_rate"] == Baseline(0.41, 0.41 - 0.05, 0.41 + 0.04)
+    assert levels["eval/<suite>/return_mean"] == Baseline(3.25, 3.25 - 0.392, 3.25 + 0.392)
+    rows = [metrics_row(u) for u in range(1, 61)]
+    for chart in CHARTS[:2]:
+        with_level, without = draw(rows, chart, levels), draw(rows, chart)
+        assert ">before training<" in with_level and ">before training<" not in without
+        # The line and its sample in the legend, nothing else of the panel, are dashed.
+        assert with_level.count("stroke-dasharray") == without.count("stroke-dasharray") + 2
+    assert draw([], CHARTS[0], levels) is None, "a level alone is no curve"
+    assert ">before training<" not in draw(rows, CHARTS[-1], levels)
+
+
+def test_the_level_of_the_start_is_on_the_page_while_the_run_is_still_going(tmp_path, two_panels):
+    run = make_run(tmp_path / "demo", updates=5)
+    plain = page_of(run).text
+    start = {"summary": {"overall": result(41, 100) | {"return_std": 2.0}, "tasks": {}}}
+    (run / "evaluation_start.json").write_text(json.dumps(start))
+    text = page_of(run).text
+    assert text.count("before training") == 2 and "before training" not in plain
+    assert "The dashed line is the policy that training started from" in text
 
 
 def test_the_page_has_curves_time_recipe_versions_and_source(finished):
@@ -173,7 +249,7 @@ def test_videos_of_successes_and_failures_are_inside_the_page(finished):
 
 def test_the_page_stays_small_when_there_are_many_videos(tmp_path, monkeypatch, two_panels):
     run = make_run(tmp_path / "demo", updates=2, given=summary(), clips=3)
-    monkeypatch.setattr(report, "VIDEO_BUDGET", (run / "videos" / "00_task0_success.mp4").stat().st_size + 10)
+    monkeypatch.setattr(report_evaluation, "VIDEO_BUDGET", (run / "videos" / "00_task0_success.mp4").stat().st_size + 10)
     page = page_of(run)
     assert len([1 for tag, _ in page.tags if tag == "video"]) == 1
     assert "2 more in the folder videos/." in page.text

@@ -11,7 +11,20 @@ import torch
 from PIL import Image
 
 from embodied_rl.errors import RunFolderError, ShapeError
-from embodied_rl.video import FAILURE, NEUTRAL, SUCCESS, Clip, framed, grid, write_gif, write_mp4, write_videos
+from embodied_rl.video import (
+    FAILURE,
+    NEUTRAL,
+    SUCCESS,
+    Clip,
+    beside,
+    framed,
+    grid,
+    read_clips,
+    write_gif,
+    write_mp4,
+    write_pairs,
+    write_videos,
+)
 
 
 def film(length: int, height: int = 48, width: int = 64, colour: tuple[int, int, int] = (200, 40, 40)) -> np.ndarray:
@@ -54,6 +67,56 @@ def test_a_gif_loops_and_keeps_its_pace_at_a_tenth_of_a_second(tmp_path):
         gif.seek(9)
         picture = np.asarray(gif.convert("RGB")).astype(int)
     assert np.abs(picture - film(20)[18]).mean() < 6
+
+
+def test_a_gif_gives_small_things_their_colour(tmp_path):
+    colours = {(40, 60, 200): 0, (120, 40, 160): 10, (230, 200, 40): 20, (240, 120, 30): 30}
+    frames = np.full((2, 200, 200, 3), 180, np.uint8)
+    frames[:, :, :, 0] += np.arange(60, dtype=np.uint8).repeat(4)[:200]  # a background of many shades
+    frames[:, :, :, 1] += np.arange(60, dtype=np.uint8).repeat(4)[:200, None]
+    for colour, x in colours.items():
+        frames[:, 90:96, x : x + 6] = colour
+    write_gif(tmp_path / "a.gif", frames, fps=10)
+    with Image.open(tmp_path / "a.gif") as gif:
+        picture = np.asarray(gif.convert("RGB")).astype(int)
+    for colour, x in colours.items():
+        assert np.abs(picture[93, x + 3] - colour).max() < 30, colour
+
+
+def test_two_films_beside_each_other_go_in_step_and_the_shorter_holds_its_last_frame():
+    left, right = film(2), film(5, colour=(40, 40, 200))
+    both = beside(left, right, gap=6)
+    assert both.shape == (5, 48, 64 + 6 + 64, 3)
+    assert (both[:, :, 64:70] == 255).all() and (both[:, :, 70:] == right).all()
+    assert (both[:2, :, :64] == left).all() and (both[2:, :, :64] == left[1]).all()
+    assert (beside(right, left, gap=6)[4, :, 70:] == left[1]).all()
+
+
+def test_clips_are_read_back_with_what_was_said_of_them(tmp_path):
+    clips = [Clip(film(4), "push", "push it", True, 3, 1.5), Clip(film(6), "a/b", success=False, length=5, episode_return=0.0)]
+    write_videos(tmp_path, clips, fps=20)
+    for clip, again in zip(clips, read_clips(tmp_path), strict=True):
+        facts = [(c.task, c.instruction, c.success, c.length, c.episode_return) for c in (clip, again)]
+        assert facts[0] == facts[1] and again.frames.shape == clip.frames.shape
+        assert np.abs(again.frames.astype(int) - clip.frames).mean() < 6
+    assert read_clips(tmp_path / "nowhere") == []
+    (tmp_path / "00_push_success.mp4").write_text("no film")
+    with pytest.raises(RunFolderError, match="00_push_success.mp4: is not a film that ffmpeg can read"):
+        read_clips(tmp_path)
+
+
+def test_pairs_of_films_are_indexed_for_the_report(tmp_path):
+    before = [Clip(film(6, height=51), "push", "push it", False, 5, 0.0), Clip(film(6), "a/b", "", False, 5, 0.0)]
+    after = [Clip(film(3, height=50), "push", "push it", True, 2, 1.0), Clip(film(6), "a/b", "", False, 5, 0.0)]
+    write_pairs(tmp_path / "pairs", before, after, fps=10)
+    index = json.loads((tmp_path / "pairs" / "index.json").read_text())
+    assert index["fps"] == 10 and [pair["file"] for pair in index["pairs"]] == ["00_push.mp4", "01_a-b.mp4"]
+    assert index["pairs"][0] == {
+        "file": "00_push.mp4", "task": "push", "instruction": "push it",
+        "before": {"success": False, "length": 5, "return": 0.0}, "after": {"success": True, "length": 2, "return": 1.0},
+    }  # fmt: skip
+    assert read_mp4(tmp_path / "pairs" / "00_push.mp4")[1].shape == (6, 50, 64 + 4 + 64, 3)
+    assert read_mp4(tmp_path / "pairs" / "grid.mp4")[1].shape[0] == 6 and (tmp_path / "pairs" / "grid.gif").is_file()
 
 
 def test_a_wide_gif_is_made_smaller(tmp_path):

@@ -303,9 +303,25 @@ def test_the_closing_table_has_a_row_per_task_and_one_for_all():
              "device": "cpu", "evaluation": {"heldout": {"overall": result, "tasks": {"[red]": result}}, "plain": {"overall": bare, "tasks": {}}}}
         )
     )  # fmt: skip
+    assert "before training" not in out.getvalue()
     cells = [[c.strip() for c in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
     assert cells == [
         ["heldout", "[red]", "0.900", "0.850–0.940", "0.900", "1.00", "20.0", "100"],
         ["heldout", "all", "0.900", "0.850–0.940", "0.900", "1.00", "20.0", "100"],
         ["plain", "all", "–", "–", "–", "2.00", "10.0", "5"],
+    ]
+
+
+def test_the_closing_table_tells_what_changed_and_how_suites_differ():
+    bare = {"overall": {"return_mean": 2.0, "length_mean": 10.0, "episodes": 5}, "tasks": {}}
+    gap = {"difference": 0.03, "low95": -0.01, "high95": 0.07, "p": 0.2, "episodes": 300}
+    change = gap | {"difference": 0.5, "low95": 0.4, "high95": 0.6, "before": 0.41, "after": 0.91}
+    suites = {"heldout": bare | {"since_start": {"all": change}}, "easy": bare | {"against_heldout": {"all": gap}}}
+    out = io.StringIO()
+    given = {"name": "demo", "stop_reason": "finished", "env_steps": 1, "evaluation": suites}
+    Console(file=out, width=120).print(summary_table(given))  # type: ignore[arg-type]
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert lines[-2:] == [
+        "heldout: before training 0.410, paired difference +0.500 (+0.400 to +0.600)",
+        "easy minus heldout: paired difference +0.030 (-0.010 to +0.070)",
     ]
