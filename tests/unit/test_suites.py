@@ -11,6 +11,7 @@ from embodied_rl.cli import main
 from embodied_rl.config import build_recipe, dump_recipe, load_recipe, load_resolved
 from embodied_rl.errors import ConfigError
 from embodied_rl.results import EvaluationResult
+from embodied_rl.seeding import start_seed
 from embodied_rl.suites import Suite, check_suites, evaluation_file, suites_of
 from embodied_rl.video import read_mp4
 
@@ -37,6 +38,7 @@ def pair(tmp_path_factory, toy_run):
 def test_a_suite_plays_the_same_starts_in_a_changed_env(pair):
     heldout, hurried = (episodes(pair, evaluation_file(name)) for name in ("heldout", "hurried"))
     assert torch.equal(heldout.seed, hurried.seed) and torch.equal(heldout.task, hurried.task)
+    assert heldout.seed.tolist() == [start_seed(0, "eval", 0, i) for i in range(8)], "not those that chose the best checkpoint"
     assert heldout.length.max() == 10 and hurried.length.max() == 3
     summary = json.loads((pair / "summary.json").read_text())["evaluation"]
     assert list(summary) == ["heldout", "hurried"] and summary["hurried"]["overall"]["length_mean"] == 3
@@ -69,6 +71,9 @@ def test_the_first_episodes_are_filmed_before_and_after_training(pair):
         assert len(film) == max(shown["before"]["length"], shown["after"]["length"]) + 1
         left, right = film[:, :, :192], film[:, :, 196:]
         assert np.abs(left[0] - right[0]).mean() < 1 < np.abs(left[-1] - right[-1]).mean(), "one start, two policies"
+        first, second = (sorted((pair / "videos" / folder).glob(f"{i:02d}_*.mp4"))[0] for folder in ("before", ""))
+        assert np.abs(left[len(read_mp4(first)) - 1] - read_mp4(first)[-1]).mean() < 1, "before is on the left"
+        assert np.abs(right[len(read_mp4(second)) - 1] - read_mp4(second)[-1]).mean() < 1
     assert (pair / "report.html").read_text().count("<video") == 3
 
 
