@@ -57,7 +57,7 @@ def test_the_simulator_and_the_model_keep_their_contracts(here, capsys):
 
 
 def test_the_model_imitates_in_the_simulator_and_is_improved_by_reinforcement(here, capsys):
-    run("collect dots.yaml --episodes 60 --out demos")
+    run("collect dots.yaml --episodes 60 --out demos --noise 0.3")
     run("train dots.yaml")
     run("train dots_rl.yaml")
     suite = json.loads((here / "runs" / "rl" / "summary.json").read_text())["evaluation"]["heldout"]
