@@ -18,6 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -66,10 +67,10 @@ class Expert(Protocol):
 class Disturbance:
     """What is added to the actions of one batch of attempts, from their first control step on.
 
-    n_0 = std e_0,  n_t = rho n_{t-1} + std sqrt(1 - rho^2) e_t,  e_t ~ N(0, 1);  added at step t: max(0, 1 - t/F) n_t
+    n_0 = std e_0,  n_t = rho n_{t-1} + std sqrt(1 - rho^2) e_t,  e_t ~ N(0, 1);  added at t: max(0, 1 - t / F) n_t
 
     So n_t has standard deviation std at every t. Differs from DART, where the noise is white and its covariance is
-    fitted to the errors of the imitator: white noise averages out over the steps in which a hand moves by centimetres.
+    fitted to the imitator's errors: white noise averages out over the steps in which a hand moves by centimetres.
 
     Source: Laskey, Lee, Fox, Dragan, Goldberg 2017, DART, arXiv:1703.09327, algorithm 1 (the noise is executed, and the
     supervisor's own action is what is learned).
@@ -158,7 +159,7 @@ def collect_demonstrations(
         copies: Attempts played side by side.
         seed: Of starts and disturbances.
         device: Where the env computes.
-        on_progress: Called with the number of episodes in the set whenever it has changed.
+        on_progress: Called with the number of episodes in the set whenever it has changed, from another thread.
 
     Returns:
         collected: What the set holds.
@@ -215,45 +216,48 @@ def _features(env: Env) -> dict[str, Feature]:
 
 
 class _Recorder:
-    """Plays attempts and hands the episodes to the writer in their order."""
+    """Plays attempts and hands the episodes to the writer in their order, which it does while the next are played."""
 
     def __init__(self, env: Env, writer: DemoWriter, settings: Settings, features: dict[str, Feature]) -> None:
         self.env, self.writer, self.settings, self.features = env, writer, settings, features
         t = len(env.spec.tasks)
         self.last = [-1] * t
-        """The latest attempt of each task that is in the set."""
+        """The latest attempt of each task that was in the set when recording began."""
         for k, line in enumerate(writer.lines):
             self.last[k % t] = int(line.extra["attempt"])
+        self.kept = [len(writer.lines[task::t]) for task in range(t)]
+        """Episodes of each task that are in the set or on their way to it."""
         self.waiting: list[deque[Packed]] = [deque() for _ in range(t)]
         self.failures = [0] * t
 
     def run(self, episodes: int, on_progress: Callable[[int], None] | None) -> None:
         """Play until the set holds so many."""
-        lines, tasks, copies = self.writer.lines, len(self.env.spec.tasks), self.settings.copies
+        tasks, copies = len(self.env.spec.tasks), self.settings.copies
+        wanted = [len(range(task, episodes, tasks)) for task in range(tasks)]
         # Attempts that were kept but not yet written are played once more: that is all an interruption costs.
         batch = min(last + tasks if last >= 0 else task for task, last in enumerate(self.last)) // copies
-        while len(lines) < episodes:
-            have = len(lines)
-            tape = _Tape(self.env, range(batch * copies, (batch + 1) * copies), self.settings)
-            self._choose(tape, episodes)
-            while len(lines) < episodes and (queue := self.waiting[len(lines) % tasks]):
-                self.writer.append(queue.popleft())
-                if on_progress is not None:
-                    on_progress(len(lines))
-            if len(lines) > have:
-                self.writer.write_info()
-            batch += 1
+        with ThreadPoolExecutor(1) as writing:
+            job: Future[None] | None = None
+            while any(have < want for have, want in zip(self.kept, wanted, strict=True)):
+                tape = _Tape(self.env, range(batch * copies, (batch + 1) * copies), self.settings)
+                chosen = self._choose(tape, wanted)
+                if job is not None:
+                    job.result()
+                job = writing.submit(self._write, tape, chosen, on_progress)
+                batch += 1
+            if job is not None:
+                job.result()
 
-    def _choose(self, tape: _Tape, episodes: int) -> None:
-        """Put the attempts that are worth keeping into their queues."""
-        names = self.env.spec.tasks
+    def _choose(self, tape: _Tape, wanted: list[int]) -> list[int]:
+        """The copies whose attempts are worth keeping."""
+        names, chosen = self.env.spec.tasks, []
         for copy, attempt in enumerate(tape.attempts):
             task = attempt % len(names)
-            have = len(range(task, len(self.writer.lines), len(names))) + len(self.waiting[task])
-            if attempt <= self.last[task] or have >= len(range(task, episodes, len(names))):
+            if attempt <= self.last[task] or self.kept[task] >= wanted[task]:
                 continue
             if self.settings.keep == "all" or tape.solved[copy]:
-                self.waiting[task].append(tape.pack(copy, self.features, names[task]))
+                chosen.append(copy)
+                self.kept[task] += 1
                 self.failures[task] = 0
                 continue
             self.failures[task] += 1
@@ -262,6 +266,21 @@ class _Recorder:
                     f"the expert failed {PATIENCE} times in a row at task '{names[task]}': give it more time "
                     "(env.max_steps), less noise (--noise), or leave the task out; what is recorded is kept"
                 )
+        return chosen
+
+    def _write(self, tape: _Tape, chosen: list[int], on_progress: Callable[[int], None] | None) -> None:
+        """Encode what was chosen, and write as far as every task has its next episode."""
+        names, lines = self.env.spec.tasks, self.writer.lines
+        have = len(lines)
+        for copy in chosen:
+            task = tape.attempts[copy] % len(names)
+            self.waiting[task].append(tape.pack(copy, self.features, names[task]))
+        while queue := self.waiting[len(lines) % len(names)]:
+            self.writer.append(queue.popleft())
+            if on_progress is not None:
+                on_progress(len(lines))
+        if len(lines) > have:
+            self.writer.write_info()
 
 
 class _Tape:
