@@ -250,7 +250,8 @@ class _Recorder:
 
     def _choose(self, tape: _Tape, wanted: list[int]) -> list[int]:
         """The copies whose attempts are worth keeping."""
-        names, chosen = self.env.spec.tasks, []
+        names = self.env.spec.tasks
+        chosen: list[int] = []
         for copy, attempt in enumerate(tape.attempts):
             task = attempt % len(names)
             if attempt <= self.last[task] or self.kept[task] >= wanted[task]:

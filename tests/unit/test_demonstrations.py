@@ -18,6 +18,7 @@ from embodied_rl import registry
 from embodied_rl.cli import main
 from embodied_rl.config import load_component
 from embodied_rl.demo_check import validate
+from embodied_rl.demo_format import DemonstrationError
 from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.errors import CapabilityError
 from embodied_rl.record_demos import CORRELATION, FADE, NOISE, STARTS, Disturbance, collect_demonstrations
@@ -244,6 +245,26 @@ def test_a_stop_at_any_write_loses_nothing_that_was_finished(moment, twelve, tmp
             record(folder, 12)
     record(folder, 12)
     assert contents(folder) == contents(twelve)
+
+
+def test_nothing_is_written_after_a_write_that_failed(twelve, tmp_path, monkeypatch):
+    """The disk is full for a moment, while the next attempts are being played."""
+    from embodied_rl import demo_writer
+
+    append, failed = demo_writer.DemoWriter.append, []
+
+    def fails_once(self, packed):
+        if len(self.lines) == 3 and not failed:
+            failed.append(True)
+            raise DemonstrationError("no space left")
+        append(self, packed)
+
+    monkeypatch.setattr(demo_writer.DemoWriter, "append", fails_once)
+    with pytest.raises(DemonstrationError, match="no space left"):
+        record(tmp_path / "demos", 12)
+    assert Demonstrations(tmp_path / "demos").episodes == 3
+    record(tmp_path / "demos", 12)
+    assert contents(tmp_path / "demos") == contents(twelve)
 
 
 def test_leftovers_of_a_kill_are_removed(twelve, tmp_path):
