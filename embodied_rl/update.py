@@ -56,6 +56,9 @@ class Update(Section):
     """Adam's step size."""
     lr_schedule: Literal["constant", "linear", "adaptive_kl"] = "constant"
     """linear: to 0 at the end of training; adaptive_kl: divided or multiplied by 1.5 to keep the KL near target_kl."""
+    lr_warmup: int = Field(0, ge=0)
+    """Updates in which the step size rises to its full value. Adam's first steps are as long as any later one, whatever
+    the gradient, and a policy that begins with skills loses some of them there."""
     target_kl: float | None = Field(None, gt=0)
     """KL(old || new) of an epoch; above 1.5 times this the remaining epochs are skipped (adaptive_kl steers to it)."""
     max_grad_norm: float = Field(0.5, gt=0)
@@ -74,6 +77,11 @@ class Update(Section):
     def _adaptive_needs_target(self) -> Update:
         if self.lr_schedule == "adaptive_kl" and self.target_kl is None:
             raise ValueError("lr_schedule adaptive_kl needs target_kl (found null): set target_kl, for example 0.01")
+        if self.lr_schedule == "adaptive_kl" and self.lr_warmup:
+            raise ValueError(
+                f"lr_warmup ({self.lr_warmup}) does nothing with lr_schedule (adaptive_kl), which finds the step size "
+                "itself: remove it, or set lr_schedule: constant"
+            )
         return self
 
 
@@ -181,8 +189,9 @@ class Updater:
             DivergenceError: Not one step was finite in `max_bad_updates` updates in a row.
         """
         c = self.config
-        if c.lr_schedule == "linear":
-            self.lr = c.lr * (1 - progress)
+        if c.lr_schedule != "adaptive_kl":
+            rise = min(1.0, (self.version + 1) / max(1, c.lr_warmup))
+            self.lr = c.lr * rise * (1 - progress if c.lr_schedule == "linear" else 1.0)
         metrics = Partials()
         metrics.maximum("sync/policy_lag_max", float(self.version - rollout.policy_version.min()))
         flat = flatten(rollout, advantage)

@@ -192,6 +192,12 @@ ROWS = {
         [],
         "my.yaml:2: algorithm.update: lr_schedule adaptive_kl needs target_kl (found null): set target_kl, for example 0.01",
     ),
+    "a warm-up of a step size that is found": (
+        "algorithm: {update: {lr_schedule: adaptive_kl, target_kl: 0.01, lr_warmup: 5}}",
+        [],
+        "my.yaml:2: algorithm.update: lr_warmup (5) does nothing with lr_schedule (adaptive_kl), which finds the step size "
+        "itself: remove it, or set lr_schedule: constant",
+    ),
 }
 
 
