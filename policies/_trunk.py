@@ -52,7 +52,7 @@ class Prefix(NamedTuple):
     cache: Cache
     """For `Trunk.suffix`."""
     sight: Tensor
-    """[N, ...] pictures and words alone, for foresight."""
+    """[N, ...] what foresight reads."""
 
 
 class ValueHead(Section):
@@ -93,9 +93,12 @@ class TrunkConfig(Section):
     """Tokens per picture: places that the words and the network ask for."""
     chunk: int = Field(4, ge=1)
     """Control steps that one decision covers."""
-    foresight: float = Field(5.0, ge=0)
-    """Weight, while imitating, of a second loss: predict from pictures and words where the robot will be at the end of
-    the demonstration. It teaches the eye where to look long before the actions could; 0 leaves it out."""
+    foresight: float = Field(1.0, ge=0)
+    """Weight, while imitating, of a second loss: predict where the robot will be at the end of the demonstration. It
+    teaches the eye where to look long before the actions could; 0 leaves it out."""
+    foresight_reads: Literal["sight", "summary"] = "sight"
+    """sight: pictures and words only, so that it cannot follow the robot instead of looking; summary: vectors as well,
+    where one of them tells the goal."""
     critic: ValueHead = ValueHead()
 
     @model_validator(mode="after")
@@ -248,8 +251,10 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
         self.summary = nn.Parameter(0.1 * torch.randn(config.width))
         sight = len(self.pictures) * config.glances * config.width + word_width * bool(self.words_entry)
+        self.looks = bool(sight) and config.foresight_reads == "sight"
         wanted = bool(config.foresight and self.vectors)
-        self.foresight = Foresight(env, self.vectors, sight or config.width, config.width) if wanted else None
+        size = sight if self.looks else config.width
+        self.foresight = Foresight(env, self.vectors, size, config.width) if wanted else None
 
     def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
         """See `embodied_rl.types.Imitator`."""
@@ -279,7 +284,7 @@ class Trunk(nn.Module):
         sentence = [self.word_token(words).unsqueeze(1)] if self.words_entry else []
         summary, cache = self.run(torch.cat([self.summary.expand(n, 1, -1), *glances, *joints, *sentence], dim=1))
         sight = [g.flatten(1) for g in glances] + told
-        return Prefix(summary, cache, torch.cat(sight, dim=1) if sight else summary)
+        return Prefix(summary, cache, torch.cat(sight, dim=1) if self.looks else summary)
 
     def run(self, x: Tensor) -> tuple[Tensor, Cache]:
         """Let prefix tokens [N, L, width] attend to each other: the first one [N, width], and all keys and values."""
@@ -315,9 +320,9 @@ def causal_mask(length: int, cache: Cache) -> Tensor:
 
 
 class Foresight(nn.Module):
-    """Predict, from pictures and words, the observation's vectors at the end of a demonstration.
+    """Predict the observation's vectors at the end of a demonstration.
 
-    The vectors of the moment are kept from it: late in a demonstration where the hand is tells where it ends, and a
+    Those of the moment are best kept from it: late in a demonstration where the hand is tells where it ends, and a
     prediction that follows the hand instead of the picture goes astray with the hand.
 
     Only imitation trains it; it is frozen until `fit`, so that reinforcement learning carries it along unchanged.

@@ -417,7 +417,7 @@ class WrappedTrunk(Trunk):
         self.narrow = nn.Sequential(nn.LayerNorm(self.backbone.width), nn.Linear(self.backbone.width, config.width))
 
     def prefix(self, obs: Obs) -> Prefix:
-        """See `Trunk.prefix`; the model's states are tokens of the small trunk, and foresight reads the summary."""
+        """See `Trunk.prefix`; the model's states are tokens of the small trunk."""
         hidden = self.narrow(self.backbone(obs))
         joints = [self.joints[name](obs[name]).unsqueeze(1) for name in self.vectors]
         summary, cache = self.run(torch.cat([self.summary.expand(len(hidden), 1, -1), hidden, *joints], dim=1))

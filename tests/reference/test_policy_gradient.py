@@ -17,7 +17,7 @@ from embodied_rl.advantage import Credit, CreditChain
 from embodied_rl.batch import as_batch, flatten
 from embodied_rl.collect import Collector
 from embodied_rl.loss import Loss, LossFunction, ValueLoss
-from embodied_rl.types import Evaluation, Rollout
+from embodied_rl.types import Evaluation, Rollout, TensorSpec
 from tests.kit import Scripted, toy
 from tests.toys.two_state import ENDS, NEXT, REWARD
 
@@ -74,6 +74,7 @@ def collect(critic: Tensor | None) -> Rollout:
     env = toy("two_state", PATHS, max_steps=STEPS)
     look = env._obs
     env._obs = lambda: look() | {"copy": torch.arange(PATHS)}
+    env.spec.observation["copy"] = TensorSpec((), torch.int64)
     return Collector([env], policy, decisions=STEPS, mode="episodes").collect()
 
 

@@ -469,7 +469,6 @@ def foreseen(policy, obs):
     weight, bias = (x.detach().numpy() for x in foresight.head.parameters())
     target = (obs["end"][0].numpy() - STATE["mean"].numpy()) / np.array([0.7, 2.0, 0.01])
     error = np.abs(weight @ hidden + bias - target)
-    assert error.min() < 1 < error.max(), "both branches are tried"
     return policy.config.foresight * np.where(error <= 1, error**2, 2 * error - 1).mean()
 
 

@@ -66,16 +66,17 @@ def error_of(wanted):
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 
-# Success of seeds 0 to 5 (2026-11, torch 2.13, CPU): tokens 0.70 - 0.80, flow 0.65 - 0.88; untrained 0.05 - 0.17.
+# Demonstrations whose actions are the undisturbed ones take more frames and steps than noisy ones did (200 and 250 gave the flow 0.3 - 0.5).
 @pytest.mark.learning
 @pytest.mark.parametrize(("policy", "batch_size", "threshold"), [("tokens", 64, 0.5), ("flow", 96, 0.5)])
 def test_a_policy_that_imitates_reaches_the_goal_that_a_word_names(policy, batch_size, threshold, tmp_path):
-    env, demonstrations = lab.seen(200)
+    env, demonstrations = lab.seen(400)
 
     def train(seed, **algorithm):
-        settings = {"demonstrations": demonstrations, "batch_size": batch_size, "lr": 5e-3, "steps": 250, "steps_per_update": 25, "warmup": 10}
+        settings = {"demonstrations": demonstrations, "batch_size": batch_size, "lr": 5e-3, "steps": 600, "steps_per_update": 60, "warmup": 10}
         wanted = recipe(
-            policy, seed=seed, policy={"width": 32}, algorithm=settings | algorithm,
+            # The goals are in a vector here: pictures and words cannot tell where a demonstration ends.
+            policy, seed=seed, policy={"width": 32, "foresight_reads": "summary"}, algorithm=settings | algorithm,
             evaluate={"episodes": 60, "copies": 60, "videos": 0},
         )  # fmt: skip
         done = run(wanted, folder=tmp_path / f"{seed} {algorithm}")
@@ -87,7 +88,7 @@ def test_a_policy_that_imitates_reaches_the_goal_that_a_word_names(policy, batch
         done, rows = train(seed)
         losses = [row["actor/imitation_loss"] for row in rows]
         assert len(losses) == 10 and losses[-1] < 0.7 * losses[0] and losses[-1] == pytest.approx(min(losses), rel=0.1)
-        assert done.reason == "finished" and rows[-1]["progress/env_steps"] == 250 * batch_size
+        assert done.reason == "finished" and rows[-1]["progress/env_steps"] == 600 * batch_size
         scores.append(done.result.score)
     assert untrained.result.score < 0.25
     assert statistics.median(scores) >= threshold, scores
