@@ -46,7 +46,8 @@ def recipe(job: Job, **settings: Any) -> Any:
     chosen = {
         "start_from": "null", "policy__type": job["policy"], "device": job["device"], "threads": job["threads"],
         "collect__copies": job["copies"], "collect__decisions": job["decisions"], "collect__pipeline": 1,
-        "env__threads": os.cpu_count(),
+        # Untrained weights never succeed: paid by success alone, no decision had an advantage and no update anything to do.
+        "env__threads": os.cpu_count(), "env__reward": "progress",
     } | settings  # fmt: skip
     return load_recipe(RECIPE, [f"{name.replace('__', '.')}={value}" for name, value in chosen.items()]).recipe
 
