@@ -98,11 +98,15 @@ class TrunkConfig(Section):
     teaches the eye where to look long before the actions could; 0 leaves it out."""
     foresight_reads: Literal["sight", "summary"] = "sight"
     """sight: pictures and words only, so that it cannot follow the robot instead of looking; summary: vectors as well,
-    where one of them tells the goal."""
+    where one of them tells the goal. hf_vla, whose model mixes all it is given, reads the summary either way."""
     critic: ValueHead = ValueHead()
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> TrunkConfig:
+    def _fits_together(self) -> TrunkConfig:
+        if not self.foresight and self.foresight_reads != "sight":
+            raise ValueError(
+                f"foresight_reads ({self.foresight_reads}) does nothing with foresight (0): remove it, or set foresight"
+            )
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         return self

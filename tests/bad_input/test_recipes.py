@@ -192,6 +192,11 @@ ROWS = {
         [],
         "my.yaml:2: algorithm.update: lr_schedule adaptive_kl needs target_kl (found null): set target_kl, for example 0.01",
     ),
+    "what foresight reads without foresight": (
+        "policy: {type: tiny_vla_flow, foresight: 0, foresight_reads: summary}",
+        [],
+        "my.yaml:2: policy: foresight_reads (summary) does nothing with foresight (0): remove it, or set foresight",
+    ),
     "a warm-up of a step size that is found": (
         "algorithm: {update: {lr_schedule: adaptive_kl, target_kl: 0.01, lr_warmup: 5}}",
         [],
