@@ -26,6 +26,9 @@ Obs = dict[str, Tensor]
 FEATURES = "policy/features"
 """Entry that stands for the whole observation where `Policy.evaluate` is given a policy's own `features`."""
 
+PAD = -1
+"""Fills rows of token ids after their end, in observations, actions and units."""
+
 State = dict[str, Any]
 """A tree of dicts and lists whose leaves are tensors, str, int, float, bool or None: what a checkpoint holds."""
 
@@ -54,23 +57,28 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """What one control step takes: `size` numbers in [-1, 1], or one integer below `size`.
+    """What one control step takes: `size` numbers in [-1, 1], one integer below `size`, or a row of such integers.
 
-    Example: the arm is `ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))`.
+    Example: the arm is `ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))`; a reply of at
+    most 32 tokens is `ActionSpec("tokens", 49152, length=32)`, where "hello" may be [28120, 2, PAD, PAD, ...].
     """
 
-    kind: Literal["continuous", "discrete"]
+    kind: Literal["continuous", "discrete", "tokens"]
     size: int
     names: tuple[str, ...] = ()
+    length: int = 1
+    """tokens: the longest row; shorter ones end in PAD."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one control step's action without the batch axis: `(size,)`, or `()` when discrete."""
+        """Of one control step's action without the batch axis: `(size,)`, discrete `()`, tokens `(length,)`."""
+        if self.kind == "tokens":
+            return (self.length,)
         return (self.size,) if self.kind == "continuous" else ()
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32 for continuous actions, int64 for discrete ones."""
+        """float32 for continuous actions, int64 for the others."""
         return torch.float32 if self.kind == "continuous" else torch.int64
 
     def check(self, action: Tensor, num_envs: int, device: torch.device, where: str) -> None:
@@ -94,12 +102,33 @@ class ActionSpec:
         if self.kind == "continuous":
             wrong, what = ~torch.isfinite(action).all(dim=1), "not finite"
             expected = "numbers in [-1, 1]; the policy that made them has diverged"
-        else:
+        elif self.kind == "discrete":
             wrong, what, expected = (action < 0) | (action >= self.size), "no action", f"0 to {self.size - 1}"
+        else:
+            pad = action == PAD
+            wrong = ((action >= self.size) | (action < PAD)).any(1) | (pad[:, :-1] & ~pad[:, 1:]).any(1)
+            what, expected = "no row of tokens", f"ids 0 to {self.size - 1}, then only {PAD}"
         if bool(wrong.any()):
             bad = wrong.nonzero().flatten().tolist()
             more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise ShapeError(f"{where} action: {what} in copies {bad[:8]}{more}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Whose token ids an env's observations and actions are; under other ids the same words would be nonsense.
+
+    Example: `Vocabulary("models/smollm2", 49152, "9ca9acdd...", end=(2,))`.
+    """
+
+    name: str
+    """Where it comes from, for messages."""
+    size: int
+    """V; ids are below it."""
+    fingerprint: str
+    """SHA-256 (hex) over what maps text to ids: equal exactly when both sides speak the same language."""
+    end: tuple[int, ...] = ()
+    """Ids that end a reply."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +156,8 @@ class EnvSpec:
     on_demand: bool = False
     """`Step.obs` is empty and `observe` gives the observation: for envs whose pictures cost more than a control step.
     Copies that are not active in `step` then stay exactly where they stopped."""
+    vocabulary: Vocabulary | None = None
+    """Of the token ids in observations and actions; a policy that speaks another one is refused."""
 
 
 @dataclass
@@ -149,6 +180,9 @@ class Step:
     """[B] bool, the task's goal holds in the state `obs`; None when the env has no such notion."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """name -> [B] float32 reward terms and diagnostics, logged as rollout/reward_<name>_mean."""
+    invalid: Tensor | None = None
+    """[B] bool, the judge or the simulator failed: the episode is over (`terminated | truncated` holds too), is left
+    out of every mean, baseline and loss, and is counted. None when nothing can fail."""
 
 
 @runtime_checkable
