@@ -228,7 +228,7 @@ def _lock(path: Path) -> int:
 
 
 def _progress(path: Path) -> str:
-    """" (finished)", " (stopped after update 120)" or ""."""
+    """ " (finished)", " (stopped after update 120)" or ""."""
     try:
         summary = json.loads((path / "summary.json").read_text())
         return " (finished)" if summary["finished"] else f" (stopped after update {summary['updates']})"

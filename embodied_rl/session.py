@@ -353,11 +353,15 @@ class Session(Saved):
     def state_dict(self) -> State:
         """The state of every part."""
         shaping: State = {} if self.shaping is None else {"shaping": self.shaping.state_dict()}
-        return self.common_state() | shaping | {
-            "credit": self.credit.state_dict(),
-            "updater": self.updater.state_dict(),
-            "collector": self.collector.state_dict(),
-        }
+        return (
+            self.common_state()
+            | shaping
+            | {
+                "credit": self.credit.state_dict(),
+                "updater": self.updater.state_dict(),
+                "collector": self.collector.state_dict(),
+            }
+        )
 
     def _restore_parts(self, state: State) -> bool:
         self.credit.load_state_dict(state["credit"])

@@ -267,9 +267,7 @@ def open_writers(
             )
             stack.callback(writers[-1].close)
         total = total_steps or recipe.train.env_steps
-        writers.append(
-            ConsoleWriter(recipe.name, total, device=device, live=log.progress, first_step=steps, row=last)
-        )
+        writers.append(ConsoleWriter(recipe.name, total, device=device, live=log.progress, first_step=steps, row=last))
         stack.pop_all()
     return Writers(writers)
 
