@@ -154,30 +154,36 @@ def return_to_go(reward: Tensor, done: Tensor, *, discount: Tensor | float) -> T
     return out
 
 
-def group_sums(x: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+def group_sums(x: Tensor, group: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and count over the copies of each group, decision by decision.
 
     Args:
-        x: [T, B].
+        x: [T, B]; may be anything, NaN included, where a copy is no member.
         group: [B] int64 ids in any order.
+        member: [B] bool, copies that count; the others' episodes are void.
 
     Returns:
         total: [T, B] sum over the members of the copy's group.
         count: [B] number of members.
     """
     ids, inverse = torch.unique(group, return_inverse=True)
-    total = x.new_zeros(x.shape[0], len(ids)).index_add_(1, inverse, x)
-    count = torch.bincount(inverse, minlength=len(ids)).to(x.dtype)
+    counted = torch.where(member, x, torch.zeros_like(x))
+    total = x.new_zeros(x.shape[0], len(ids)).index_add_(1, inverse, counted)
+    count = torch.bincount(inverse[member], minlength=len(ids)).to(x.dtype)
     return total[:, inverse], count[inverse]
 
 
-def equal_in_group(x: Tensor, group: Tensor) -> Tensor:
-    """[T, B] bool, True where all members of the copy's group have exactly the same score (no rounding involved)."""
+def equal_in_group(x: Tensor, group: Tensor, member: Tensor) -> Tensor:
+    """[T, B] bool, True where all members of the copy's group have exactly the same score (no rounding involved).
+
+    A group with fewer than two members tells nothing either.
+    """
     ids, inverse = torch.unique(group, return_inverse=True)
-    index = inverse.expand_as(x)
-    low = x.new_full((x.shape[0], len(ids)), float("inf")).scatter_reduce_(1, index, x, "amin")
-    high = x.new_full((x.shape[0], len(ids)), float("-inf")).scatter_reduce_(1, index, x, "amax")
-    return (low == high)[:, inverse]
+    inverse_of, among = inverse[member], x[:, member]
+    index = inverse_of.expand_as(among)
+    low = x.new_full((x.shape[0], len(ids)), float("inf")).scatter_reduce_(1, index, among, "amin")
+    high = x.new_full((x.shape[0], len(ids)), float("-inf")).scatter_reduce_(1, index, among, "amax")
+    return (low >= high)[:, inverse]
 
 
 def subtract_baseline(score: Tensor, group: Tensor, valid: Tensor, kind: Baseline) -> Tensor:
@@ -188,7 +194,7 @@ def subtract_baseline(score: Tensor, group: Tensor, valid: Tensor, kind: Baselin
     Args:
         score: [T, B] the same number at every decision of an episode, or the return to go (0 after its end).
         group: [B] int64.
-        valid: [T, B] bool.
+        valid: [T, B] bool; a copy whose first decision is not valid is in no group.
         kind: Which baseline; "none" returns the scores.
 
     Returns:
@@ -206,14 +212,15 @@ def subtract_baseline(score: Tensor, group: Tensor, valid: Tensor, kind: Baselin
         # The mean of equal numbers rounds, and a scale would blow the rest up.
         equal = chosen.numel() == 0 or bool((chosen == chosen[0]).all())
         return torch.zeros_like(score) if equal else score - chosen.mean()
-    total, count = group_sums(score, group)
+    member = valid[0]
+    total, count = group_sums(score, group, member)
     if kind == "leave_one_out":
-        if bool((count < 2).any()):
+        if bool((torch.bincount(group.unique(return_inverse=True)[1]) < 2).any()):
             raise CapabilityError("baseline leave_one_out needs collect.group_size of at least 2, found a group of 1")
         centred = score - (total - score) / (count - 1)
     else:
         centred = score - total / count
-    return torch.where(equal_in_group(score, group), torch.zeros_like(score), centred)
+    return torch.where(equal_in_group(score, group, member), torch.zeros_like(score), centred)
 
 
 def scale(centred: Tensor, score: Tensor, group: Tensor, valid: Tensor, kind: Scale, floor: float) -> Tensor:
@@ -237,11 +244,12 @@ def scale(centred: Tensor, score: Tensor, group: Tensor, valid: Tensor, kind: Sc
         return centred
     if kind == "batch_std":
         return centred / score[valid].std().clamp(min=floor) if int(valid.sum()) > 1 else torch.zeros_like(centred)
-    total, count = group_sums(score, group)
-    mean = total / count
+    member = valid[0]
+    total, count = group_sums(score, group, member)
+    mean = total / count.clamp(min=1)
     if kind == "group_mean":
         return centred / mean.abs().clamp(min=floor)
-    squares, _ = group_sums((score - mean).square(), group)
+    squares, _ = group_sums((score - mean).square(), group, member)
     return centred / (squares / (count - 1).clamp(min=1)).sqrt().clamp(min=floor)
 
 
@@ -310,8 +318,9 @@ class CreditChain:
         else:
             score, group = return_to_go(reward, rollout.done, discount=discount), rollout.group[0]
             if c.needs_groups:
-                equal = equal_in_group(score[:1], group)[0]
-                metrics["rollout/zero_advantage_groups"] = (float(equal.sum()), float(equal.numel()))
+                member = rollout.valid[0]
+                equal = equal_in_group(score[:1], group, member)[0]
+                metrics["rollout/zero_advantage_groups"] = (float(equal[member].sum()), float(member.sum()))
                 if self.drop_equal_groups:
                     counts = counts & ~equal
             counted = counts
@@ -328,7 +337,7 @@ class CreditChain:
             rollout = until_success(rollout)
         reward, discount = self._reward_and_discount(rollout)
         score = return_to_go(reward, rollout.done, discount=discount)
-        return ~equal_in_group(score[:1], rollout.group[0])[0]
+        return ~equal_in_group(score[:1], rollout.group[0], rollout.valid[0])[0]
 
     def _reward_and_discount(self, rollout: Rollout) -> tuple[Tensor, Tensor | float]:
         # An infinite or NaN number in a masked decision must not reach the sums.

@@ -41,7 +41,10 @@ class Executed:
     truncated: Tensor
     success_once: Tensor | None
     success: Tensor | None
-    metrics: dict[str, tuple[float, float]]
+    metrics: dict[str, tuple[Tensor, Tensor]]
+    """name -> (sum [b], count [b]) over the executed control steps."""
+    invalid: Tensor | None = None
+    """[b] bool, see `Step.invalid`; None when nothing can fail."""
 
 
 def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
@@ -56,23 +59,25 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
         executed: Sums over the executed control steps; `obs` is where each copy really stopped.
     """
     chunk = action.shape[1]
-    metrics: dict[str, tuple[float, float]] = {}
+    metrics: dict[str, tuple[Tensor, Tensor]] = {}
     total: Executed | None = None
     for c in range(chunk):
         step = env.step(action[:, c], active)
         everyone = active is None
         mask = torch.ones_like(step.terminated) if active is None else active
         terminated, truncated, reward, success = step.terminated, step.truncated, step.reward, step.success
+        invalid = None if step.invalid is None else step.invalid & mask
         if not everyone:
             terminated, truncated = terminated & mask, truncated & mask
             reward = torch.where(mask, reward, torch.zeros_like(reward))
         for name, x in step.metrics.items():
-            s, n = metrics.get(name, (0.0, 0.0))
-            x = x if everyone else x[mask]
-            metrics[name] = (s + float(x.sum()), n + x.numel())
+            x = x if everyone else torch.where(mask, x, torch.zeros_like(x))
+            s, n = metrics.get(name, (torch.zeros_like(x), torch.zeros_like(x)))
+            metrics[name] = (s + x, n + mask)
         if total is None:
             once = None if success is None else success & mask
-            total = Executed(step.obs, reward, mask.to(torch.int64), terminated, truncated, once, success, metrics)
+            steps = mask.to(torch.int64)
+            total = Executed(step.obs, reward, steps, terminated, truncated, once, success, metrics, invalid)
             if chunk > 1:
                 # An env may reuse its arrays from step to step.
                 total.reward, total.terminated, total.truncated = reward.clone(), terminated.clone(), truncated.clone()
@@ -83,6 +88,8 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
             total.steps = total.steps + mask
             total.terminated = total.terminated | terminated
             total.truncated = total.truncated | truncated
+            if invalid is not None and total.invalid is not None:
+                total.invalid = total.invalid | invalid
             if success is not None and total.success is not None and total.success_once is not None:
                 total.success_once = total.success_once | (success & mask)
                 total.success = torch.where(mask, success, total.success)
@@ -96,6 +103,9 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
                 total.obs = {k: v.clone() for k, v in total.obs.items()}
     assert total is not None
     total.metrics = metrics
+    if total.invalid is not None:
+        # Whatever the env paid there is not known to mean anything.
+        total.reward = torch.where(total.invalid, torch.zeros_like(total.reward), total.reward)
     if env.spec.on_demand:
         total.obs = env.observe()
     check_observation(total.obs, env.spec)

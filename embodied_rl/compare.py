@@ -80,7 +80,7 @@ class PairedComparison:
 
 
 def compare(a: EvaluationResult, b: EvaluationResult, *, success: Success = "once") -> PairedComparison:
-    """Compare two evaluations episode by episode.
+    """Compare two evaluations episode by episode; a start on which either could not be judged is left out.
 
     Args:
         a: Of the first policy.
@@ -91,7 +91,8 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, success: Success = "onc
         comparison: Overall and per task.
 
     Raises:
-        CapabilityError: They were made on different starts, or in an env that ignores seeds.
+        CapabilityError: They were made on different starts, or in an env that ignores seeds, or have no judged start in
+            common.
     """
     if not (a.seedable and b.seedable):
         raise CapabilityError(
@@ -104,14 +105,18 @@ def compare(a: EvaluationResult, b: EvaluationResult, *, success: Success = "onc
             f"the two evaluations were made on different starts ({found[0]}; {found[1]}); evaluate both with the same "
             "env, seed and number of episodes, as `embodied-rl evaluate A B` does"
         )
+    valid = a.valid & b.valid
+    if not bool(valid.any()):
+        raise CapabilityError("the two evaluations have no start that was judged in both; evaluate more episodes")
     column = "success_once" if success == "once" else "success_at_end"
     x, y = getattr(a, column), getattr(b, column)
     overall, tasks = None, {}
     if x is not None and y is not None:
-        overall = _paired(x, y)
-        present = [(name, a.task == i) for i, name in enumerate(a.tasks) if bool((a.task == i).any())]
+        overall = _paired(x[valid], y[valid])
+        of_task = [(name, valid & (a.task == i)) for i, name in enumerate(a.tasks)]
+        present = [(name, rows) for name, rows in of_task if bool(rows.any())]
         tasks = {name: _paired(x[rows], y[rows]) for name, rows in present} if len(a.tasks) > 1 else {}
-    return PairedComparison(overall, tasks, bootstrap((a.returns - b.returns).numpy()), success)
+    return PairedComparison(overall, tasks, bootstrap((a.returns - b.returns)[valid].numpy()), success)
 
 
 def summarize(
@@ -290,7 +295,10 @@ def print_evaluation(name: str, result: EvaluationResult, console: Console | Non
     """
     suite = result.to_dict()
     how = "greedy" if result.greedy else "sampled"
-    table = Table(title=Text(f"{name}: {result.episodes} held-out episodes, {how}"), title_justify="left")
+    failed = suite["overall"].get("invalid")
+    more = f"; {failed} more could not be judged and count nowhere" if failed else ""
+    title = f"{name}: {suite['overall']['episodes']} held-out episodes, {how}{more}"
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("task")
     for column in ("success", "95 % interval", "at the end", "return", "length", "episodes"):
         table.add_column(column, justify="right")

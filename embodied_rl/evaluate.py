@@ -69,7 +69,12 @@ def evaluate(
     numbers = torch.arange(episodes)
     starts = _Starts(run_seed, split, stream, len(env.spec.tasks))
     columns = _play(policy, env, numbers, starts, greedy=greedy, generator=generator, on_frame=on_frame)
-    bad = (~torch.isfinite(columns["returns"])).nonzero().flatten().tolist()
+    valid = ~columns["invalid"]
+    if not bool(valid.any()):
+        raise DivergenceError(
+            f"the env's judge or simulator failed in all {episodes} evaluation episodes, so nothing was measured: mend it"
+        )
+    bad = (~torch.isfinite(columns["returns"]) & valid).nonzero().flatten().tolist()
     if bad:
         raise DivergenceError(f"the env paid rewards that are not finite in evaluation episodes {bad[:8]}: mend it")
     has = env.spec.has_success
@@ -77,6 +82,7 @@ def evaluate(
         tasks=env.spec.tasks, run_seed=run_seed, stream=stream, split=split, greedy=greedy, seedable=env.spec.seedable,
         seed=starts.seeds(numbers), task=starts.tasks(numbers), returns=columns["returns"], length=columns["length"],
         success_once=columns["once"] if has else None, success_at_end=columns["at_end"] if has else None,
+        invalid=None if bool(valid.all()) else ~valid,
     )  # fmt: skip
 
 
@@ -156,7 +162,7 @@ def choose(result: EvaluationResult, count: int) -> Tensor:
     """
     success = result.success_once if result.success_once is not None else torch.ones(result.episodes, dtype=torch.bool)
     queues = []
-    for kind in (~success, success):
+    for kind in (~success & result.valid, success & result.valid):
         ranks = torch.zeros(result.episodes, dtype=torch.int64)
         for task in range(len(result.tasks)):
             rows = (kind & (result.task == task)).nonzero().flatten()
@@ -192,6 +198,23 @@ class Recorder:
             self.frames.setdefault(number, []).append(picture)
             if texts is not None:
                 self.texts.setdefault(number, texts[copy])
+
+
+class Transcriber:
+    """An `on_frame` hook that keeps what the first episodes come to in words, for envs with `transcript`."""
+
+    def __init__(self, count: int) -> None:
+        """Follow episodes 0 to count - 1."""
+        self.count = count
+        self.texts: dict[int, str] = {}
+        """Episode number -> its transcript, complete once it has ended."""
+
+    def __call__(self, env: Env, episode: Tensor) -> None:
+        """Ask for the words of each copy that has just moved in one of the episodes."""
+        copies = ((episode >= 0) & (episode < self.count)).nonzero().flatten()
+        if len(copies):
+            texts = env.transcript(copies.to(env.device))  # type: ignore[attr-defined]
+            self.texts |= dict(zip(episode[copies].tolist(), texts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -235,11 +258,12 @@ def _play(
     generator: torch.Generator | None,
     on_frame: OnFrame | None,
 ) -> dict[str, Tensor]:
-    """Play the episodes with the given numbers [E]; returns, length, once and at_end [E], on the CPU."""
+    """Play the episodes with the given numbers [E]; returns, length, once, at_end and invalid [E], on the CPU."""
     b, e, device = env.spec.num_envs, len(numbers), env.device
     out = {
         "returns": torch.zeros(e, dtype=torch.float64), "length": torch.zeros(e, dtype=torch.int64),
         "once": torch.zeros(e, dtype=torch.bool), "at_end": torch.zeros(e, dtype=torch.bool),
+        "invalid": torch.zeros(e, dtype=torch.bool),
     }  # fmt: skip
     row = torch.arange(b)  # copy c plays rows c, c + B, ...; a row beyond the end is an idle copy
     total = torch.zeros(b, dtype=torch.float64, device=device)
@@ -283,6 +307,8 @@ def _play(
             out["once"][ended] = once[here].cpu()
             if executed.success is not None:
                 out["at_end"][ended] = executed.success[here].cpu()
+            if executed.invalid is not None:
+                out["invalid"][ended] = executed.invalid[here].cpu()
             total[here], length[here], once[here] = 0.0, 0, False
             row = torch.where(done, row + b, row)
             if bool((done & (row < e)).any()):

@@ -31,6 +31,9 @@ def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
     for name, (total, count) in rollout.metrics.items():
         out.add(f"rollout/reward_{name}_mean", total, count)
     ended = rollout.finished
+    failed = 0 if rollout.invalid is None else len(rollout.episode[rollout.invalid].unique())
+    if failed or ended:
+        out.add("rollout/invalid_rate", failed, failed + len(ended.get("return", ())))
     if not ended:
         return out
     n = len(ended["return"])

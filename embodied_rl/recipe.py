@@ -81,7 +81,8 @@ class Evaluate(Section):
     greedy: bool = True
     """Take the policy's mode; false samples, as in training."""
     videos: int = Field(8, ge=0)
-    """Episodes filmed after training (successes and failures); 0 for none, or when the env has no camera."""
+    """Episodes filmed after training (successes and failures), or written down where the env tells them in words; 0 for
+    none, or when the env does neither."""
 
     @field_validator("suites")
     @classmethod

@@ -25,7 +25,7 @@ class Record:
         self.episodes = 0
         self.current = torch.zeros(collector.num_envs, dtype=torch.int64)
         self.finals: list[tuple[int, Tensor, Obs]] = []
-        self.metrics: dict[str, tuple[float, float]] = {}
+        self.metrics: dict[str, tuple[Tensor, Tensor]] = {}
         self.opened = False
         self.data: dict[str, Tensor] = {}
         self.obs: Obs = {}
@@ -45,7 +45,7 @@ class Record:
         self.data["valid"] = torch.ones((t, b), dtype=torch.bool, device=device)
         self.data["reward"] = torch.zeros((t, b), device=device)
         self.data["steps"] = torch.zeros((t, b), dtype=torch.int64, device=device)
-        for n in ("terminated", "truncated"):
+        for n in ("terminated", "truncated", "invalid"):
             self.data[n] = torch.zeros((t, b), dtype=torch.bool, device=device)
         if c.spec.has_success:
             self.success = {n: torch.zeros((t, b), dtype=torch.bool, device=device) for n in ("once", "end")}
@@ -97,9 +97,13 @@ class Record:
             assert executed.success is not None and executed.success_once is not None
             self.success["once"][t, cols] = executed.success_once
             self.success["end"][t, cols] = executed.success
-        for n, (s, k) in executed.metrics.items():
-            s0, k0 = self.metrics.get(n, (0.0, 0.0))
-            self.metrics[n] = (s0 + s, k0 + k)
+        if executed.invalid is not None:
+            d["invalid"][t, cols] = executed.invalid
+        for n, parts in executed.metrics.items():
+            if n not in self.metrics:
+                self.metrics[n] = (torch.zeros_like(d["reward"]), torch.zeros_like(d["reward"]))
+            for whole, part_ in zip(self.metrics[n], parts, strict=True):
+                whole[t, cols] = part_
         return executed.terminated | executed.truncated
 
     def final_obs(self, t: int, part: Part, ended: Tensor) -> None:
@@ -118,10 +122,12 @@ class Record:
             d["truncated"][t - 1] |= active
             d["valid"][1:] = ~(d["terminated"] | d["truncated"])[:-1].cummax(0).values
             d["mask"] &= d["valid"].unsqueeze(-1)
+        ended = (d["terminated"] | d["truncated"]) & d["valid"]
+        self._void(d)
         next_value = self._next_value(d, running) if c.policy.has_critic else None
         solved = self._solved(d, t) if self.success else None
         final, final_obs = self._final(d, t) if c.keep_final_obs else (None, {})
-        finished = self._finished(d, t)
+        finished = self._finished(d, t, ended)
         return Rollout(
             obs={k: v[:t] for k, v in self.obs.items()},
             constants={k: torch.cat(v) for k, v in self.bank.items()},
@@ -129,9 +135,22 @@ class Record:
             reward=d["reward"], steps=d["steps"], terminated=d["terminated"], truncated=d["truncated"],
             value=d.get("value"), next_value=next_value, group=c.group_of.to(c.device).expand(t, -1), task=d["task"],
             policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
-            chunk=c.policy.chunk, finished=finished, metrics=self.metrics, solved=solved, features=d.get("features"),
-            final=final, final_obs=final_obs,
+            chunk=c.policy.chunk, finished=finished, metrics=self._sums(d["valid"]), solved=solved,
+            features=d.get("features"), final=final, final_obs=final_obs, invalid=d["invalid"],
         )  # fmt: skip
+
+    @staticmethod
+    def _void(d: dict[str, Tensor]) -> None:
+        """Spread `invalid` over the whole episode, none of whose decisions is valid then."""
+        if bool(d["invalid"].any()):
+            d["invalid"] = torch.isin(d["episode"], d["episode"][d["invalid"]]) & d["valid"]
+            d["valid"] = d["valid"] & ~d["invalid"]
+            d["mask"] = d["mask"] & d["valid"].unsqueeze(-1)
+
+    def _sums(self, valid: Tensor) -> dict[str, tuple[float, float]]:
+        """`Rollout.metrics`: over the steps of valid decisions."""
+        rows = {n: [x[: len(valid)][valid].double().sum() for x in parts] for n, parts in self.metrics.items()}
+        return {n: (float(total), float(count)) for n, (total, count) in rows.items()}
 
     def _next_value(self, d: dict[str, Tensor], running: Tensor) -> Tensor:
         """[T, B]: the next decision's value, the final state's where truncated, 0 where terminated.
@@ -182,10 +201,10 @@ class Record:
         now = self._now()
         return row, {k: torch.cat([*(p[k] for p in pieces), now[k].index_select(0, going)]) for k in self.obs}
 
-    def _finished(self, d: dict[str, Tensor], t: int) -> dict[str, Tensor]:
-        """One row per episode that ended here; sums start with what earlier rollouts left behind."""
+    def _finished(self, d: dict[str, Tensor], t: int, ended: Tensor) -> dict[str, Tensor]:
+        """One row per valid episode of those that `ended` [T, B]; sums start with what earlier rollouts left behind."""
         c = self.c
-        done = ((d["terminated"] | d["truncated"]) & d["valid"]).cpu()
+        done, valid = ended.cpu(), d["valid"].cpu()
         reward, steps = d["reward"].double().cpu(), d["steps"].cpu()
         once = self.success["once"][:t].cpu() if self.success else None
         names = ("return", "length", "success_once", "success_at_end", "when", "copy")
@@ -198,15 +217,15 @@ class Record:
                 success |= once[i]
             if not bool(done[i].any()):
                 continue
-            who = done[i].nonzero().squeeze(-1)
+            who = (done[i] & valid[i]).nonzero().squeeze(-1)
             columns["return"].append(total[who])
             columns["length"].append(length[who])
             columns["success_once"].append(success[who])
             columns["when"].append(torch.full_like(who, i))
             columns["copy"].append(who)
-            total[who], length[who], success[who] = 0.0, 0, False
+            total[done[i]], length[done[i]], success[done[i]] = 0.0, 0, False
         out = {k: torch.cat(v) for k, v in columns.items() if v}
-        if not out:
+        if not out or not len(out["copy"]):
             return {}
         when, copy = out.pop("when"), out["copy"]
         out["task"], out["seed"] = d["task"].cpu()[when, copy], d["seed"].cpu()[when, copy]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class EvaluationResult:
     """[E] bool, the goal held after some step; None when the env has no such notion."""
     success_at_end: Tensor | None
     """[E] bool, the goal held in the last state."""
+    invalid: Tensor | None = None
+    """[E] bool, the judge or the simulator failed: the episode is in no rate and no mean. None when none did."""
+    transcripts: dict[int, str] = field(default_factory=dict)
+    """Episode number -> what happened in words, of the first few, where the env tells it."""
 
     @property
     def episodes(self) -> int:
@@ -54,15 +58,20 @@ class EvaluationResult:
         return len(self.seed)
 
     @property
+    def valid(self) -> Tensor:
+        """[E] bool, episodes that count."""
+        return torch.ones_like(self.task, dtype=torch.bool) if self.invalid is None else ~self.invalid
+
+    @property
     def score(self) -> float:
         """What the best checkpoint is chosen by: the success rate (once), or the mean return where there is none."""
         column = self.returns if self.success_once is None else self.success_once
-        return float(column.double().mean())
+        return float(column[self.valid].double().mean())
 
     def to_dict(self) -> SuiteResult:
         """The suite as `summary.json` holds it: overall, and per task when there are several."""
-        everyone = torch.ones_like(self.task, dtype=torch.bool)
-        present = [(name, self.task == i) for i, name in enumerate(self.tasks) if bool((self.task == i).any())]
+        everyone, valid = torch.ones_like(self.task, dtype=torch.bool), self.valid
+        present = [(name, self.task == i) for i, name in enumerate(self.tasks) if bool((valid & (self.task == i)).any())]
         tasks = {name: self._result(rows) for name, rows in present} if len(self.tasks) > 1 else {}
         return {"overall": self._result(everyone), "tasks": tasks}
 
@@ -74,6 +83,8 @@ class EvaluationResult:
             out.add(key("return_mean"), r["return_mean"] * n, n)
             out.add(key("length_mean"), r["length_mean"] * n, n)
             out.add(key("episodes"), n)
+            if "invalid" in r:
+                out.add(key("invalid"), r["invalid"])
             if "success_once" in r:
                 out.add(key("success_rate"), r["success_once"]["successes"], n)
                 out.last(key("success_low95"), r["success_once"]["low95"])
@@ -81,7 +92,8 @@ class EvaluationResult:
                 out.add(key("success_at_end_rate"), r["success_at_end"]["successes"], n)
         return out
 
-    def _result(self, rows: Tensor) -> Result:
+    def _result(self, chosen: Tensor) -> Result:
+        rows = chosen & self.valid
         returns = self.returns[rows]
         out: Result = {
             "return_mean": float(returns.mean()),
@@ -93,6 +105,8 @@ class EvaluationResult:
         if self.success_once is not None and self.success_at_end is not None:
             out["success_once"] = _rate(self.success_once[rows])
             out["success_at_end"] = _rate(self.success_at_end[rows])
+        if self.invalid is not None:
+            out["invalid"] = int((chosen & self.invalid).sum())
         return out
 
     def save(self, path: Path) -> None:
@@ -105,8 +119,12 @@ class EvaluationResult:
         }
         if self.success_once is not None and self.success_at_end is not None:
             columns |= {"success_once": self.success_once.tolist(), "success_at_end": self.success_at_end.tolist()}
+        if self.invalid is not None:
+            columns["invalid"] = self.invalid.tolist()
         made = {k: getattr(self, k) for k in ("run_seed", "stream", "split", "greedy", "seedable")}
         records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for number, text in self.transcripts.items():
+            records[number]["transcript"] = text
         document = {"format": FORMAT, **made, "tasks": list(self.tasks), "summary": self.to_dict(), "episodes": records}
         write_json_atomic(path, document)
 
@@ -136,6 +154,8 @@ class EvaluationResult:
                 length=torch.tensor([r["length"] for r in rows], dtype=torch.int64),
                 success_once=success.get("success_once"),
                 success_at_end=success.get("success_at_end"),
+                invalid=torch.tensor([r["invalid"] for r in rows]) if "invalid" in rows[0] else None,
+                transcripts={i: r["transcript"] for i, r in enumerate(rows) if "transcript" in r},
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:
             message = f"{path}: is not an evaluation that this version can read ({error}); make it again"

@@ -61,6 +61,8 @@ class Result(TypedDict):
     length_mean: float
     """Control steps."""
     episodes: int
+    invalid: NotRequired[int]
+    """Episodes beside those in which the judge or the simulator failed; absent when none did."""
 
 
 class Difference(TypedDict):

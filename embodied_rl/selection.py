@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embodied_rl.types import Rollout
 
-CLEARED = ("valid", "mask", "reward", "steps", "terminated", "truncated")
+CLEARED = ("valid", "mask", "reward", "steps", "terminated", "truncated", "invalid")
 """Fields that are zero beyond the end of a rollout; the others repeat their last row."""
 
 

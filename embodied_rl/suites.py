@@ -7,13 +7,14 @@ starts are the same, a difference between two suites is measured in pairs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from embodied_rl.errors import ConfigError
-from embodied_rl.evaluate import evaluate, film
+from embodied_rl.evaluate import Transcriber, evaluate, film
 from embodied_rl.recipe import HELDOUT, Recipe
 from embodied_rl.results import EvaluationResult
 from embodied_rl.schema import suite_env
@@ -53,20 +54,25 @@ class Suite:
             greedy: None takes the recipe's evaluate.greedy.
 
         Returns:
-            result: One row per episode.
+            result: One row per episode; of the final evaluation also the first transcripts, where the env gives them.
         """
         mode = self.settings.greedy if greedy is None else greedy
         # Evaluating must not move what training draws from: a generator of its own, and the global ones put back.
         with global_rng_untouched():
-            return evaluate(
+            env = self.open(device)
+            speaks = final and hasattr(env, "transcript")
+            written = Transcriber(self.settings.videos if speaks else 0)
+            result = evaluate(
                 policy,
-                self.open(device),
+                env,
                 episodes=episodes,
                 run_seed=self.seed,
                 stream=0 if final else 1,
                 greedy=mode,
                 generator=self._generator(mode, device),
+                on_frame=written if written.count else None,
             )
+        return replace(result, transcripts=written.texts)
 
     def film(self, policy: Policy, result: EvaluationResult, numbers: Tensor, folder: Path) -> list[Clip]:
         """Film episodes of a result of this suite (see `embodied_rl.evaluate.film`); none where the env cannot."""

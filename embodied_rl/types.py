@@ -261,7 +261,8 @@ class Rollout:
     mask: Tensor
     """[T, B, A] bool, units that count."""
     valid: Tensor
-    """[T, B] bool, decisions that count: False after the end of an episode that is not restarted."""
+    """[T, B] bool, decisions that count: False after the end of an episode that is not restarted, and in all of an
+    episode in which the judge or the simulator failed."""
     reward: Tensor
     """[T, B] unscaled, summed over the executed steps of the chunk."""
     steps: Tensor
@@ -286,7 +287,7 @@ class Rollout:
     """Episodes that ended in this rollout: task, seed, copy, length [E] int64; return [E]; success_once,
     success_at_end [E] bool (when the env has success)."""
     metrics: dict[str, tuple[float, float]]
-    """name -> (sum, count) partial means of the env's `Step.metrics` over the executed steps."""
+    """name -> (sum, count) partial means of the env's `Step.metrics` over the executed steps of valid decisions."""
     solved: Tensor | None = None
     """[T, B] int64: 0 while the goal has not held in the episode, 1 in the decision in which it first does (at any of
     its control steps), 2 in every later one; None when the env has no success. Episodes that began in an earlier
@@ -298,6 +299,9 @@ class Rollout:
     rollout is over. Kept for reward models only."""
     final: Tensor | None = None
     """[T, B] int64 row of `final_obs` that followed the decision; -1 where the next decision's observation did."""
+    invalid: Tensor | None = None
+    """[T, B] bool, decisions of episodes in which the judge or the simulator failed; they are not `valid`. None for
+    none."""
 
     @property
     def done(self) -> Tensor:

@@ -186,7 +186,7 @@ class Updater:
             metrics: Partial sums; the actor and critic diagnostics are those of the last epoch made.
 
         Raises:
-            DivergenceError: Not one step was finite in `max_bad_updates` updates in a row.
+            DivergenceError: Not one step was finite, or not one episode valid, in `max_bad_updates` updates in a row.
         """
         c = self.config
         if c.lr_schedule != "adaptive_kl":
@@ -197,6 +197,8 @@ class Updater:
         flat = flatten(rollout, advantage)
         if len(flat) == 0:
             # Every group was dropped: an update without anything to learn from, and no sign of divergence.
+            if not bool(rollout.valid.any()):
+                self._count_failed()
             self.version += 1
             return metrics
         if self.version < c.critic_warmup:
@@ -285,6 +287,15 @@ class Updater:
             f"loss {float(loss):.3g}; non-finite inputs: {', '.join(bad) or 'none'}; "
             f"non-finite gradients: {', '.join(self.parameters.non_finite_gradients()[:8]) or 'none'}"
         )
+
+    def _count_failed(self) -> None:
+        """Stop after too many rollouts without one valid episode: no step in them counts, so the run would not end."""
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row >= self.max_bad_updates:
+            raise DivergenceError(
+                f"the env's judge or simulator failed in every episode of the last {self.bad_in_a_row} updates, so there "
+                "was nothing to learn from; mend it (the warnings above say what failed)"
+            )
 
     def _count_bad(self) -> None:
         """Count updates in a row that changed nothing; one finite step begins the count anew."""

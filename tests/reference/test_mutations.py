@@ -65,7 +65,7 @@ MUTATIONS = [
     Mutation(BASELINE, "(total - score) / (count - 1)", "(total - score) / count", "test_policy_gradient:test_rloo_is_unbiased", {"returns": "trajectory"}),
     Mutation(BASELINE, "score - total / count", "score + total / count", "test_credit:test_group_mean_subtracts_the_mean"),
     Mutation(BASELINE, "score[valid]", "score.flatten()", "test_credit:test_batch_mean_subtracts_the_mean_of_everything_valid"),
-    Mutation(BASELINE, "torch.where(equal_in_group(score, group), torch.zeros_like(score), centred)", "centred",
+    Mutation(BASELINE, "torch.where(equal_in_group(score, group, member), torch.zeros_like(score), centred)", "centred",
              "test_credit:test_equal_scores_give_exactly_zero_though_their_mean_rounds", {"reward": 0.1, "size": 10, "kind": "group_mean"}),
     Mutation(BASELINE, "torch.zeros_like(score) if equal else", "", "test_credit:test_equal_scores_give_exactly_zero_though_their_mean_rounds",
              {"reward": 0.1, "size": 10, "kind": "batch_mean"}),
