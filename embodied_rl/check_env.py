@@ -34,7 +34,7 @@ from embodied_rl.check_tools import (
     zeros_for,
 )
 from embodied_rl.errors import CapabilityError, NotFoundError, ShapeError
-from embodied_rl.types import Env
+from embodied_rl.types import PAD, Env
 
 
 def spec_is_coherent(case: EnvCase) -> None:
@@ -44,7 +44,11 @@ def spec_is_coherent(case: EnvCase) -> None:
     expect(s.num_envs == case.copies, f"num_envs is {s.num_envs}, {case.copies} copies were asked for")
     expect(bool(s.observation), "the observation has no entries")
     expect(bool(s.tasks) and len(set(s.tasks)) == len(s.tasks), f"tasks must be named, each once: {s.tasks}")
-    expect(a.size >= 1 and a.kind in ("continuous", "discrete"), f"action is {a}")
+    expect(a.size >= 1 and a.kind in ("continuous", "discrete", "tokens") and a.length >= 1, f"action is {a}")
+    if a.kind == "tokens":
+        v = s.vocabulary
+        expect(v is not None and v.size == a.size, f"the action is of {a.size} token ids, spec.vocabulary is {v}")
+        expect(v is not None and all(0 <= i < v.size for i in v.end), f"an id that ends a row is none of {v}")
     expect(len(a.names) in (0, a.size), f"the action has {a.size} dimensions and {len(a.names)} names")
     expect(s.max_steps is None or s.max_steps >= 1, f"max_steps is {s.max_steps}")
     for name, o in s.observation.items():
@@ -268,19 +272,27 @@ def wrong_actions_are_refused(case: EnvCase) -> None:
     start(env)
     a, right = env.spec.action, zeros_for(env)
     wrong = {"one copy too many": torch.cat([right, right[:1]]), "float64": right.double()}
+    if a.kind != "discrete":
+        wrong["one number too many"] = torch.cat([right, right[:, :1]], dim=1)
     if a.kind == "continuous":
-        wrong["one dimension too many"] = torch.cat([right, right[:, :1]], dim=1)
         for name, number in (("NaN", float("nan")), ("infinite", float("inf"))):
             wrong[name] = right.clone()
             wrong[name][1, 0] = number
     else:
         wrong["too large"] = right.clone()
         wrong["too large"][1] = a.size
+    if a.kind == "tokens":
+        wrong["no id"] = right.clone()
+        wrong["no id"][1, 0] = PAD - 1
+        if a.length > 1:
+            wrong["an id after the end"] = right.clone()
+            wrong["an id after the end"][1, :-1] = PAD
     for name, action in wrong.items():
         try:
             env.step(action)
         except ShapeError as error:
-            told = name not in ("NaN", "infinite", "too large") or "1" in str(error)
+            of_copy = ("NaN", "infinite", "too large", "no id", "an id after the end")
+            told = name not in of_copy or "1" in str(error)
             expect(told, f"{name} in copy 1: the message does not name the copy: {error}")
             continue
         except Exception as error:
@@ -292,7 +304,7 @@ def wrong_actions_are_refused(case: EnvCase) -> None:
 def actions_are_clipped(case: EnvCase) -> None:
     """A continuous action beyond [-1, 1] does what the bound does."""
     if case.env.spec.action.kind != "continuous":
-        raise NotTried("actions are discrete")
+        raise NotTried(f"actions are {case.env.spec.action.kind}")
     env, twin = case.fresh(), case.fresh()
     if list(differing(start(env), start(twin))):
         raise NotTried("two equal envs do not start alike")
@@ -390,6 +402,21 @@ def pictures_are_as_asked(case: EnvCase) -> str:
     raise Broken("an unknown camera is accepted, expected a NotFoundError")
 
 
+def transcripts_are_as_asked(case: EnvCase) -> str:
+    """An env that tells episodes in words does so for the copies asked for."""
+    env = case.env
+    transcript = getattr(env, "transcript", None)
+    if transcript is None:
+        return "it tells none"
+    start(env)
+    move(env, actions_for(env, 1, seed=9)[0])
+    both = torch.tensor([1, 0], device=env.device)
+    texts = transcript(both)
+    expect([type(x) for x in texts] == [str, str], f"transcript of two copies gives {texts!r}, expected two texts")
+    expect(transcript(both.flip(0)) == texts[::-1], "transcript does not tell the copies in the order asked for")
+    return f"{len(texts[0])} characters"
+
+
 def close_twice(case: EnvCase) -> None:
     """An env can be closed twice."""
     env = case.fresh()
@@ -403,5 +430,5 @@ CHECKS: tuple[Callable[[EnvCase], str | None], ...] = (
     last_observation_is_true, same_seed_same_start, evaluation_starts_are_new, partial_reset_is_local,
     partial_reset_starts_a_whole_episode, active_copies_do_not_mind_idle_ones, idle_copies_wait,
     wrong_actions_are_refused, actions_are_clipped, state_round_trip, constants_are_constant, pictures_are_as_asked,
-    close_twice,
+    transcripts_are_as_asked, close_twice,
 )  # fmt: skip

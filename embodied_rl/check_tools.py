@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embodied_rl.errors import UserError
 from embodied_rl.seeding import start_seeds
-from embodied_rl.types import Env, EnvSpec, Obs, Split, Step
+from embodied_rl.types import PAD, Env, EnvSpec, Obs, Split, Step
 
 Case = TypeVar("Case")
 
@@ -218,6 +218,11 @@ def actions_for(env: Env, steps: int, seed: int = 0) -> list[Tensor]:
     g, a, b = torch.Generator().manual_seed(seed), env.spec.action, env.spec.num_envs
     if a.kind == "discrete":
         return [torch.randint(a.size, (b,), generator=g).to(env.device) for _ in range(steps)]
+    if a.kind == "tokens":
+        rows = [torch.randint(a.size, (b, a.length), generator=g) for _ in range(steps)]
+        ends = [torch.randint(1, a.length + 1, (b, 1), generator=g) for _ in range(steps)]
+        place = torch.arange(a.length)
+        return [x.masked_fill(place >= end, PAD).to(env.device) for x, end in zip(rows, ends, strict=True)]
     return [(torch.rand(b, a.size, generator=g) * 2 - 1).to(env.device) for _ in range(steps)]
 
 
@@ -244,6 +249,10 @@ def check_step(step: Step, env: Env, when: str, rows: Tensor | None = None) -> N
     expect(not bool(bad.any()), f"{when}: reward is not finite in copies {rows_where(bad)}")
     both = step.terminated & step.truncated & rows
     expect(not bool(both.any()), f"{when}: copies {rows_where(both)} are both terminated and truncated")
+    if step.invalid is not None:
+        check_tensor(step.invalid, (b,), torch.bool, env.device, f"{when}: invalid")
+        going = step.invalid & ~(step.terminated | step.truncated) & rows
+        expect(not bool(going.any()), f"{when}: copies {rows_where(going)} are invalid, but their episodes go on")
     if spec.has_success:
         check_tensor(step.success, (b,), torch.bool, env.device, f"{when}: success")
     else:

@@ -38,6 +38,8 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "transformers": "vla",
     "peft": "vla",
+    "reasoning_gym": "tasks",
+    "math_verify": "tasks",
 }
 """Importable module -> the extra of this project that installs it."""
 

@@ -133,6 +133,9 @@ class Env(Protocol):
         """Free threads and memory; may be called twice."""
         ...
 
+    # An env whose episodes can be read may offer as well:
+    #     transcript(copies: Tensor) -> list[str]    what has happened so far in the copies asked for, in words
+
 
 @dataclass
 class PolicyOutput:

@@ -1,0 +1,97 @@
+"""What a task is: where questions come from, what is answered, what a reply is worth."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from embodied_rl.errors import CapabilityError
+
+DRAWS = 2000
+"""Questions drawn before a task is taken to have none for one of the two splits."""
+
+Random = Callable[[str], np.random.Generator]
+"""From a purpose to a generator that depends on the start seed and on it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Example: `Question("What is 12 + 34? Answer with just the number.", "46")`.
+    """
+
+    text: str
+    """What the user says."""
+    answer: str
+    """The right answer, for the checker and the reader."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else the checker needs; plain data (numbers, texts, lists, dicts)."""
+
+
+class Task:
+    """One kind of question; subclass it, and give the module a `Config` and `build(config) -> Task`.
+
+    Everything is a pure function of its arguments: a conversation that is restored from a checkpoint draws its question
+    again.
+    """
+
+    speaks: bool = False
+    """Whether `respond` may answer; the conversation then has up to `max_turns` replies."""
+    isolated: bool = True
+    """Respond and judge in a process of their own with a time limit. False is for code that cannot hang."""
+    own_split: bool = False
+    """Whether `draw` knows by itself which questions are for evaluation."""
+
+    def question(self, rng: np.random.Generator) -> Question:
+        """Draw a question; equal generators give equal questions."""
+        raise NotImplementedError
+
+    def respond(self, question: Question, replies: Sequence[str]) -> str | None:
+        """What the user (or a tool) says to the last reply; None ends the conversation, and it is judged."""
+        return None
+
+    def score(self, question: Question, reply: str) -> float | None:
+        """What the last reply is worth, 1 for a right answer; None when it cannot be judged.
+
+        Returns:
+            score: Paid as the reward; success is a score of at least 1. None, an exception, a number that is not finite
+                or no answer in time make the episode void, never wrong.
+        """
+        return float(exact(reply, question.answer))
+
+    def draw(self, random: Random, evaluation: bool, heldout: float) -> Question:
+        """Draw until the question belongs to the wanted split.
+
+        Args:
+            random: Of the start.
+            evaluation: Which split.
+            heldout: Share of the questions that belong to evaluation.
+
+        Raises:
+            CapabilityError: There seems to be none.
+        """
+        for attempt in range(DRAWS):
+            question = self.question(random(f"question/{attempt}"))
+            if held_out(question.text, heldout) == evaluation:
+                return question
+        kind = "evaluation" if evaluation else "training"
+        raise CapabilityError(
+            f"of {DRAWS} questions drawn not one was for {kind} (env.heldout is {heldout:g}): the task has too few "
+            "different questions; widen its settings, or change env.heldout"
+        )
+
+
+def held_out(text: str, share: float) -> bool:
+    """Whether a question is for evaluation: a hash of its text, as a number in [0, 1), is below the share."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64 < share
+
+
+def exact(reply: str, answer: str) -> bool:
+    """Whether a reply is the answer and nothing else, but for white space around it and a final full stop."""
+    return reply.strip().removesuffix(".").rstrip() == answer

@@ -1,0 +1,113 @@
+"""From an entry of `env.tasks` to a task; the files beside this one are the built-in tasks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Sequence
+from pathlib import PurePath
+from types import ModuleType
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from embodied_rl import registry
+from embodied_rl.envs.text.task import Task
+from embodied_rl.errors import ConfigError, MissingExtraError, NotFoundError, nearest
+from embodied_rl.section import Section
+
+Entry = str | dict[str, Any]
+GYM = "reasoning_gym/"
+"""Short form: `reasoning_gym/chain_sum` is {task: reasoning_gym, dataset: chain_sum}."""
+
+
+def names() -> list[str]:
+    """The built-in tasks."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def read_entry(entry: Entry) -> tuple[str, str, dict[str, Any]]:
+    """Take an entry apart.
+
+    Returns:
+        kind: A built-in name, a dotted module or a `.py` file.
+        name: How metrics call the task.
+        settings: Of its Config.
+
+    Raises:
+        ValueError: A mapping without `task`, or a name that is no text.
+    """
+    settings = {"task": entry} if isinstance(entry, str) else dict(entry)
+    kind = settings.pop("task", None)
+    if not isinstance(kind, str) or not kind:
+        raise ValueError(f"{entry} does not say which task: write {{task: arithmetic, ...}}")
+    name = settings.pop("name", None)
+    if name is not None and (not isinstance(name, str) or not name):
+        raise ValueError(f"{entry}: name must be a text")
+    default = kind
+    if kind.startswith(GYM):
+        kind, settings = "reasoning_gym", {"dataset": kind.removeprefix(GYM), **settings}
+    elif kind.endswith((".jsonl", "/")):
+        default = PurePath(kind).stem
+        kind, settings = "questions", {"path": kind, **settings}
+    elif kind.endswith(".py"):
+        default = PurePath(kind).stem
+    return kind, name or default, settings
+
+
+def check_entry(entry: Entry) -> str:
+    """The name of an entry's task, after checking what can be checked without reading the disk.
+
+    Raises:
+        ValueError: No such built-in task, or settings that it refuses.
+    """
+    kind, name, settings = read_entry(entry)
+    if "." not in kind:
+        try:
+            _configure(_module(kind), kind, settings)
+        except (NotFoundError, ConfigError) as error:
+            raise ValueError(str(error)) from None
+    return name
+
+
+def build_task(entry: Entry) -> Task:
+    """Make the task of an entry.
+
+    Raises:
+        UserError: It does not exist, refuses its settings, or needs a package that is not installed.
+    """
+    kind, _, settings = read_entry(entry)
+    module = _module(kind)
+    config = _configure(module, kind, settings)
+    try:
+        return cast(Task, module.build(config))
+    except ModuleNotFoundError as error:
+        extra = registry.EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        raise MissingExtraError(
+            f"task '{kind}' needs the package '{error.name}', which is not installed; run: pip install "
+            f"'embodied-rl[{extra}]'"
+        ) from error
+
+
+def _module(kind: str) -> ModuleType:
+    if "." in kind:
+        return registry.load("env", kind)
+    if kind not in names():
+        raise NotFoundError(f"task '{kind}' does not exist{nearest(kind, names())}; a task of your own is a .py file")
+    return importlib.import_module(f"{__name__}.{kind}")
+
+
+def _configure(module: ModuleType, kind: str, settings: dict[str, Any]) -> Section:
+    try:
+        return cast(Section, module.Config.model_validate_json(json.dumps(settings)))
+    except ValidationError as error:
+        told = "; ".join(_sentence(e["loc"], e["msg"], e.get("input")) for e in error.errors())
+        raise ConfigError(f"task '{kind}': {told}") from None
+
+
+def _sentence(place: Sequence[int | str], message: str, found: object) -> str:
+    where = ".".join(map(str, place))
+    return f"{where} ({found}): {message}" if where else message.removeprefix("Value error, ")

@@ -1,0 +1,73 @@
+"""Any data set of reasoning-gym: endless questions, each with the data set's own checker.
+
+An item there depends on seed + index alone, so data sets of neighbouring seeds share almost all of their items. Here
+every question is item 0 of a seed of its own, and which of them are for evaluation is decided by their text.
+
+Source: Stojanovski et al. 2025, "Reasoning Gym" (arXiv:2505.24760).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from embodied_rl.envs.text.task import Question, Task
+from embodied_rl.errors import ConfigError, NotFoundError, nearest
+from embodied_rl.section import Section
+
+
+class Config(Section):
+    """Which data set."""
+
+    dataset: str
+    """Its name, for example chain_sum."""
+    settings: dict[str, Any] = {}
+    """Of the data set itself, for example {min_terms: 2, max_terms: 3}."""
+    hint: str = "Give only the final answer."
+    """Put after the question in a line of its own; "" for nothing."""
+
+
+class ReasoningGym(Task):
+    """See the module docstring; the score is the data set's, which may pay a part for an answer that is nearly right."""
+
+    def __init__(self, config: Config) -> None:
+        """Find the data set.
+
+        Raises:
+            NotFoundError: There is none of that name.
+            ConfigError: It refuses its settings.
+        """
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+
+        if config.dataset not in DATASETS:
+            raise NotFoundError(f"reasoning_gym has no data set '{config.dataset}'{nearest(config.dataset, DATASETS)}")
+        self.config, self._create = config, reasoning_gym.create_dataset
+        try:
+            self._entry(0)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"reasoning_gym/{config.dataset}: refuses its settings {config.settings} ({error}); see its Config there"
+            ) from error
+
+    def _entry(self, seed: int) -> Any:
+        return self._create(self.config.dataset, seed=seed, size=1, **self.config.settings)[0]
+
+    def question(self, rng: np.random.Generator) -> Question:
+        """Item 0 of a random seed."""
+        seed = int(rng.integers(2**32))
+        entry = self._entry(seed)
+        text = "\n".join(filter(None, (entry["question"], self.config.hint)))
+        return Question(text, str(entry["answer"] if entry["answer"] is not None else ""), {"seed": seed})
+
+    def score(self, question: Question, reply: str) -> float:
+        """The data set's own score in [0, 1]."""
+        seed = question.facts["seed"]
+        data = self._create(self.config.dataset, seed=seed, size=1, **self.config.settings)
+        return float(data.score_answer(reply.strip(), data[0]))
+
+
+def build(config: Config) -> ReasoningGym:
+    """Make the task."""
+    return ReasoningGym(config)
