@@ -72,7 +72,8 @@ def evaluate(
     valid = ~columns["invalid"]
     if not bool(valid.any()):
         raise DivergenceError(
-            f"the env's judge or simulator failed in all {episodes} evaluation episodes, so nothing was measured: mend it"
+            f"the env's judge or simulator failed in all {episodes} evaluation episodes, so nothing was measured: mend "
+            "it (the warnings above say what failed)"
         )
     bad = (~torch.isfinite(columns["returns"]) & valid).nonzero().flatten().tolist()
     if bad:

@@ -66,8 +66,8 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("rollout/success_at_end_rate/<task>", "the same, of one task", "", "1", "higher", "mean"),
     ("rollout/return_mean/<task>", "return of one task's episodes", "sum of rewards", "task", "higher", "mean"),
     ("rollout/truncated_rate", "ended episodes that were cut by a time limit", "truncated / ended", "1", "", "mean"),
-    ("rollout/invalid_rate", "ended episodes in which the judge or the simulator failed: they are in no other metric and "
-     "are not learned from", "failed / (ended, failed ones included)", "1", "lower", "mean"),
+    ("rollout/invalid_rate", "ended episodes in which the judge or the simulator failed: they are in no other metric "
+     "and are not learned from", "failed / (ended, failed ones included)", "1", "lower", "mean"),
     ("rollout/reward_<term>_mean", "reward term or diagnostic that the env reports, per control step", "", "task", "",
      "mean"),
     ("rollout/zero_advantage_groups", "groups of equal returns: they carry no signal", "", "1", "lower", "mean"),

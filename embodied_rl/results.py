@@ -71,7 +71,8 @@ class EvaluationResult:
     def to_dict(self) -> SuiteResult:
         """The suite as `summary.json` holds it: overall, and per task when there are several."""
         everyone, valid = torch.ones_like(self.task, dtype=torch.bool), self.valid
-        present = [(name, self.task == i) for i, name in enumerate(self.tasks) if bool((valid & (self.task == i)).any())]
+        of_task = [(name, self.task == i) for i, name in enumerate(self.tasks)]
+        present = [(name, rows) for name, rows in of_task if bool((rows & valid).any())]
         tasks = {name: self._result(rows) for name, rows in present} if len(self.tasks) > 1 else {}
         return {"overall": self._result(everyone), "tasks": tasks}
 

@@ -293,8 +293,8 @@ class Updater:
         self.bad_in_a_row += 1
         if self.bad_in_a_row >= self.max_bad_updates:
             raise DivergenceError(
-                f"the env's judge or simulator failed in every episode of the last {self.bad_in_a_row} updates, so there "
-                "was nothing to learn from; mend it (the warnings above say what failed)"
+                f"the env's judge or simulator failed in every episode of the last {self.bad_in_a_row} updates, so "
+                "there was nothing to learn from; mend it (the warnings above say what failed)"
             )
 
     def _count_bad(self) -> None:

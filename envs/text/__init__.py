@@ -39,10 +39,11 @@ class Config(Section):
     model: str
     """Folder (or Hugging Face name) of the model that replies; only its tokenizer and chat template are read."""
     tasks: tuple[str | dict[str, Any], ...] = Field(("arithmetic",), min_length=1)
-    """Tasks side by side in one batch: names, or names with settings as in {task: arithmetic, name: sums, digits: [3, 3]};
-    `name` is how metrics call it."""
+    """Tasks side by side in one batch: names, or with settings as in {task: arithmetic, name: sums, digits: [3, 3]},
+    where `name` is how metrics call it."""
     max_context: int = Field(160, ge=1)
-    """Most tokens of a conversation that the policy is shown; a longer question is refused, a longer conversation ends."""
+    """Most tokens of a conversation that the policy is shown; a longer question is refused, a longer conversation
+    ends."""
     max_reply: int = Field(32, ge=1)
     """Most tokens of one reply; what is not finished by then is cut and judged as it is."""
     max_turns: int = Field(4, ge=2)

@@ -57,8 +57,8 @@ def overlong_cost(tokens: int, finished: bool, longest: int, margin: int) -> flo
     Returns:
         cost: In [0, 1], to be subtracted from the reward.
 
-    Source: Yu et al. 2025, eq. 13 (DAPO, arXiv:2503.14476); there a reply may be longer than `longest` and costs 1, here
-        it is cut.
+    Source: Yu et al. 2025, eq. 13 (DAPO, arXiv:2503.14476); there a reply may be longer than `longest` and costs 1,
+        here it is cut.
     """
     if not margin:
         return 0.0
@@ -98,22 +98,22 @@ class TextEnv:
             has_success=True,
             vocabulary=vocabulary,
         )
-        self.judges = Judges(
-            self.tasks, config.tasks, names, seconds=config.judge_seconds, processes=config.judges
-        )  # fmt: skip
+        seconds, processes = config.judge_seconds, config.judges
+        self.judges = Judges(self.tasks, config.tasks, names, seconds=seconds, processes=processes)
         self._copies: list[Conversation | None] = [None] * num_envs
         self._context = torch.full((num_envs, config.max_context), PAD)
 
     def _check_use(self, config: Config) -> None:
         """Refuse settings that none of the tasks uses."""
+        together = "no task is judged in a process of its own", not any(t.isolated for t in self.tasks)
         idle = {
-            "max_turns": "no task answers a reply" if not any(t.speaks for t in self.tasks) else "",
-            "heldout": "every task has evaluation questions of its own" if all(t.own_split for t in self.tasks) else "",
-            "judge_seconds": "no task is judged in a process of its own" if not any(t.isolated for t in self.tasks) else "",
+            "max_turns": ("no task answers a reply", not any(t.speaks for t in self.tasks)),
+            "heldout": ("every task has evaluation questions of its own", all(t.own_split for t in self.tasks)),
+            "judge_seconds": together,
+            "judges": together,
         }
-        idle["judges"] = idle["judge_seconds"]
-        for name, why in idle.items():
-            if why and getattr(config, name) != type(config).model_fields[name].default:
+        for name, (why, so) in idle.items():
+            if so and getattr(config, name) != type(config).model_fields[name].default:
                 raise CapabilityError(f"env.{name} ({getattr(config, name)}) does nothing, because {why}: remove it")
 
     def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
@@ -244,8 +244,8 @@ class TextEnv:
         """
         if state["context"].shape != self._context.shape:
             raise CheckpointError(
-                f"text state: found contexts {list(state['context'].shape)}, expected {list(self._context.shape)}; build "
-                "the env as the state's run did"
+                f"text state: found contexts {list(state['context'].shape)}, expected {list(self._context.shape)}; "
+                "build the env as the state's run did"
             )
         self._context.copy_(state["context"])
         self._copies = [None if row is None else self._revived(row) for row in state["copies"]]

@@ -82,8 +82,8 @@ class Judge:
     def _start(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self._rest = b""
-        # A session of its own: Ctrl-C asks the run to finish its update, which still needs judging, and all that a judge
-        # starts can be killed with it.
+        # A session of its own: Ctrl-C asks the run to finish its update, which still needs judging, and all that
+        # a judge starts can be killed with it.
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.judge_process"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, start_new_session=True,

@@ -15,6 +15,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -46,12 +47,21 @@ def outcome(task: Task, question: Question, replies: Sequence[str], *, last: boo
             return {"failed": "it gave None"}
         value = float(score)
         return {"score": value} if math.isfinite(value) else {"failed": f"it gave {value}"}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
-    """Answer until standard input ends."""
+    """Answer until standard input ends; what goes wrong outside a judgement is left on standard error."""
+    try:
+        _serve()
+    except BaseException:
+        traceback.print_exc()
+        # An ordinary end would wait for the thread that waits for input.
+        os._exit(1)
+
+
+def _serve() -> None:
     # What a judge prints must not reach the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

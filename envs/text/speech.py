@@ -52,10 +52,11 @@ class Speech:
         end = tuple(dict.fromkeys(i for i in ends if i is not None and i in special))
         if not end:
             raise CapabilityError(
-                f"env.model {model}: its tokenizer has no token that ends a reply; set eos_token in tokenizer_config.json"
+                f"env.model {model}: its tokenizer has no token that ends a reply; set eos_token in its "
+                "tokenizer_config.json"
             )
-        path = cached_file(model, "tokenizer.json")
-        self.vocabulary = Vocabulary(model, len(self.tokenizer), fingerprint([Path(path).read_bytes(), template.encode()]), end)
+        words = Path(cached_file(model, "tokenizer.json")).read_bytes()
+        self.vocabulary = Vocabulary(model, len(self.tokenizer), fingerprint([words, template.encode()]), end)
 
     def begin(self, text: str) -> list[int]:
         """A conversation up to where the first reply begins."""
@@ -98,11 +99,12 @@ def _load(model: str) -> Any:
     folder = Path(model)
     if folder.is_dir() and not (folder / "tokenizer.json").is_file():
         raise CapabilityError(
-            f"env.model {model}: the folder has no tokenizer (tokenizer.json); copy it there from the model it was made "
-            "from, beside tokenizer_config.json"
+            f"env.model {model}: the folder has no tokenizer (tokenizer.json); copy it there from the model it was "
+            "made from, beside tokenizer_config.json"
         )
     try:
         return AutoTokenizer.from_pretrained(model, local_files_only=folder.is_dir())
     except (OSError, ValueError) as error:
-        wrong = "its tokenizer cannot be read" if folder.is_dir() else "is no folder here, and none of that name can be fetched"
+        absent = "there is no such folder, and no model of that name can be fetched"
+        wrong = "its tokenizer cannot be read" if folder.is_dir() else absent
         raise NotFoundError(f"env.model {model}: {wrong} ({str(error).splitlines()[0]})") from error

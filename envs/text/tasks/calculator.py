@@ -47,8 +47,8 @@ class Calculator(Task):
         for term in terms[1:]:
             text += f" {'+-*'[int(rng.integers(3))]} {term}"
         return Question(
-            f"What is {text}? You can calculate by writing <calc>expression</calc>. When you know the result, answer with "
-            "just the number.",
+            f"What is {text}? You can calculate by writing <calc>expression</calc>. When you know the result, answer "
+            "with just the number.",
             written(evaluate(text)),
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
+from fractions import Fraction
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -26,7 +28,8 @@ class Config(Section):
     def _reachable(self) -> Config:
         if self.target < self.numbers:
             raise ValueError(
-                f"target ({self.target}) leaves hardly a game with {self.numbers} numbers: raise it to {self.numbers} or more"
+                f"target ({self.target}) leaves hardly a game with {self.numbers} numbers: raise it to {self.numbers} "
+                "or more"
             )
         return self
 
@@ -42,34 +45,31 @@ class Countdown(Task):
 
     def question(self, rng: np.random.Generator) -> Question:
         """Join random numbers by random operators until what comes out is a target; the way there is one solution."""
-        c = self.config
-        while True:
+        c, text, target = self.config, "", Fraction(0)
+        while target.denominator != 1 or not 1 <= target <= c.target:
             numbers = [int(x) for x in rng.integers(1, c.largest + 1, size=c.numbers)]
-            terms = [(str(x), x) for x in numbers]
+            terms = [str(x) for x in numbers]
             while len(terms) > 1:
-                (a, x), (b, y) = (terms.pop(int(rng.integers(len(terms)))) for _ in range(2))
-                kind = "+-*/"[int(rng.integers(4))]
-                if kind == "/" and (y == 0 or x % y):
-                    break
-                value = {"+": x + y, "-": x - y, "*": x * y, "/": x // y if y else 0}[kind]
-                terms.append((f"({a} {kind} {b})", value))
-            text, target = terms[0]
-            if len(terms) == 1 and 1 <= target <= c.target:
-                break
+                a, b = (terms.pop(int(rng.integers(len(terms)))) for _ in range(2))
+                terms.append(f"({a} {'+-*/'[int(rng.integers(4))]} {b})")
+            text = terms[0][1:-1]
+            with suppress(CalculationError):  # a division by zero: the target stays what it was, and is none
+                target = evaluate(text)
         listed = ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
         return Question(
-            f"Use the numbers {listed}, each exactly once, with + - * / and parentheses to make {target}. Answer with just "
-            "the expression.",
-            text[1:-1],
-            {"numbers": numbers, "target": target},
+            f"Use the numbers {listed}, each exactly once, with + - * / and parentheses to make {target}. Answer with "
+            "just the expression.",
+            text,
+            {"numbers": numbers, "target": int(target)},
         )
 
     def score(self, question: Question, reply: str) -> float:
         """1 for an expression of exactly the numbers that comes to the target, "= target" behind it or not; else 0."""
+        target, numbers = question.facts["target"], question.facts["numbers"]
         text, *rest = reply.strip().removesuffix(".").split("=")
         try:
-            right = evaluate(text) == question.facts["target"] and all(r.strip() == str(question.facts["target"]) for r in rest)
-            return float(right and Counter(constants(text)) == Counter(question.facts["numbers"]))
+            right = evaluate(text) == target and all(r.strip() == str(target) for r in rest)
+            return float(right and Counter(constants(text)) == Counter(numbers))
         except CalculationError:
             return 0.0
 

@@ -50,8 +50,8 @@ class Questions(Task):
         both = next((text for text in evaluation if text in train), None)
         if both is not None:
             raise ConfigError(
-                f"{self.path / FILES[1]}:{evaluation[both][1]}: the same question is in {FILES[0]}:{train[both][1]}, so "
-                "evaluation would not be of unseen questions; remove one of the two"
+                f"{self.path / FILES[1]}:{evaluation[both][1]}: the same question is in {FILES[0]}:{train[both][1]}, "
+                "so evaluation would not be of unseen questions; remove one of the two"
             )
         parts = (train, evaluation)
         self.splits = [[Question(text, answer) for text, (answer, _) in part.items()] for part in parts]
@@ -68,9 +68,10 @@ class Questions(Task):
             self.splits = [[q for q, theirs in pairs if theirs == wanted] for wanted in (False, True)]
         part = self.splits[evaluation]
         if not part:
+            kind, count = "evaluation" if evaluation else "training", sum(map(len, self.splits))
             raise CapabilityError(
-                f"{self.path}: none of its {len(self.questions)} questions is for {'evaluation' if evaluation else 'training'} "
-                f"(env.heldout is {heldout:g}); add questions, or give a folder with {FILES[0]} and {FILES[1]}"
+                f"{self.path}: none of its {count} questions is for {kind} (env.heldout is {heldout:g}); add "
+                f"questions, or give a folder with {FILES[0]} and {FILES[1]}"
             )
         return part[int(random("question").integers(len(part)))]
 

@@ -8,6 +8,7 @@ Source: Stojanovski et al. 2025, "Reasoning Gym" (arXiv:2505.24760).
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class Config(Section):
 
 
 class ReasoningGym(Task):
-    """See the module docstring; the score is the data set's, which may pay a part for an answer that is nearly right."""
+    """See the module docstring; the score is the data set's, which may pay a part for a nearly right answer."""
 
     def __init__(self, config: Config) -> None:
         """Find the data set.
@@ -38,7 +39,9 @@ class ReasoningGym(Task):
             NotFoundError: There is none of that name.
             ConfigError: It refuses its settings.
         """
-        import reasoning_gym
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the packages it brings, which compile with warnings
+            import reasoning_gym
         from reasoning_gym.factory import DATASETS
 
         if config.dataset not in DATASETS:
@@ -48,7 +51,7 @@ class ReasoningGym(Task):
             self._entry(0)
         except (AssertionError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"reasoning_gym/{config.dataset}: refuses its settings {config.settings} ({error}); see its Config there"
+                f"reasoning_gym/{config.dataset}: refuses its settings {config.settings} ({error}); see its config"
             ) from error
 
     def _entry(self, seed: int) -> Any:
