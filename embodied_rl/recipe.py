@@ -76,8 +76,8 @@ class Evaluate(Section):
     copies: int = Field(100, ge=1)
     """Copies that share them evenly."""
     suites: dict[SuiteName, dict[str, Any]] | None = None
-    """Name -> settings of env: after training (and before it, with start_from) the same starts are also played in an
-    env with these settings changed, and compared in pairs; null plays none."""
+    """Name -> settings of env: after training (and before it, where the first weights are measured) the same starts are
+    also played in an env with these settings changed, and compared in pairs; null plays none."""
     greedy: bool = True
     """Take the policy's mode; false samples, as in training."""
     videos: int = Field(8, ge=0)

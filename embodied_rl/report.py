@@ -12,7 +12,7 @@ from embodied_rl.charts import CHARTS, Baseline, baselines, draw, save_curves
 from embodied_rl.console import stop_sentence
 from embodied_rl.errors import NotFoundError, RunFolderError
 from embodied_rl.recipe import HELDOUT
-from embodied_rl.report_evaluation import changes, films, percent_interval, results, spoken
+from embodied_rl.report_evaluation import changes, films, percent_interval, results, samples, spoken
 from embodied_rl.report_style import PAGE, STYLE
 from embodied_rl.runfolder import Summary, explained, write_text_atomic
 from embodied_rl.suites import evaluation_file
@@ -58,6 +58,7 @@ def write_report(run: Path) -> Path:
         _header(run, rows, summary, versions),
         results(summary, rows),
         changes(summary),
+        samples(measured, _json(run / evaluation_file(HELDOUT))),
         films(_json(run / "videos" / PAIRS / INDEX), _json(run / "videos" / INDEX), run / "videos"),
         _curves(rows, start),
         _time(rows),

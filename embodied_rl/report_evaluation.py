@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os.path
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +13,8 @@ from embodied_rl.recipe import HELDOUT
 from embodied_rl.runfolder import Change, Difference, Rate, Result, SuiteResult, Summary
 from embodied_rl.video import PAIRS
 
+LONGEST_SAMPLE = 1500
+"""Characters of a transcript in the page; evaluation.json has all of them."""
 VIDEO_BUDGET = 9_000_000
 """Bytes of video put into the page (a third more in base64); the other files stay in videos/."""
 
@@ -133,6 +136,46 @@ def _interval(rate: Rate) -> str:
 def percent_interval(rate: Rate) -> str:
     """The 95 % interval of a success rate in percent: 90.7–96.2."""
     return f"{100 * rate['low95']:.1f}–{100 * rate['high95']:.1f}"
+
+
+def samples(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    """Episodes in words, before and after training side by side; nothing where the env tells none.
+
+    Args:
+        before: `evaluation_start.json`; None when there is none.
+        after: `evaluation.json`.
+    """
+    whens = {"before": before, "after": after}
+    given = {when: enumerate(d.get("episodes", ())) for when, d in whens.items() if d}
+    told = {when: {i: e for i, e in episodes if "transcript" in e} for when, episodes in given.items()}
+    told = {when: episodes for when, episodes in told.items() if episodes}
+    if not told:
+        return ""
+    rows = []
+    for number in sorted(set().union(*told.values())):
+        here = {when: episodes[number] for when, episodes in told.items() if number in episodes}
+        lines = {when: e["transcript"].split("\n") for when, e in here.items()}
+        # What both begin with is the question; one alone, or two that are equal, begin with their first line.
+        different = {tuple(x) for x in lines.values()}
+        shared = len(os.path.commonprefix(list(different))) if len(different) > 1 else 1
+        first = next(iter(here.values()))
+        cells = [f"<th scope=row>{escape(first['task'])}</th>", _words(lines[next(iter(lines))][:shared])]
+        cells += [_words(lines[w][shared:], _spoken_outcome(here[w])) if w in here else "<td>–</td>" for w in told]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    title = "Samples before and after training" if len(told) > 1 else f"Samples {next(iter(told))} training"
+    table = f"<div class=scroll><table class='results words'>{_head('task', 'start', *told)}{''.join(rows)}</table></div>"
+    note = "<p class=note>The first episodes of the evaluation, not chosen ones; the edge tells success from failure.</p>"
+    return f"<section><h2>{title}</h2>{table}{note}</section>"
+
+
+def _spoken_outcome(episode: dict[str, Any]) -> str:
+    return "" if episode.get("invalid") else _outcome({"success": episode.get("success_once")})
+
+
+def _words(lines: Sequence[str], kind: str = "") -> str:
+    text = "\n".join(lines)
+    short = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " …"
+    return f"<td class='{kind}'>{escape(short)}</td>"
 
 
 def films(pairs: dict[str, Any] | None, clips: dict[str, Any] | None, folder: Path) -> str:

@@ -52,6 +52,10 @@ tr:last-child > * { border-bottom: 0; }
 tr.total > * { border-top: 2px solid var(--line); font-weight: 600; }
 table.results { width: 100%; }
 table.rates td:nth-child(2) { width: 36%; min-width: 130px; } table.rates th:nth-child(2) { text-align: left; }
+table.words td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; width: 30%;
+  border-left: 4px solid transparent; padding-left: 10px; font-size: 13px; }
+table.words th { text-align: left; vertical-align: top; }
+table.words td.success { border-left-color: var(--good); } table.words td.failure { border-left-color: var(--bad); }
 td small { color: var(--soft); font-weight: 400; }
 .bar { position: relative; height: 14px; background: #edf1f4; border-radius: 3px; }
 .bar i { position: absolute; inset: 0 auto 0 0; background: var(--good); opacity: 0.85; border-radius: 3px; }

@@ -95,7 +95,7 @@ class SuiteResult(TypedDict):
     against_heldout: NotRequired[dict[str, Difference]]
     """Success in this suite minus success in `heldout`; absent in `heldout` itself."""
     start: NotRequired[SuiteResult]
-    """The policy that training started from, in this suite; only with `start_from`."""
+    """The policy that training started from, in this suite; only with `start_from` or pretrained weights."""
     since_start: NotRequired[dict[str, Change]]
     """What changed since then, where the starts were the same."""
 

@@ -265,13 +265,14 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def _measure_start(folder: RunFolder, session: Learner) -> None:
     """Evaluate and film the policy that training starts from, on the starts of the final evaluation."""
     recipe = session.recipe
-    if recipe.start_from is None or not recipe.evaluate.episodes or session.update:
+    origin = recipe.start_from or ("pretrained weights" if getattr(session.policy, "pretrained", False) else None)
+    if origin is None or not recipe.evaluate.episodes or session.update:
         return
     for suite in suites_of(recipe):
         path = folder.path / evaluation_file(suite.name, start=True)
         if path.exists():
             continue
-        log.info("evaluating %s, which training starts from (%s)", recipe.start_from, suite.name)
+        log.info("evaluating %s, which training starts from (%s)", origin, suite.name)
         started = perf_counter()
         with closing(suite):
             result = suite.run(session.policy, session.device, recipe.evaluate.episodes)

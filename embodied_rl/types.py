@@ -212,6 +212,9 @@ class Policy(Protocol):
         """Move running statistics (observation normaliser) with a finished rollout's observations [N, ...]."""
         ...
 
+    # A policy may have as well:
+    #     pretrained: bool    True when its first weights are worth measuring: a run then evaluates them as well
+
 
 @runtime_checkable
 class Imitator(Protocol):

@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -105,7 +106,8 @@ def test_idle_copies_are_left_alone(model):
 @pytest.mark.parametrize("kind", ["arithmetic", "countdown", "calculator", "reasoning_gym/chain_sum"])
 def test_training_and_evaluation_questions_never_meet(kind):
     task = build_task({"task": kind, "digits": [1, 2]} if kind == "arithmetic" else kind)
-    texts = [{task.draw(lambda p: numpy_rng(s, p), bool(s & 1), 0.2).text for s in start_seeds(0, split, torch.zeros(300), torch.arange(300)).tolist()} for split in ("train", "eval")]  # fmt: skip
+    seeds = [start_seeds(0, split, torch.zeros(300), torch.arange(300)).tolist() for split in ("train", "eval")]
+    texts = [{task.draw(partial(numpy_rng, s), bool(s & 1), 0.2).text for s in some} for some in seeds]
     assert len(texts[0]) > 100 and len(texts[1]) > 100 and not texts[0] & texts[1]
     assert all(held_out(t, 0.2) for t in texts[1]) and not any(held_out(t, 0.2) for t in texts[0])
 
@@ -162,7 +164,7 @@ def test_a_file_of_questions_is_split_and_judged_by_mathematics(model, tmp_path)
     step = env.step(reply(env, str(float(halves[0])), f"so it is {halves[1] * 2}/2", "17/3"))
     assert step.reward.tolist() == [1.0, 1.0, 0.0] and not bool(step.invalid.any())
     env.close()
-    asked = [{c.draw(lambda p: numpy_rng(s, p), bool(s & 1), 0.2).text for s in range(split, 2000, 2)} for split in (0, 1) for c in env.tasks]
+    asked = [{c.draw(partial(numpy_rng, s), bool(s & 1), 0.2).text for s in range(split, 2000, 2)} for split in (0, 1) for c in env.tasks]
     assert not asked[0] & asked[1] and asked[0] | asked[1] == {r["question"] for r in rows}
 
 
@@ -171,7 +173,7 @@ def test_a_folder_of_questions_has_its_own_split(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"question": f"{name} {i}", "answer": i}) + "\n" for i in range(5)))
     task = build_task({"task": "questions", "path": str(tmp_path)})
     for split, name in ((False, "train"), (True, "eval")):
-        drawn = {task.draw(lambda p, s=s: numpy_rng(s, p), split, 0.2).text for s in range(200)}
+        drawn = {task.draw(partial(numpy_rng, s), split, 0.2).text for s in range(200)}
         assert drawn == {f"{name} {i}" for i in range(5)}
 
 
