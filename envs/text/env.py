@@ -139,10 +139,11 @@ class TextEnv:
     def _begin(self, task: int, question: Question) -> list[int]:
         context, longest = self.speech.begin(question.text), self.config.max_context
         if len(context) > longest:
-            start = question.text[:60].replace("\n", " ")
+            start = question.text.replace("\n", " ")
+            start = start if len(start) <= 60 else f"{start[:60]}..."
             raise CapabilityError(
                 f"a question of task '{self.spec.tasks[task]}' has {len(context)} tokens with the chat template, and "
-                f"env.max_context is {longest} (it begins: {start}...); raise env.max_context to {len(context)} or more"
+                f"env.max_context is {longest} (it begins: {start}); raise env.max_context to {len(context)} or more"
             )
         return context
 

@@ -5,9 +5,11 @@ import pytest
 from embodied_rl import registry
 from embodied_rl.check import check_env, check_policy
 from embodied_rl.errors import MissingExtraError
+from tests.toys.tiny_lm import tiny_lm
 
 ENV_SETTINGS = {
     "gymnasium": [["id=HalfCheetah-v5", "max_steps=60"], ["id=CartPole-v1"], ["id=Pendulum-v1", "max_steps=40"], ["id=FrozenLake-v1"]],
+    "text": [["model=TINY_LM", "tasks=[calculator, {task: arithmetic, digits: [1, 3]}]", "max_context=300", "overlong=4"], ["model=TINY_LM"]],
     "envpool": [["id=HalfCheetah-v4", "max_steps=60"], ["id=CartPole-v1"], ["id=FetchReach-v4", "reward_terms=true"]],
 }
 """Envs that need settings; any other is tried as it comes."""
@@ -43,10 +45,15 @@ def broken(findings):
     return [f"{f.name}: {f.detail}" for f in findings if f.ok is False]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_lm(tmp_path_factory.mktemp("model")))
+
+
 @pytest.mark.parametrize(("name", "overrides"), cases("env", ENV_SETTINGS), ids=label)
-def test_every_env_keeps_the_contract(name, overrides):
+def test_every_env_keeps_the_contract(name, overrides, model):
     load_or_skip("env", name)
-    findings = check_env(name, overrides)
+    findings = check_env(name, [text.replace("TINY_LM", model) for text in overrides])
     assert broken(findings) == []
     assert sum(f.ok is True for f in findings) >= 12
 
