@@ -283,6 +283,22 @@ class AnyCamera(Sound):
         return super().render(copies, "top", height, width)
 
 
+class WordyNumbers(Sound):
+    def transcript(self, copies):
+        return [1, 2]
+
+
+class DisorderedWords(Sound):
+    def transcript(self, copies):
+        return [f"copy {i}" for i in copies.sort().values.tolist()]
+
+
+class InvalidGoesOn(Sound):
+    def step(self, action, active=None):
+        step = super().step(action, active)
+        return dataclasses.replace(step, invalid=~(step.terminated | step.truncated))
+
+
 class ClosesOnce(Sound):
     count = 0
 
@@ -323,6 +339,9 @@ MISTAKES = [
     (FloatPictures, "pictures_are_as_asked", "torch.float32"),
     (DisorderedPictures, "pictures_are_as_asked", "order asked for"),
     (AnyCamera, "pictures_are_as_asked", "unknown camera is accepted"),
+    (WordyNumbers, "transcripts_are_as_asked", "expected two texts"),
+    (DisorderedWords, "transcripts_are_as_asked", "order asked for"),
+    (InvalidGoesOn, "random_agent_runs", "copies [0, 1, 2] are invalid, but their episodes go on"),
     (ClosesOnce, "close_twice", "already closed"),
 ]
 

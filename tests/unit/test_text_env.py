@@ -1,6 +1,7 @@
 """Conversations: what the policy is shown, what is kept of its replies, what it is paid."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 
 from embodied_rl import registry
-from embodied_rl.check_tools import differing
+from embodied_rl.check_env import spec_is_coherent, wrong_actions_are_refused
+from embodied_rl.check_tools import EnvCase, differing, examine
 from embodied_rl.envs.text.calculation import evaluate
 from embodied_rl.envs.text.env import overlong_cost
 from embodied_rl.envs.text.task import Question, held_out
 from embodied_rl.envs.text.tasks import build_task
 from embodied_rl.seeding import numpy_rng, start_seeds
+from embodied_rl.types import PAD, Vocabulary
 from tests.toys.tiny_lm import tiny_lm
 
 END, START = 3, 2
@@ -272,3 +275,34 @@ def test_a_saved_conversation_goes_on_bit_for_bit(model):
         assert not list(differing(vars(a), vars(b)))
     everyone = torch.arange(3)
     assert whole.transcript(everyone) == other.transcript(everyone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"vocabulary": None}, "spec.vocabulary is None"),
+        ({"vocabulary": Vocabulary("x", 5, "0", (3,))}, "spec.vocabulary is Vocabulary"),
+        ({"vocabulary": Vocabulary("x", 82, "0", (82,))}, "an id that ends a row is none of"),
+    ],
+)
+def test_a_spec_that_cannot_speak_is_caught(model, changes, told):
+    def broken(num_envs, *, split="train", max_steps=None):
+        env = make(model, copies=num_envs)
+        env.spec = replace(env.spec, **changes)
+        return env
+
+    case = EnvCase(broken, 2, 10, False)
+    finding = examine([spec_is_coherent], case)[0]
+    assert finding.ok is False and told in finding.detail
+
+
+def test_an_env_that_takes_ids_after_the_end_is_caught(model):
+    class Lenient(type(make(model))):
+        def step(self, action, active=None):
+            if not bool(((action >= PAD) & (action < self.spec.action.size)).all()) or action.shape != (2, 32) or action.dtype != torch.int64:
+                return super().step(action, active)
+            return super().step(torch.where((action == PAD).cummax(1).values, PAD, action), active)
+
+    case = EnvCase(lambda n, **_: Lenient(make(model).config, n, torch.device("cpu")), 2, 10, False)
+    finding = examine([wrong_actions_are_refused], case)[0]
+    assert finding.ok is False and finding.detail == "an id after the end: accepted, expected a ShapeError"
