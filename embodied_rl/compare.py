@@ -134,7 +134,8 @@ def summarize(
     out: dict[str, SuiteResult] = {}
     for name, result in after.items():
         suite = out[name] = result.to_dict()
-        if name != HELDOUT and (rows := _paired_rows(result, after[HELDOUT])):
+        rows = _paired_rows(result, after[HELDOUT]) if name != HELDOUT else {}
+        if rows and rows.keys() >= suite["tasks"].keys():  # a task may have no start that was judged in both
             suite["against_heldout"] = {task: _difference(p) for task, p in rows.items()}
     for name, start in summarize(before).items() if before else ():
         assert before is not None

@@ -163,7 +163,8 @@ def samples(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
         cells += [_words(lines[w][shared:], _spoken_outcome(here[w])) if w in here else "<td>–</td>" for w in told]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     title = "Samples before and after training" if len(told) > 1 else f"Samples {next(iter(told))} training"
-    table = f"<div class=scroll><table class='results words'>{_head('task', 'start', *told)}{''.join(rows)}</table></div>"
+    head = _head("task", "start", *told)
+    table = f"<div class=scroll><table class='results words'>{head}{''.join(rows)}</table></div>"
     note = "<p class=note>The first episodes of the evaluation, not chosen ones; the edge tells success from failure.</p>"
     return f"<section><h2>{title}</h2>{table}{note}</section>"
 
