@@ -165,7 +165,7 @@ def samples(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
     title = "Samples before and after training" if len(told) > 1 else f"Samples {next(iter(told))} training"
     head = _head("task", "start", *told)
     table = f"<div class=scroll><table class='results words'>{head}{''.join(rows)}</table></div>"
-    note = "<p class=note>The first episodes of the evaluation, not chosen ones; the edge tells success from failure.</p>"
+    note = "<p class=note>The evaluation's first episodes, not chosen ones; the edge tells success from failure.</p>"
     return f"<section><h2>{title}</h2>{table}{note}</section>"
 
 

@@ -230,7 +230,7 @@ def _lock(path: Path) -> int:
 
 
 def _progress(path: Path) -> str:
-    """ " (finished)", " (stopped after update 120)" or ""."""
+    """What follows a run's name: " (finished)", " (stopped after update 120)" or nothing."""
     try:
         summary = json.loads((path / "summary.json").read_text())
         return " (finished)" if summary["finished"] else f" (stopped after update {summary['updates']})"
