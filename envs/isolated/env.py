@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embodied_rl.envs._words import WORD_IDS, encode_words
 from embodied_rl.envs.isolated.worker import OBSERVE, RESET, STEP, layout, share
 from embodied_rl.envs.isolated.workers import Foreign, Lost, Worker, shared_memory, split_rows
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, SimulatorError, nearest
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 Array = NDArray[Any]
 TRIES = 3
 """Attempts to start one episode, each with a new worker."""
+INSTRUCTION = "instruction"
+"""Entry of the observation that holds the word ids."""
 LOSSES = 10
 """Lost workers without one finished episode between them, after which waiting for better luck would be in vain."""
 
@@ -64,12 +68,14 @@ class IsolatedEnv:
         self.spec = env_spec(self._native, num_envs)
         self.spec = replace(self.spec, has_state=resumable and self._native["repeatable"])
         self._resumable = resumable
-        self._seen = {name: np.zeros_like(self._shared[f"obs/{name}"]) for name in self.spec.observation}
+        self._seen = {name: np.zeros_like(self._shared[f"obs/{name}"]) for name in self._native["observation"]}
         self._running, self._lost, self._stale = (np.zeros(num_envs, bool) for _ in range(3))
         self._seeds, self._tasks = np.full(num_envs, -1, np.int64), np.zeros(num_envs, np.int64)
         self._actions: list[list[Array]] = [[] for _ in range(num_envs)]
-        if self._native["speaks"]:
-            self.instructions = self._instructions
+        if self._native["words"]:
+            self._texts = [""] * num_envs
+            self._words = np.zeros((num_envs, self._native["words"]), np.int64)
+            self.instructions = lambda: list(self._texts)  # other envs have no such method
 
     # ---- the protocol ------------------------------------------------------------------------------------------
 
@@ -85,45 +91,42 @@ class IsolatedEnv:
             self._actions[row] = []
         self._start(rows)
         self._shared["success"][rows] = 0
+        if self._native["words"]:
+            self._listen(rows)
         if self.spec.on_demand:
             self._stale |= rows
             return self.observe()
-        self._read(rows)
-        return self._show()
+        return self._read(rows)
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         """Advance one control step; copies that are not active or have ended stay where they are, with reward 0."""
-        self.spec.action.check(action, self.spec.num_envs, self.device, self.where)
+        given = self._checked(action)
         assert (self._seeds >= 0).any(), "step before the first reset"
         go = self._running if active is None else self._running & active.cpu().numpy()
-        given = action.detach().cpu().numpy()
-        if self.spec.action.kind == "continuous":
-            given = given.clip(-1.0, 1.0)
-        invalid = go & self._lost
         moving = go & ~self._lost
         if self.spec.has_state:
-            for row in np.flatnonzero(moving).tolist():
+            for row in moving.nonzero()[0].tolist():
                 self._actions[row].append(given[row].copy())
         self._shared["action"][...] = given
         self._shared["active"][...] = moving
         self._command(STEP, moving, self.foreign.step_seconds)
-        moving &= ~self._lost  # those whose worker was lost on the way
-        self._stale |= moving
-        if not self.spec.on_demand:
-            self._read(moving)
-        step = self._judge(go, moving)
-        invalid |= go & self._lost
-        return self._conclude(step, invalid)
+        moving &= ~self._lost  # without those whose worker was lost on the way
+        obs: Obs = {}
+        if self.spec.on_demand:
+            self._stale |= moving
+        else:
+            obs = self._read(moving)
+        return self._judge(go, moving, obs)
 
     def observe(self) -> Obs:
         """Observation of all copies as they are now; only those that have moved since the last call are asked."""
-        if self.spec.on_demand and self._stale.any():
-            stale = self._stale & ~self._lost
-            self._shared["active"][...] = stale
-            self._command(OBSERVE, stale, self.foreign.start_seconds)
-            self._read(stale & ~self._lost)
-            self._stale[:] = False
-        return self._show()
+        if not (self.spec.on_demand and self._stale.any()):
+            return self._show()
+        stale = self._stale & ~self._lost
+        self._shared["active"][...] = stale
+        self._command(OBSERVE, stale, self.foreign.start_seconds)
+        self._stale[:] = False
+        return self._read(stale & ~self._lost)
 
     def get_state(self) -> State:
         """Seed, task and actions of each copy's episode, and its observation as a check.
@@ -278,70 +281,75 @@ class IsolatedEnv:
             )
         worker.restart()
 
-    def _read(self, rows: Array) -> None:
-        """Take over what rows show; a row with a number that is not finite is lost."""
-        for name, seen in self._seen.items():
-            shown = self._shared[f"obs/{name}"]
-            if shown.dtype.kind == "f" and not np.isfinite(shown).all():
-                bad = rows & ~np.isfinite(shown).reshape(len(shown), -1).all(axis=1)
-                self._void_rows(bad, f"'{name}'")
-                rows = rows & ~bad
-            if rows.all():
-                np.copyto(seen, shown)
-            else:
-                seen[rows] = shown[rows]
+    def _checked(self, action: Tensor) -> Array:
+        """The action [B, ...] as NumPy has it, clipped; ShapeError for anything else."""
+        spec, where = self.spec.action, self.where
+        if spec.kind != "continuous" or action.shape != self._shared["action"].shape or action.dtype != spec.dtype:
+            spec.check(action, self.spec.num_envs, self.device, where)
+        given = action.detach().cpu().numpy()
+        if spec.kind == "continuous":
+            if not all_finite(given) or action.device.type != self.device.type:
+                spec.check(action, self.spec.num_envs, self.device, where)
+            given = np.minimum(np.maximum(given, -1.0), 1.0)
+        return given
 
-    def _void_rows(self, bad: Array, what: str) -> None:
-        """Give up the episodes of copies that showed a number that is not finite."""
+    def _read(self, rows: Array) -> Obs:
+        """Take over what the copies show: rows that have moved must be finite, lost ones stay as they were seen last."""
+        fresh: dict[str, Array] = {}
+        for name in self._seen:
+            shown = fresh[name] = self._shared[f"obs/{name}"].copy()
+            if shown.dtype.kind == "f" and not all_finite(shown):
+                self._give_up(rows & ~np.isfinite(shown).reshape(len(shown), -1).all(axis=1), f"'{name}'")
+        if self._lost.any():
+            for name, shown in fresh.items():
+                shown[self._lost] = self._seen[name][self._lost]
+        self._seen = fresh
+        return self._show()
+
+    def _give_up(self, bad: Array, what: str) -> None:
+        """Declare the episodes of copies lost that showed a number that is not finite."""
+        bad = bad & ~self._lost
         if bad.any():
-            copies = np.flatnonzero(bad).tolist()
-            log.warning(
-                "%s: %s is not finite in copies %s; their episodes do not count", self.where, what, copies[:8]
-            )
+            copies = bad.nonzero()[0].tolist()
+            log.warning("%s: %s is not finite in copies %s: their episodes do not count", self.where, what, copies)
             self._lost |= bad
 
     def _show(self) -> Obs:
-        return {name: torch.from_numpy(x.copy()).to(self.device) for name, x in self._seen.items()}
+        seen = {name: self._tensor(x) for name, x in self._seen.items()}
+        return seen | {INSTRUCTION: self._tensor(self._words)} if self._native["words"] else seen
 
-    def _judge(self, go: Array, moving: Array) -> dict[str, Array]:
-        """Rewards and ends of the step, 0 where nothing moved."""
-        found: dict[str, Array] = {}
-        for name in ("reward", *(f"metric/{name}" for name in self._native["metrics"])):
-            values = np.where(moving, self._shared[name], np.float32(0))
-            if not np.isfinite(values).all():
-                bad = ~np.isfinite(values)
-                self._void_rows(bad, name.removeprefix("metric/"))
-                values[bad] = 0
-            found[name] = values
-        for name in ("terminated", "truncated"):
-            found[name] = self._shared[name].astype(bool) & moving
-        return found
+    def _tensor(self, x: Array) -> Tensor:
+        tensor = torch.from_numpy(x)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
-    def _conclude(self, found: dict[str, Array], invalid: Array) -> Step:
-        """The step as the engine wants it; the episodes of `invalid` copies are over."""
-        success = self._shared["success"].astype(bool)
-        for name in found:
-            found[name] = np.where(invalid, found[name].dtype.type(0), found[name])
-        success[invalid] = False
-        self._shared["success"][invalid] = 0
-        found["truncated"] |= invalid
-        ended = found["terminated"] | found["truncated"]
-        self._running &= ~ended
-        self.void += int(invalid.sum())
-        if (ended & ~invalid).any():
-            self._losses = 0
-
-        def tensor(x: Array) -> Tensor:
-            return torch.from_numpy(x).to(self.device)
-
+    def _judge(self, go: Array, moving: Array, obs: Obs) -> Step:
+        """The step as the engine wants it: 0 where nothing moved, and the end of every episode that is lost."""
+        shared, names = self._shared, self._native["metrics"]
+        numbers = {name: shared[name].copy() for name in ("reward", *(f"metric/{name}" for name in names))}
+        for name, x in numbers.items():
+            if not all_finite(x):
+                self._give_up(moving & ~np.isfinite(x), name.replace("metric/", "reward term "))
+        counts = moving & ~self._lost
+        invalid = go & self._lost
+        if not counts.all():
+            for x in numbers.values():
+                x[~counts] = 0
+            shared["success"][invalid] = 0
+        terminated = shared["terminated"].view(bool) & counts
+        truncated = (shared["truncated"].view(bool) & counts) | invalid
+        ended = terminated | truncated
+        if ended.any():
+            self._running &= ~ended
+            self.void += int(invalid.sum())
+            self._losses = 0 if (ended & ~invalid).any() else self._losses
         return Step(
-            obs={} if self.spec.on_demand else self._show(),
-            reward=tensor(found["reward"]),
-            terminated=tensor(found["terminated"]),
-            truncated=tensor(found["truncated"]),
-            success=tensor(success) if self.spec.has_success else None,
-            metrics={name: tensor(found[f"metric/{name}"]) for name in self._native["metrics"]},
-            invalid=tensor(invalid),
+            obs=obs,
+            reward=self._tensor(numbers["reward"]),
+            terminated=self._tensor(terminated),
+            truncated=self._tensor(truncated),
+            success=self._tensor(shared["success"].astype(bool)) if self.spec.has_success else None,
+            metrics={name: self._tensor(numbers[f"metric/{name}"]) for name in names},
+            invalid=self._tensor(invalid),
         )
 
     def _replay(self, state: State) -> None:
@@ -363,14 +371,17 @@ class IsolatedEnv:
             reason = "the simulator says it is not repeatable" if self._resumable else "env.resumable is false"
             raise CapabilityError(f"{self.where} cannot save its state: {reason}; a resumed run begins new episodes")
 
-    def _instructions(self) -> list[str]:
-        """The instruction of each copy as text; empty where the simulator was lost."""
-        texts: list[str] = []
+    def _listen(self, rows: Array) -> None:
+        """Take over the instructions of rows that have just started, as text and as word ids."""
+        self._words = self._words.copy()  # earlier observations keep theirs
         for worker in self._workers:
-            count = worker.high - worker.low
-            answer = self._ask(worker, {"ask": "texts"}) if worker.ready else None
-            texts += answer["texts"] if answer else [""] * count
-        return texts
+            if not rows[worker.rows].any() or not worker.ready:
+                continue
+            texts = (self._ask(worker, {"ask": "texts"}) or {"texts": []})["texts"]
+            for row, text in enumerate(texts, worker.low):
+                if rows[row]:
+                    self._texts[row] = text
+                    self._words[row] = encode_words(text, self._native["words"], self.where, "raise spec['words']")
 
     def _ask(self, worker: Worker, request: dict[str, Any], fd: int | None = None) -> dict[str, Any] | None:
         """A worker's answer to a rare request; None when it was lost over it."""
@@ -381,6 +392,11 @@ class IsolatedEnv:
             return None
 
 
+def all_finite(x: Array) -> bool:
+    """Whether every number is finite, as a sum shows in one pass; a sum that overflows is looked at more closely."""
+    return math.isfinite(np.add.reduce(x, axis=None)) or bool(np.isfinite(x).all())
+
+
 def env_spec(native: dict[str, Any], num_envs: int) -> EnvSpec:
     """Turn a simulator's own description into the engine's."""
     observation = {
@@ -389,6 +405,9 @@ def env_spec(native: dict[str, Any], num_envs: int) -> EnvSpec:
         )
         for name, one in native["observation"].items()
     }
+    if words := native["words"]:
+        meaning = "word ids of the instruction, 0 pads"
+        observation[INSTRUCTION] = TensorSpec((words,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning)
     action = native["action"]
     return EnvSpec(
         observation=observation,

@@ -78,7 +78,7 @@ def complete(spec: dict[str, Any]) -> dict[str, Any]:
         ValueError: It has no observation or action, or keys that nobody reads.
     """
     plain = {"tasks": ["task"], "max_steps": None, "success": False, "cameras": [], "metrics": [], "control_hz": None,
-             "on_demand": False, "repeatable": True}  # fmt: skip
+             "on_demand": False, "repeatable": True, "words": 0}  # fmt: skip
     entry = {"dtype": "float32", "low": None, "high": None, "constant": False, "meaning": ""}
     action = {"names": []}
     unknown = sorted(set(spec) - set(plain) - {"observation", "action"})
@@ -141,7 +141,8 @@ class Copies:
         self.spec = complete(self.simulators[0].spec)
         self.limit = hello["max_steps"] or self.spec["max_steps"]
         self.spec["max_steps"] = self.limit
-        self.spec["speaks"] = hasattr(module.Simulator, "instruction")
+        if self.spec["words"] and not hasattr(module.Simulator, "instruction"):
+            raise ValueError("Simulator.spec has words, and there is no method instruction() that says them")
         self.doing = ""
         """What fails if something fails now."""
         self.steps = [0] * len(self.simulators)
