@@ -216,6 +216,9 @@ class Scene:
         from robosuite.utils.errors import RandomizationError
 
         np.random.seed(seed)
+        for robot in self.env.robots:
+            # All that a scene remembers of its last episode when it is not built anew.
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
         while True:
             try:
                 self.env.reset()

@@ -1,5 +1,6 @@
 """A point on a line that should come to rest at a goal: a foreign simulator that misbehaves when its settings say so."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -36,6 +37,12 @@ class Simulator:
             raise RuntimeError("no licence")
         if "slow" in self.trouble:
             time.sleep(self.trouble["slow"])
+        if settings.get("bare"):
+            assert importlib.util.find_spec("torch") is None and importlib.util.find_spec("pydantic") is None
+        if "uneven" in self.trouble:
+            self.spec = {**self.spec, "max_steps": os.getpid()}
+        if settings.get("speaks"):
+            self.spec = {**self.spec, "words": 4}
         if settings.get("on_demand"):
             self.spec = {**self.spec, "on_demand": True}
         if "dice" in self.trouble:
@@ -54,7 +61,7 @@ class Simulator:
         noise = self.dice.uniform() if "dice" in self.trouble else 0.0
         return {
             "state": np.array([self.x + noise, self.v]),
-            "picture": np.full((4, 4, 3), int(100 + 10 * self.x)),
+            "picture": np.full((4, 4, 3), int(100 + 10 * np.nan_to_num(self.x))),
             "word": [self.task],
         }
 
