@@ -67,7 +67,7 @@ class Worker:
     def __init__(self, foreign: Foreign, low: int, high: int) -> None:
         """Start it; `introduce` and `attach` make it ready."""
         self.foreign, self.low, self.high = foreign, low, high
-        self.ready, self.restarts = False, 0
+        self.restarts = 0
         handle, name = tempfile.mkstemp(prefix="embodied_rl-", suffix=".log")
         os.close(handle)
         self.log = Path(name)
@@ -112,7 +112,7 @@ class Worker:
         finally:
             theirs.close()
             os.close(lifeline)
-        self.line, self.ready = Line(ours), False
+        self.line, self.ready, self.served = Line(ours), False, False
         self._patience = 0.0
         self.line.say({"versions": list(self.foreign.versions)})
 
@@ -161,7 +161,7 @@ class Worker:
             self.wait(self.foreign.start_seconds)
         except (Lost, OSError) as lost:
             raise SimulatorError(f"{self.foreign.where}: its worker was lost ({lost}); {self.output()}") from None
-        self.ready = True
+        self.ready = self.served = True
 
     def tell(self, command: bytes) -> None:
         """Begin a command; a worker that is gone is noticed by `wait`."""
@@ -234,7 +234,8 @@ class Worker:
 
     def close(self) -> None:
         """End the process; its output is kept only when something went wrong."""
-        self._part(PARTING)
+        # One that is still building its simulators would not notice that it is needed no more.
+        self._part(PARTING if self.served else 0.0)
         if not self.restarts and self.process.returncode == 0:
             self.log.unlink(missing_ok=True)
 

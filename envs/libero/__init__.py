@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from embodied_rl.envs.isolated import Hosted, IsolatedEnv, foreign_of, host
 from embodied_rl.errors import NotFoundError, nearest
@@ -89,6 +89,21 @@ class Config(Hosted):
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol '{protocol}' does not exist{nearest(protocol, PROTOCOLS)}")
         return protocol
+
+    @model_validator(mode="after")
+    def _sooner(self) -> Config:
+        limit = self.limit()
+        if self.max_steps is not None and limit is not None and self.max_steps >= limit:
+            raise ValueError(
+                f"max_steps ({self.max_steps}) is not sooner than the limit of protocol '{self.protocol}' ({limit}): remove "
+                "it, or choose another protocol"
+            )
+        return self
+
+    def limit(self) -> int | None:
+        """Control steps of the longest episode by the protocol; None where no suite is known."""
+        steps = PROTOCOLS[self.protocol]["steps"]
+        return max((steps[suite] for task in self.tasks if (suite := task.split("/")[0]) in steps), default=None)
 
     def in_force(self) -> dict[str, Any]:
         """The protocol with the recipe's changes laid over it."""

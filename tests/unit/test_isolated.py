@@ -23,17 +23,6 @@ POINT = TOYS / "foreign" / "point.py"
 ISOLATED = registry.load("env", "isolated")
 
 
-@pytest.fixture(scope="session")
-def bare_python(tmp_path_factory):
-    """A Python that has NumPy and nothing else."""
-    folder = tmp_path_factory.mktemp("bare")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    for part in Path(np.__file__).parents[1].glob("numpy*"):
-        (site / part.name).symlink_to(part)
-    return str(folder / "bin" / "python")
-
-
 @pytest.fixture
 def make(bare_python):
     """Build envs of the toy simulator; they are closed after the test."""
@@ -228,22 +217,24 @@ def test_a_start_that_never_succeeds_stops_with_a_sentence(make):
         start(env, seeds=[7], tasks=[1])
 
 
-def test_workers_that_are_lost_over_and_over_stop_the_run(make):
+def test_workers_that_are_lost_over_and_over_stop_the_run(make, monkeypatch):
+    monkeypatch.setattr("embodied_rl.envs.isolated.env.LOSSES", 2)
     env = make(1, trouble={"what": "leave"})
-    with pytest.raises(SimulatorError, match="11 workers were lost without one finished episode between them, the last one ended"):
+    with pytest.raises(SimulatorError, match="3 workers were lost without one finished episode between them, the last one ended"):
         for _ in range(20):
             start(env)
             assert push(env).invalid.all()
-    assert env.restarts == 11
+    assert env.restarts == 3
 
 
-def test_a_finished_episode_forgives_earlier_losses(make):
+def test_a_finished_episode_forgives_earlier_losses(make, monkeypatch):
+    monkeypatch.setattr("embodied_rl.envs.isolated.env.LOSSES", 2)
     env = make(1, trouble={"what": "leave", "seed": 7}, max_steps=1)
-    for seed in [7, 7, 7, 7, 7, 8] * 4:
+    for seed in [7, 7, 8, 7, 7]:
         start(env, seeds=[seed])
         step = push(env)
         assert bool(step.truncated) and bool(step.invalid) == (seed == 7)
-    assert env.restarts == 20
+    assert env.restarts == 4
 
 
 def test_pictures_of_a_lost_copy_are_black_and_its_episode_is_void(make):
@@ -327,8 +318,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("what", ["hang", "nothing"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(("what", "number"), [("hang", signal.SIGKILL), ("hang", signal.SIGINT), ("nothing", signal.SIGKILL)])
 def test_however_the_engine_ends_no_process_stays(bare_python, what, number):
     code = textwrap.dedent(ENGINE.format(what=what, point=str(POINT), python=bare_python))
     engine = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
