@@ -3,8 +3,11 @@
 import hashlib
 import shutil
 import subprocess
+import tempfile
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embodied_rl import registry, sims
@@ -18,6 +21,12 @@ POINT = TOYS / "foreign" / "point.py"
 ISOLATED = registry.load("env", "isolated")
 LIBERO = registry.load("env", "libero")
 LIBERO_ASSETS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
+
+
+@pytest.fixture(autouse=True)
+def logs(tmp_path, monkeypatch):
+    """What lost workers print is kept, here."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def build(num_envs=1, trouble=None, **config):
@@ -144,7 +153,7 @@ def test_an_environment_is_made_used_checked_and_removed(home, monkeypatch, tool
 
     (about,) = python.parent.parent.glob("lib/python*/site-packages/tinysim-1.0.dist-info")
     site = about.parent
-    for part in __import__("pathlib").Path(__import__("numpy").__file__).parents[1].glob("numpy*"):
+    for part in Path(np.__file__).parents[1].glob("numpy*"):
         (site / part.name).symlink_to(part)
     build(sim="mine")
     about.rename(site / "tinysim-1.1.dist-info")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -24,8 +25,9 @@ ISOLATED = registry.load("env", "isolated")
 
 
 @pytest.fixture
-def make(bare_python):
+def make(bare_python, tmp_path, monkeypatch):
     """Build envs of the toy simulator; they are closed after the test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # logs of lost workers are kept
     made = []
 
     def build(num_envs=2, trouble=None, **config):
