@@ -165,8 +165,8 @@ def _create(sim: Sim, version: str, uv: str | None) -> list[str]:
     other = shutil.which(f"python{version}")
     if other is None:
         raise SimulatorError(
-            f"sim '{sim.name}' needs Python {version}, and this is {sys.version.split()[0]}: install python{version}, or "
-            "uv (`pip install uv`), which fetches it"
+            f"sim '{sim.name}' needs Python {version}, and this is {sys.version.split()[0]}: install python{version}, "
+            "or uv (`pip install uv`), which fetches it"
         )
     return [other, "-m", "venv", str(sim.folder)]
 

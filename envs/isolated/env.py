@@ -157,8 +157,8 @@ class IsolatedEnv:
         self._needs_state()
         if tuple(state["tasks"]) != self.spec.tasks or len(state["actions"]) != self.spec.num_envs:
             raise CheckpointError(
-                f"{self.where}: the state is of {len(state['actions'])} copies of {len(state['tasks'])} tasks, expected "
-                f"{self.spec.num_envs} of {len(self.spec.tasks)}; build the env as the state's run did"
+                f"{self.where}: the state is of {len(state['actions'])} copies of {len(state['tasks'])} tasks, "
+                f"expected {self.spec.num_envs} of {len(self.spec.tasks)}; build the env as the state's run did"
             )
         self._replay(state)
         self._running[...], self._lost[...] = state["running"].numpy(), state["lost"].numpy()
@@ -219,8 +219,8 @@ class IsolatedEnv:
         if native != self._native:
             keys = [key for key, value in self._native.items() if native.get(key) != value]
             raise SimulatorError(
-                f"{self.where}: the simulator of {worker.copies} has another spec ({', '.join(keys)}) than that of copy "
-                "0: every copy must be alike"
+                f"{self.where}: the simulator of {worker.copies} has another spec ({', '.join(keys)}) than that of "
+                "copy 0: every copy must be alike"
             )
         worker.attach(self._fd, self._fields)
 
@@ -257,8 +257,8 @@ class IsolatedEnv:
         row = int(np.flatnonzero(missing)[0])
         worker = next(w for w in self._workers if w.low <= row < w.high)
         raise SimulatorError(
-            f"{self.where}: the episode of seed {self._seeds[row]}, task '{self.spec.tasks[self._tasks[row]]}' could not "
-            f"be started, {TRIES} times in a row; {worker.output()}"
+            f"{self.where}: the episode of seed {self._seeds[row]}, task '{self.spec.tasks[self._tasks[row]]}' could "
+            f"not be started, {TRIES} times in a row; {worker.output()}"
         )
 
     def _lose(self, worker: Worker, how: str) -> None:
@@ -276,8 +276,8 @@ class IsolatedEnv:
         )  # fmt: skip
         if self._losses > LOSSES:
             raise SimulatorError(
-                f"{self.where}: {self._losses} workers were lost without one finished episode between them, the last one "
-                f"{how}; {told}"
+                f"{self.where}: {self._losses} workers were lost without one finished episode between them, the last "
+                f"one {how}; {told}"
             )
         worker.restart()
 
@@ -294,7 +294,7 @@ class IsolatedEnv:
         return given
 
     def _read(self, rows: Array) -> Obs:
-        """Take over what the copies show: rows that have moved must be finite, lost ones stay as they were seen last."""
+        """Take over what the copies show: rows that moved must be finite, lost ones stay as they were seen last."""
         fresh: dict[str, Array] = {}
         for name in self._seen:
             shown = fresh[name] = self._shared[f"obs/{name}"].copy()

@@ -83,7 +83,8 @@ def complete(spec: dict[str, Any]) -> dict[str, Any]:
     action = {"names": []}
     unknown = sorted(set(spec) - set(plain) - {"observation", "action"})
     if unknown or not spec.get("observation") or "action" not in spec:
-        raise ValueError(f"Simulator.spec needs observation and action and may hold {sorted(plain)}; unknown: {unknown}")
+        known = sorted(plain)
+        raise ValueError(f"Simulator.spec needs observation and action and may hold {known}; unknown: {unknown}")
     seen = {name: {**entry, **one, "shape": list(one["shape"])} for name, one in spec["observation"].items()}
     whole = {**plain, **spec, "observation": seen, "action": {**action, **spec["action"]}}
     return json.loads(json.dumps(whole))

@@ -25,7 +25,9 @@ from embodied_rl.types import Split
 HERE = Path(__file__).parent
 ASSETS = "LIBERO_ASSETS"
 """Environment variable that names the folder of assets where the recipe does not."""
-FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
+FOLDERS = (
+    "articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects",
+)  # fmt: skip
 """What the folder of assets holds."""
 
 
@@ -64,17 +66,17 @@ class Config(Hosted):
 
     type: Literal["libero"] = "libero"
     tasks: tuple[str, ...] = Field(("libero_spatial",), min_length=1)
-    """Suites (libero_spatial, libero_object, libero_goal, libero_10, libero_90) and tasks as suite/task, in any mixture;
-    copies share them evenly."""
+    """Suites (libero_spatial, libero_object, libero_goal, libero_10, libero_90) and tasks as suite/task, in any
+    mixture; copies share them evenly."""
     protocol: str = "openvla-oft"
     """Published evaluation protocol: what is seen, how the gripper is told, how long an episode is."""
     change: Changes = Changes()
     """Settings that take the place of the protocol's."""
     states: Literal["heldout", "sampled", "published", "each"] = "heldout"
-    """Where episodes start. heldout: training from the first 40 of a task's 50 published initial states, evaluation from
-    the last 10; sampled: training from new placements, evaluation from all 50; published: both from all 50, as most
-    papers do; each: as published, with every pair of task and state a task of its own, so that an evaluation of as many
-    episodes plays each once."""
+    """Where episodes start. heldout: training from the first 40 of a task's 50 published initial states, evaluation
+    from the last 10; sampled: training from new placements, evaluation from all 50; published: both from all 50, as
+    most papers do; each: as published, with every pair of task and state a task of its own, so that an evaluation of
+    as many episodes plays each once."""
     max_steps: int | None = Field(None, ge=1)
     """Control steps (1/20 s) after which an episode is truncated, where that is sooner than the protocol's limit."""
     assets: str | None = None
@@ -95,8 +97,8 @@ class Config(Hosted):
         limit = self.limit()
         if self.max_steps is not None and limit is not None and self.max_steps >= limit:
             raise ValueError(
-                f"max_steps ({self.max_steps}) is not sooner than the limit of protocol '{self.protocol}' ({limit}): remove "
-                "it, or choose another protocol"
+                f"max_steps ({self.max_steps}) is not sooner than the limit of protocol '{self.protocol}' ({limit}): "
+                "remove it, or choose another protocol"
             )
         return self
 
@@ -121,8 +123,8 @@ def find_assets(given: str | None) -> Path:
         NotFoundError: It is not named, not there, or not LIBERO's; says what to download and where to put it.
     """
     get = (
-        "download the dataset 'jadechoghari/libero-assets' from the Hugging Face hub (or the folder libero/libero/assets "
-        f"of the LIBERO repository), and name its folder as env.assets or in the environment variable {ASSETS}"
+        "download the folder libero/libero/assets of the LIBERO repository (or the copy of it on the Hugging Face hub "
+        f"that the package hf-libero names), and name its folder as env.assets or in the environment variable {ASSETS}"
     )
     named = given or os.environ.get(ASSETS)
     if not named:

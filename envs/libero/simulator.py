@@ -1,4 +1,4 @@
-"""LIBERO in its own Python, run by the worker of `envs/isolated`: needs NumPy, Pillow and LIBERO, nothing of the engine.
+"""LIBERO in its own Python, run by the worker of `envs/isolated`: NumPy, Pillow and LIBERO, nothing of the engine.
 
 What a policy sees is what LIBERO's own `OffScreenRenderEnv` shows, number for number and pixel for pixel: robosuite
 samples its observations in the first physics step of each control step, so a copy of the physics state is taken there
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import types
 import zipfile
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +31,8 @@ CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """Our name -> LIBERO's."""
 SENSORS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 DRAWN = (
-    "xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos", "cam_xmat",
-    "light_xpos", "light_xdir", "subtree_com",
+    "xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos",
+    "cam_xmat", "light_xpos", "light_xdir", "subtree_com",
 )  # fmt: skip
 """Parts of MuJoCo's data that a picture is drawn from."""
 STATES = 50
@@ -81,24 +81,24 @@ def prepare(assets: str) -> Any:
 def no_egl(error: object) -> str:
     """What to do where nothing can be drawn."""
     return (
-        f"LIBERO draws with EGL, and that does not work here ({error}): install libegl1, libgl1 and libgles2 with a driver "
-        "(`apt-get install libegl1 libgl1 libgles2 libgl1-mesa-dri`)"
+        f"LIBERO draws with EGL, and that does not work here ({error}): install libegl1, libgl1 and libgles2 with a "
+        "driver (`apt-get install libegl1 libgl1 libgles2 libgl1-mesa-dri`)"
     )
 
 
-def task_names() -> List[str]:
+def task_names() -> list[str]:
     """Every task as "suite/task", in the published order."""
-    scope: Dict[str, Any] = {}
+    scope: dict[str, Any] = {}
     with open(os.path.join(locate(), "benchmark", "libero_suite_task_map.py")) as file:
         # The package around it imports torch.
         exec(file.read(), scope)
     return [f"{suite}/{task}" for suite in SUITES for task in scope["libero_task_map"][suite]]
 
 
-def choose(wanted: List[str]) -> List[str]:
+def choose(wanted: list[str]) -> list[str]:
     """Turn suites and "suite/task" names into tasks; exits with the nearest name for one that does not exist."""
     known = task_names()
-    chosen: List[str] = []
+    chosen: list[str] = []
     for name in wanted:
         found = [task for task in known if task == name or task.startswith(name + "/")]
         if not found:
@@ -148,7 +148,7 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     return np.asarray(quaternion[:3]) * 2.0 * np.arccos(w) / sine
 
 
-def prepare_picture(picture: np.ndarray, p: Dict[str, Any]) -> np.ndarray:
+def prepare_picture(picture: np.ndarray, p: dict[str, Any]) -> np.ndarray:
     """Turn a drawn picture [H, W, 3] by 180 degrees and bring it to the size that the policy sees."""
     from PIL import Image
 
@@ -201,7 +201,7 @@ class Scene:
         pairs = [(getattr(self.seen, name), getattr(sim.data._data, name)) for name in DRAWN]
 
         @sensor(modality="snapshot")
-        def snapshot(cache: Dict[str, Any]) -> np.ndarray:
+        def snapshot(cache: dict[str, Any]) -> np.ndarray:
             for kept, live in pairs:
                 kept[...] = live
             return np.zeros(1)
@@ -211,7 +211,7 @@ class Scene:
         # The other forty observables are only computed, in every physics step, to be thrown away.
         self.env._observables = kept
 
-    def start(self, state: Optional[np.ndarray], seed: int) -> None:
+    def start(self, state: np.ndarray | None, seed: int) -> None:
         """Begin anew: fixtures by the seed, everything else by the initial state, or by the seed where that is None."""
         from robosuite.utils.errors import RandomizationError
 
@@ -245,7 +245,7 @@ class Pool:
     def __init__(self, envs: Any) -> None:
         """Begin empty."""
         self.envs = envs
-        self.idle: List[Scene] = []
+        self.idle: list[Scene] = []
 
     def lend(self, task: str) -> Scene:
         """An idle scene of the task, or a new one."""
@@ -262,13 +262,13 @@ class Pool:
             self.idle.pop(0).env.close()
 
 
-POOLS: List[Pool] = []
+POOLS: list[Pool] = []
 
 
 class Simulator:
     """One copy; see the worker of `envs/isolated`."""
 
-    def __init__(self, settings: Dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         """Check that everything is there, and build the first scene.
 
         Args:
@@ -281,10 +281,10 @@ class Simulator:
         if not POOLS:
             POOLS.append(Pool(prepare(settings["assets"])))
             POOLS[0].take_back(POOLS[0].lend(self.tasks[0]), 1)
-        self.scene: Optional[Scene] = None
+        self.scene: Scene | None = None
         self.keep = len(self.tasks) if len(self.tasks) <= 10 else SPARE
         size = p["picture"]
-        seen: Dict[str, Any] = {
+        seen: dict[str, Any] = {
             camera: {"shape": [size, size, 3], "dtype": "uint8", "low": 0, "high": 255, "meaning": f"camera {camera}"}
             for camera in p["cameras"]
         }
@@ -321,7 +321,7 @@ class Simulator:
         for _ in range(self.p["settle"]):
             self.scene.env.step(idle)
 
-    def step(self, action: np.ndarray) -> Tuple[None, float, bool, bool, Dict[str, bool]]:
+    def step(self, action: np.ndarray) -> tuple[None, float, bool, bool, dict[str, bool]]:
         """One control step: 1/20 s. The reward is 1 in the step that reaches the goal, which ends the episode."""
         assert self.scene is not None
         command = action.astype(np.float64)
@@ -334,7 +334,7 @@ class Simulator:
         self.left -= 1
         return None, float(success), bool(success), self.left == 0, {"success": bool(success)}
 
-    def observe(self) -> Dict[str, np.ndarray]:
+    def observe(self) -> dict[str, np.ndarray]:
         """What the policy sees now."""
         assert self.scene is not None
         side = self.p["render"]
@@ -357,7 +357,7 @@ class Simulator:
         return language(self.scene.task) if self.scene is not None else ""
 
 
-def choose_start(states: str, seed: int, fixtures: int, given: Optional[int]) -> Tuple[Optional[int], int]:
+def choose_start(states: str, seed: int, fixtures: int, given: int | None) -> tuple[int | None, int]:
     """Decide where an episode starts; training seeds are even, evaluation seeds odd.
 
     Args:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from embodied_rl import registry, sims
-from embodied_rl.errors import SimulatorError
 from embodied_rl.envs._words import word_id
+from embodied_rl.errors import SimulatorError
 from tests.kit import CPU
 
 pytestmark = [

@@ -16,8 +16,8 @@ import torch
 
 from embodied_rl import registry
 from embodied_rl.check import check_env
-from embodied_rl.errors import CapabilityError, CheckpointError, SimulatorError
 from embodied_rl.envs._words import word_id
+from embodied_rl.errors import CapabilityError, CheckpointError, SimulatorError
 from tests.kit import CPU, TOYS
 
 POINT = TOYS / "foreign" / "point.py"
