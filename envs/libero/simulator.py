@@ -239,6 +239,14 @@ class Scene:
         return self.env.sim.render(camera_name=camera, height=height, width=width)
 
 
+    def close(self) -> None:
+        """Free what the scene holds; OpenGL frees objects by number, in whatever context is current."""
+        self.context.gl_ctx.make_current()
+        self.context.con.free()
+        self.context.con = types.SimpleNamespace(free=lambda: None)
+        self.env.close()
+
+
 class Pool:
     """The scenes of one process, lent to its copies."""
 
@@ -259,7 +267,7 @@ class Pool:
         """Keep a scene for later; the one that has waited longest goes when there are more than `most`."""
         self.idle.append(scene)
         if len(self.idle) > most:
-            self.idle.pop(0).env.close()
+            self.idle.pop(0).close()
 
 
 POOLS: list[Pool] = []
