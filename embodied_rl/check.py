@@ -70,7 +70,13 @@ def check_env_factory(
     case = EnvCase(make, copies, steps, can_lengthen)
     try:
         built = attempt("can be built", lambda: case.env)
-        return [built] if built.ok is False else examine(env_checks.CHECKS, case)
+        if built.ok is False:
+            return [built]
+        findings = []
+        for check in env_checks.CHECKS:
+            findings += examine([check], case)
+            case.tidy()
+        return findings
     finally:
         case.close()
 

@@ -175,6 +175,13 @@ class EnvCase:
         self.opened.append(env)
         return env
 
+    def tidy(self) -> None:
+        """Close every env but the shared one: simulators are too large to keep those of earlier checks."""
+        for env in self.opened:
+            if env is not self._env:
+                env.close()
+        self.opened = [env for env in self.opened if env is self._env]
+
     def close(self) -> None:
         """Close every env that was made."""
         for env in self.opened:

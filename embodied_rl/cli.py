@@ -1,4 +1,4 @@
-"""The command line: `embodied-rl train | evaluate | report | collect | check | show-config | list | doctor`.
+"""The command line: `embodied-rl train | evaluate | report | collect | check | sim | show-config | list | doctor`.
 
 Each command parses, calls one function of the engine and prints. Heavy modules are imported inside the commands, so
 that `--help` answers at once. A `UserError` becomes one message and exit code 2; anything else is a defect of ours
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from embodied_rl import __version__
-from embodied_rl.errors import UserError, nearest
+from embodied_rl.errors import NotFoundError, UserError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,6 +137,11 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("envs", "policies", "algorithms", "rewards", "recipes"))
 
 
+def _sim_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("install", "list", "remove"))
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a simulator, or a lock file of your own (install)")
+
+
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", metavar="FOLDER", default="runs", help="where runs will be written (default: runs)")
 
@@ -224,6 +229,23 @@ def _list(args: argparse.Namespace) -> None:
     _print_table((args.what, "what it is", ""), describe(args.what), title="")
 
 
+def _sim(args: argparse.Namespace) -> int:
+    from embodied_rl import sims
+
+    if args.action == "list":
+        rows = [(sim.name, sim.state, str(sim.folder)) for sim in map(sims.find, sims.names())]
+        _print_table(("simulator", "state", "folder"), rows, title="")
+        return 0
+    if args.name is None:
+        raise NotFoundError(f"sim {args.action} needs the name of a simulator; known: {', '.join(sims.names())}")
+    if args.action == "remove":
+        print(f"removed {args.name}" if sims.remove(args.name) else f"{args.name} is not installed")
+        return 0
+    print(f"installing {args.name} into {sims.find(args.name).folder} (minutes, once)")
+    print(f"ready: {sims.install(args.name).python}")
+    return 0
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -299,6 +321,12 @@ COMMANDS: dict[str, tuple[Fill, Run, str, tuple[str, ...]]] = {
         _check,
         "Run the contract tests on an env or a policy, also on a file of your own; look through demonstrations.",
         ("env tabletop tasks=[reach]", "env ./pouring.py", "policy mlp hidden=[64,64]", "demos demos/tabletop"),
+    ),
+    "sim": (
+        _sim_arguments,
+        _sim,
+        "Make, list or remove the environments of simulators that cannot live in this one.",
+        ("install libero", "install ./my_simulator.txt       a lock file of your own", "list"),
     ),
     "show-config": (
         _recipe_arguments,

@@ -43,6 +43,10 @@ class CapabilityError(UserError, ValueError):
     """The chosen parts cannot work together (groups on an env that cannot be seeded, and so on)."""
 
 
+class SimulatorError(UserError, RuntimeError):
+    """A simulator in a process of its own does not start, has other versions, or is lost again and again."""
+
+
 class DivergenceError(UserError, ArithmeticError):
     """Training produced non-finite numbers too many times in a row."""
 

@@ -1,7 +1,10 @@
 """What several kinds of tests share: a recipe that trains in about a second, and one finished run of it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -44,3 +47,14 @@ def toy_run(tmp_path_factory):
     (folder / "toy.yaml").write_text(TOY)
     assert main(["train", str(folder / "toy.yaml"), f"log.folder={folder}"]) == 0
     return folder / "toy"
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory):
+    """A Python that has NumPy and nothing else."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for part in Path(np.__file__).parents[1].glob("numpy*"):
+        (site / part.name).symlink_to(part)
+    return str(folder / "bin" / "python")

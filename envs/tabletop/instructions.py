@@ -8,21 +8,19 @@ whose embedding is untrained: the policy then has to rely on the other words.
 
 from __future__ import annotations
 
-import hashlib
-import unicodedata
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
+from embodied_rl.envs._words import WORD_IDS, encode_words, word_id
 from embodied_rl.envs.tabletop.scene import SHAPES
-from embodied_rl.errors import CapabilityError
 from embodied_rl.types import Split
 
 MAX_WORDS = 14
 """L, word ids of an instruction; shorter ones are padded with 0."""
-WORD_IDS = 1024
-"""Ids are 1 to WORD_IDS - 1; 0 is padding."""
+
+__all__ = ["MAX_WORDS", "TEMPLATES", "WORD_IDS", "Sentences", "describe", "encode", "word_id", "write_instruction"]
 
 Sentences = Literal["heldout", "training"]
 """Whose templates evaluation starts use: their own, which training never sees, or those of training."""
@@ -214,33 +212,7 @@ def write_instruction(wording: str, split: Split, a: str, b: str, u: float) -> s
     return templates[int(u * len(templates))].format(a=a, b=b)
 
 
-@lru_cache(maxsize=4096)
-def word_id(word: str) -> int:
-    """Stable id in [1, WORD_IDS) of a lower-case word."""
-    digest = hashlib.blake2b(word.encode(), digest_size=4, person=b"word").digest()
-    return 1 + int.from_bytes(digest, "little") % (WORD_IDS - 1)
-
-
 @lru_cache(maxsize=8192)
 def encode(text: str) -> tuple[int, ...]:
-    """Word ids of a sentence, padded with 0 to MAX_WORDS.
-
-    Args:
-        text: A sentence in any language; case and punctuation do not matter. A word is a run of letters, marks and
-            digits, so in a script without spaces it reaches to the next punctuation.
-
-    Returns:
-        ids: MAX_WORDS ints.
-
-    Raises:
-        CapabilityError: It has no word, or more than MAX_WORDS: a sentence that is cut may mean something else.
-    """
-    whole = unicodedata.normalize("NFC", text).lower()
-    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in whole).split()
-    if not 1 <= len(words) <= MAX_WORDS:
-        shown = text if len(text) <= 60 else f"{text[:60]}..."
-        raise CapabilityError(
-            f"instruction {shown!r} has {len(words) or 'no'} words, the tabletop reads 1 to {MAX_WORDS}: word it "
-            f"{'shorter' if words else 'in letters or digits'}, or raise MAX_WORDS in envs/tabletop/instructions.py"
-        )
-    return tuple([word_id(word) for word in words] + [0] * (MAX_WORDS - len(words)))
+    """Word ids of a sentence, padded with 0 to MAX_WORDS; see `embodied_rl.envs._words.encode`."""
+    return encode_words(text, MAX_WORDS, "the tabletop", "raise MAX_WORDS in envs/tabletop/instructions.py")

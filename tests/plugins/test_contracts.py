@@ -5,14 +5,18 @@ import pytest
 from embodied_rl import registry
 from embodied_rl.check import check_env, check_policy
 from embodied_rl.errors import MissingExtraError
+from tests.kit import TOYS
 from tests.toys.tiny_lm import tiny_lm
 
 ENV_SETTINGS = {
     "gymnasium": [["id=HalfCheetah-v5", "max_steps=60"], ["id=CartPole-v1"], ["id=Pendulum-v1", "max_steps=40"], ["id=FrozenLake-v1"]],
     "text": [["model=TINY_LM", "tasks=[calculator, {task: arithmetic, digits: [1, 3]}]", "max_context=300", "overlong=4"], ["model=TINY_LM"]],
+    "isolated": [[f"simulator={TOYS / 'foreign' / 'point.py'}", "workers=1"]],
     "envpool": [["id=HalfCheetah-v4", "max_steps=60"], ["id=CartPole-v1"], ["id=FetchReach-v4", "reward_terms=true"]],
 }
 """Envs that need settings; any other is tried as it comes."""
+INSTALLED_APART = {"libero": "tests/sim/test_libero.py"}
+"""Envs with a Python of their own, and the tests that try them where it is installed."""
 POLICY_SETTINGS = {
     "mlp": [
         [],
@@ -27,7 +31,8 @@ POLICY_SETTINGS = {
 
 
 def cases(kind, settings):
-    return [(name, overrides) for name in registry.names(kind) for overrides in settings.get(name, [[]])]
+    here = [name for name in registry.names(kind) if name not in INSTALLED_APART]
+    return [(name, overrides) for name in here for overrides in settings.get(name, [[]])]
 
 
 def label(x):
@@ -67,5 +72,5 @@ def test_every_policy_keeps_the_contract(name, overrides):
 
 
 def test_nothing_is_left_out():
-    assert {name for name, _ in cases("env", ENV_SETTINGS)} == set(registry.names("env")) >= {"gymnasium", "envpool", "tabletop"}
+    assert {name for name, _ in cases("env", ENV_SETTINGS)} | INSTALLED_APART.keys() == set(registry.names("env")) >= {"gymnasium", "envpool", "tabletop"}
     assert {name for name, _ in cases("policy", POLICY_SETTINGS)} == set(registry.names("policy")) >= {"mlp"}

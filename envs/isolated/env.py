@@ -1,0 +1,424 @@
+"""Copies of a simulator that lives in other processes, as one env."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embodied_rl.envs._words import WORD_IDS, encode_words
+from embodied_rl.envs.isolated.worker import OBSERVE, RESET, STEP, layout, share
+from embodied_rl.envs.isolated.workers import Foreign, Lost, Worker, shared_memory, split_rows
+from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, SimulatorError, nearest
+from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
+
+log = logging.getLogger(__name__)
+
+Array = NDArray[Any]
+TRIES = 3
+"""Attempts to start one episode, each with a new worker."""
+INSTRUCTION = "instruction"
+"""Entry of the observation that holds the word ids."""
+LOSSES = 10
+"""Lost workers without one finished episode between them, after which waiting for better luck would be in vain."""
+
+
+class IsolatedEnv:
+    """See `embodied_rl.types.Env`; B copies over a few worker processes of another Python.
+
+    An action is written once into shared memory and an observation read once. A worker that dies, hangs or gives up is
+    replaced; the episodes it held end as `invalid`, as does the episode of a copy that shows a number that is not
+    finite. `restarts` and `void` count both.
+
+    The state is each copy's seed, task and actions, which `set_state` plays again: a simulator needs no way to save
+    itself, only to be repeatable.
+    """
+
+    def __init__(self, foreign: Foreign, *, num_envs: int, workers: int, resumable: bool, device: torch.device) -> None:
+        """Start the workers and shake hands.
+
+        Raises:
+            SimulatorError: A worker does not start, or has other versions.
+        """
+        self.foreign, self.where, self.device = foreign, foreign.where, device
+        self.restarts, self.void = 0, 0
+        self._losses, self._fd = 0, -1
+        self._workers: list[Worker] = []
+        self._native: dict[str, Any] = {}
+        try:
+            for low, high in split_rows(num_envs, workers):
+                self._workers.append(Worker(foreign, low, high))
+            self._native = self._workers[0].introduce()
+            self._fields = layout(self._native, num_envs)
+            # Kept open: workers that are replaced later are given the same memory.
+            self._fd = shared_memory(self._fields[-1][3])
+            self._shared = share(self._fd, self._fields)
+            for worker in self._workers:
+                self._admit(worker, introduced=worker is self._workers[0])
+        except BaseException:
+            self.close()
+            raise
+        self.spec = env_spec(self._native, num_envs)
+        self.spec = replace(self.spec, has_state=resumable and self._native["repeatable"])
+        self._resumable = resumable
+        self._seen = {name: np.zeros_like(self._shared[f"obs/{name}"]) for name in self._native["observation"]}
+        self._running, self._lost, self._stale = (np.zeros(num_envs, bool) for _ in range(3))
+        self._seeds, self._tasks = np.full(num_envs, -1, np.int64), np.zeros(num_envs, np.int64)
+        self._actions: list[list[Array]] = [[] for _ in range(num_envs)]
+        if self._native["words"]:
+            self._texts = [""] * num_envs
+            self._words = np.zeros((num_envs, self._native["words"]), np.int64)
+            self.instructions = lambda: list(self._texts)  # other envs have no such method
+
+    # ---- the protocol ------------------------------------------------------------------------------------------
+
+    def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
+        """Start new episodes in the masked copies; returns the observation of all copies.
+
+        Raises:
+            SimulatorError: An episode could not be started, several times in a row.
+        """
+        rows = mask.cpu().numpy()
+        self._seeds[rows], self._tasks[rows] = seeds.cpu().numpy()[rows], tasks.cpu().numpy()[rows]
+        for row in np.flatnonzero(rows).tolist():
+            self._actions[row] = []
+        self._start(rows)
+        self._shared["success"][rows] = 0
+        if self._native["words"]:
+            self._listen(rows)
+        if self.spec.on_demand:
+            self._stale |= rows
+            return self.observe()
+        return self._read(rows)
+
+    def step(self, action: Tensor, active: Tensor | None = None) -> Step:
+        """Advance one control step; copies that are not active or have ended stay where they are, with reward 0."""
+        given = self._checked(action)
+        assert (self._seeds >= 0).any(), "step before the first reset"
+        go = self._running if active is None else self._running & active.cpu().numpy()
+        moving = go & ~self._lost
+        if self.spec.has_state:
+            for row in moving.nonzero()[0].tolist():
+                self._actions[row].append(given[row].copy())
+        self._shared["action"][...] = given
+        self._shared["active"][...] = moving
+        self._command(STEP, moving, self.foreign.step_seconds)
+        moving &= ~self._lost  # without those whose worker was lost on the way
+        obs: Obs = {}
+        if self.spec.on_demand:
+            self._stale |= moving
+        else:
+            obs = self._read(moving)
+        return self._judge(go, moving, obs)
+
+    def observe(self) -> Obs:
+        """Observation of all copies as they are now; only those that have moved since the last call are asked."""
+        if not (self.spec.on_demand and self._stale.any()):
+            return self._show()
+        stale = self._stale & ~self._lost
+        self._shared["active"][...] = stale
+        self._command(OBSERVE, stale, self.foreign.start_seconds)
+        self._stale[:] = False
+        return self._read(stale & ~self._lost)
+
+    def get_state(self) -> State:
+        """Seed, task and actions of each copy's episode, and its observation as a check.
+
+        Raises:
+            CapabilityError: `resumable` is false, or the simulator is not repeatable.
+        """
+        self._needs_state()
+        kind = self._shared["action"]
+        rows = [np.stack(a) if a else np.empty((0, *kind.shape[1:]), kind.dtype) for a in self._actions]
+        return {
+            "tasks": list(self.spec.tasks),
+            "seed": torch.from_numpy(self._seeds.copy()),
+            "task": torch.from_numpy(self._tasks.copy()),
+            "running": torch.from_numpy(self._running.copy()),
+            "lost": torch.from_numpy(self._lost.copy()),
+            "actions": [torch.from_numpy(row) for row in rows],
+            "obs": {name: torch.from_numpy(x.copy()) for name, x in self._seen.items()},
+        }
+
+    def set_state(self, state: State) -> Obs:
+        """Play the episodes of `get_state` again; costs as many steps as they are old.
+
+        Raises:
+            CheckpointError: The state is of another env or number of copies.
+            CapabilityError: An episode did not repeat.
+        """
+        self._needs_state()
+        if tuple(state["tasks"]) != self.spec.tasks or len(state["actions"]) != self.spec.num_envs:
+            raise CheckpointError(
+                f"{self.where}: the state is of {len(state['actions'])} copies of {len(state['tasks'])} tasks, "
+                f"expected {self.spec.num_envs} of {len(self.spec.tasks)}; build the env as the state's run did"
+            )
+        self._replay(state)
+        self._running[...], self._lost[...] = state["running"].numpy(), state["lost"].numpy()
+        for name, x in state["obs"].items():
+            kept, repeated = x.numpy(), self._seen[name]
+            for row in np.flatnonzero(~self._lost & (self._seeds >= 0)).tolist():
+                if not np.array_equal(kept[row], repeated[row]):
+                    raise CapabilityError(
+                        f"{self.where} did not repeat its episode: after {len(self._actions[row])} replayed steps "
+                        f"'{name}' of copy {row} differs from the saved one; set env.resumable: false, and a resumed "
+                        "run begins new episodes instead"
+                    )
+            repeated[self._lost] = kept[self._lost]
+        return self._show()
+
+    def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
+        """Pictures [len(copies), H, W, 3] uint8 of the copies asked for; black where the simulator was lost.
+
+        Raises:
+            NotFoundError: No such camera.
+        """
+        if camera not in self.spec.cameras:
+            raise NotFoundError(f"{self.where}: camera '{camera}' does not exist{nearest(camera, self.spec.cameras)}")
+        asked = copies.tolist()
+        shape = [len(asked), height, width, 3]
+        if not asked:
+            return torch.empty(*shape, dtype=torch.uint8, device=self.device)
+        fields = [["pictures", "uint8", shape, 0], ["end", "uint8", [0], int(np.prod(shape))]]
+        fd = shared_memory(fields[-1][3])
+        try:
+            pictures = share(fd, fields)["pictures"]
+            for worker in self._workers:
+                rows = [(i, row) for i, row in enumerate(asked) if worker.low <= row < worker.high]
+                if rows and worker.ready:
+                    request = {"ask": "render", "camera": camera, "fields": fields, "rows": rows}
+                    self._ask(worker, request, fd)
+        finally:
+            os.close(fd)
+        return torch.from_numpy(pictures.copy()).to(self.device)
+
+    def close(self) -> None:
+        """End the workers; may be called twice."""
+        for worker in self._workers:
+            worker.hang_up()
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+        self._shared = {}
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _admit(self, worker: Worker, *, introduced: bool = False) -> None:
+        """Finish the handshake with a new worker."""
+        native = self._native if introduced else worker.introduce()
+        if native != self._native:
+            keys = [key for key, value in self._native.items() if native.get(key) != value]
+            raise SimulatorError(
+                f"{self.where}: the simulator of {worker.copies} has another spec ({', '.join(keys)}) than that of "
+                "copy 0: every copy must be alike"
+            )
+        worker.attach(self._fd, self._fields)
+
+    def _command(self, command: bytes, rows: Array, seconds: float) -> list[Worker]:
+        """Have the workers of some rows do something side by side; returns those that were lost over it."""
+        busy = [w for w in self._workers if w.ready and rows[w.rows].any()]
+        for worker in busy:
+            worker.tell(command)
+        lost = []
+        for worker in busy:
+            try:
+                worker.wait(seconds)
+            except Lost as how:
+                self._lose(worker, str(how))
+                lost.append(worker)
+        return lost
+
+    def _start(self, rows: Array) -> None:
+        """Start the episodes of some rows, with new workers where the old ones are lost."""
+        missing = rows.copy()
+        for _ in range(TRIES):
+            for worker in self._workers:
+                if missing[worker.rows].any() and not worker.ready:
+                    self._admit(worker)
+            self._lost[missing], self._running[missing] = False, True
+            self._shared["seed"][...], self._shared["task"][...] = self._seeds, self._tasks
+            self._shared["active"][...] = missing
+            started = missing.copy()
+            for worker in self._command(RESET, missing, self.foreign.start_seconds):
+                started[worker.rows] = False
+            missing &= ~started
+            if not missing.any():
+                return
+        row = int(np.flatnonzero(missing)[0])
+        worker = next(w for w in self._workers if w.low <= row < w.high)
+        raise SimulatorError(
+            f"{self.where}: the episode of seed {self._seeds[row]}, task '{self.spec.tasks[self._tasks[row]]}' could "
+            f"not be started, {TRIES} times in a row; {worker.output()}"
+        )
+
+    def _lose(self, worker: Worker, how: str) -> None:
+        """Give up a worker and the episodes it held, and start its successor in the background."""
+        held = np.zeros_like(self._running)
+        held[worker.rows] = self._running[worker.rows]
+        self._lost |= held
+        self._stale[worker.rows] = False
+        self.restarts += 1
+        self._losses += 1
+        told = worker.output()
+        log.warning(
+            "%s: the worker of %s %s; %d running episodes do not count, and it is started again (restart %d of this "
+            "env); %s", self.where, worker.copies, how, int(held.sum()), self.restarts, told,
+        )  # fmt: skip
+        if self._losses > LOSSES:
+            raise SimulatorError(
+                f"{self.where}: {self._losses} workers were lost without one finished episode between them, the last "
+                f"one {how}; {told}"
+            )
+        worker.restart()
+
+    def _checked(self, action: Tensor) -> Array:
+        """The action [B, ...] as NumPy has it, clipped; ShapeError for anything else."""
+        spec, where = self.spec.action, self.where
+        if spec.kind != "continuous" or action.shape != self._shared["action"].shape or action.dtype != spec.dtype:
+            spec.check(action, self.spec.num_envs, self.device, where)
+        given = action.detach().cpu().numpy()
+        if spec.kind == "continuous":
+            if not all_finite(given) or action.device.type != self.device.type:
+                spec.check(action, self.spec.num_envs, self.device, where)
+            given = np.minimum(np.maximum(given, -1.0), 1.0)
+        return given
+
+    def _read(self, rows: Array) -> Obs:
+        """Take over what the copies show: rows that moved must be finite, lost ones stay as they were seen last."""
+        fresh: dict[str, Array] = {}
+        for name in self._seen:
+            shown = fresh[name] = self._shared[f"obs/{name}"].copy()
+            if shown.dtype.kind == "f" and not all_finite(shown):
+                self._give_up(rows & ~np.isfinite(shown).reshape(len(shown), -1).all(axis=1), f"'{name}'")
+        if self._lost.any():
+            for name, shown in fresh.items():
+                shown[self._lost] = self._seen[name][self._lost]
+        self._seen = fresh
+        return self._show()
+
+    def _give_up(self, bad: Array, what: str) -> None:
+        """Declare the episodes of copies lost that showed a number that is not finite."""
+        bad = bad & ~self._lost
+        if bad.any():
+            copies = bad.nonzero()[0].tolist()
+            log.warning("%s: %s is not finite in copies %s: their episodes do not count", self.where, what, copies)
+            self._lost |= bad
+
+    def _show(self) -> Obs:
+        seen = {name: self._tensor(x) for name, x in self._seen.items()}
+        return seen | {INSTRUCTION: self._tensor(self._words)} if self._native["words"] else seen
+
+    def _tensor(self, x: Array) -> Tensor:
+        tensor = torch.from_numpy(x)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+
+    def _judge(self, go: Array, moving: Array, obs: Obs) -> Step:
+        """The step as the engine wants it: 0 where nothing moved, and the end of every episode that is lost."""
+        shared, names = self._shared, self._native["metrics"]
+        numbers = {name: shared[name].copy() for name in ("reward", *(f"metric/{name}" for name in names))}
+        for name, x in numbers.items():
+            if not all_finite(x):
+                self._give_up(moving & ~np.isfinite(x), name.replace("metric/", "reward term "))
+        counts = moving & ~self._lost
+        invalid = go & self._lost
+        if not counts.all():
+            for x in numbers.values():
+                x[~counts] = 0
+            shared["success"][invalid] = 0
+        terminated = shared["terminated"].view(bool) & counts
+        truncated = (shared["truncated"].view(bool) & counts) | invalid
+        ended = terminated | truncated
+        if ended.any():
+            self._running &= ~ended
+            self.void += int(invalid.sum())
+            self._losses = 0 if (ended & ~invalid).any() else self._losses
+        return Step(
+            obs=obs,
+            reward=self._tensor(numbers["reward"]),
+            terminated=self._tensor(terminated),
+            truncated=self._tensor(truncated),
+            success=self._tensor(shared["success"].astype(bool)) if self.spec.has_success else None,
+            metrics={name: self._tensor(numbers[f"metric/{name}"]) for name in names},
+            invalid=self._tensor(invalid),
+        )
+
+    def _replay(self, state: State) -> None:
+        actions = [row.numpy() for row in state["actions"]]
+        self._seeds, self._tasks = state["seed"].numpy().copy(), state["task"].numpy().copy()
+        begun = torch.from_numpy(self._seeds >= 0)
+        self.reset(begun, state["seed"], state["task"])
+        action = torch.zeros(self.spec.num_envs, *self.spec.action.shape, dtype=self.spec.action.dtype)
+        for t in range(max((len(row) for row in actions), default=0)):
+            for row, taken in enumerate(actions):
+                if t < len(taken):
+                    action[row] = torch.from_numpy(np.asarray(taken[t]))
+            active = torch.tensor([t < len(row) for row in actions])
+            self.step(action.to(self.device), active.to(self.device))
+        self.observe()
+
+    def _needs_state(self) -> None:
+        if not self.spec.has_state:
+            reason = "the simulator says it is not repeatable" if self._resumable else "env.resumable is false"
+            raise CapabilityError(f"{self.where} cannot save its state: {reason}; a resumed run begins new episodes")
+
+    def _listen(self, rows: Array) -> None:
+        """Take over the instructions of rows that have just started, as text and as word ids."""
+        self._words = self._words.copy()  # earlier observations keep theirs
+        for worker in self._workers:
+            if not rows[worker.rows].any() or not worker.ready:
+                continue
+            texts = (self._ask(worker, {"ask": "texts"}) or {"texts": []})["texts"]
+            for row, text in enumerate(texts, worker.low):
+                if rows[row]:
+                    self._texts[row] = text
+                    self._words[row] = encode_words(text, self._native["words"], self.where, "raise spec['words']")
+
+    def _ask(self, worker: Worker, request: dict[str, Any], fd: int | None = None) -> dict[str, Any] | None:
+        """A worker's answer to a rare request; None when it was lost over it."""
+        try:
+            return worker.ask(request, fd)
+        except Lost as lost:
+            self._lose(worker, str(lost))
+            return None
+
+
+def all_finite(x: Array) -> bool:
+    """Whether every number is finite, as a sum shows in one pass; a sum that overflows is looked at more closely."""
+    return math.isfinite(np.add.reduce(x, axis=None)) or bool(np.isfinite(x).all())
+
+
+def env_spec(native: dict[str, Any], num_envs: int) -> EnvSpec:
+    """Turn a simulator's own description into the engine's."""
+    observation = {
+        name: TensorSpec(
+            tuple(one["shape"]), getattr(torch, one["dtype"]), one["low"], one["high"], one["constant"], one["meaning"]
+        )
+        for name, one in native["observation"].items()
+    }
+    if words := native["words"]:
+        meaning = "word ids of the instruction, 0 pads"
+        observation[INSTRUCTION] = TensorSpec((words,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning)
+    action = native["action"]
+    return EnvSpec(
+        observation=observation,
+        action=ActionSpec(action["kind"], action["size"], tuple(action["names"])),
+        num_envs=num_envs,
+        max_steps=native["max_steps"],
+        tasks=tuple(native["tasks"]),
+        seedable=native["repeatable"],
+        has_state=native["repeatable"],
+        has_success=native["success"],
+        cameras=tuple(native["cameras"]),
+        control_hz=native["control_hz"],
+        on_demand=native["on_demand"],
+    )

@@ -1,0 +1,306 @@
+"""The far side of an isolated simulator: run by path in the simulator's own Python, which needs NumPy only.
+
+    python worker.py SOCKET LIFELINE        two inherited file descriptors
+
+What both sides must agree on stands here too, and the engine imports it: the protocol's version, the frames on the
+socket and the layout of the shared memory. It must run on Python 3.9 and import nothing but the standard library and
+NumPy. Numbers travel in the shared memory alone; the socket carries one byte per command (`GO`, then `DONE`), and JSON
+where something has to be said once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+from typing import Any
+
+import numpy as np
+
+PROTOCOL = 1
+"""Raised whenever frames, layout or the meaning of a field change."""
+RESET, STEP, OBSERVE, TALK, DONE = b"r", b"s", b"o", b"j", b"d"
+"""Commands of one byte, JSON that follows, and the answer to a command."""
+ALIGNMENT = 64
+"""Bytes: fields begin at cache lines, so that two workers never write to the same one."""
+FLAGS = ("active", "terminated", "truncated", "success")
+
+Array = np.ndarray
+
+
+def layout(spec: dict[str, Any], copies: int) -> list[list[Any]]:
+    """Lay out everything that is shared.
+
+    Args:
+        spec: As `complete` returns it.
+        copies: B.
+
+    Returns:
+        fields: [name, dtype, shape with B in front, offset in bytes]; the last one is "end", of no size.
+    """
+    action = spec["action"]
+    fields = [(f"obs/{name}", one["dtype"], one["shape"]) for name, one in spec["observation"].items()]
+    fields.append(("action", *(("float32", [action["size"]]) if action["kind"] == "continuous" else ("int64", []))))
+    fields += [("reward", "float32", []), ("seed", "int64", []), ("task", "int64", [])]
+    fields += [(name, "uint8", []) for name in FLAGS]
+    fields += [(f"metric/{name}", "float32", []) for name in spec["metrics"]]
+    placed: list[list[Any]] = []
+    at = 0
+    for name, dtype, shape in fields:
+        whole = [copies, *shape]
+        placed.append([name, dtype, whole, at])
+        size = int(np.prod(whole)) * np.dtype(dtype).itemsize
+        at += -(-size // ALIGNMENT) * ALIGNMENT
+    return [*placed, ["end", "uint8", [0], at]]
+
+
+def share(fd: int, fields: list[list[Any]]) -> dict[str, Array]:
+    """Map the shared memory behind a file descriptor as arrays, name -> [B, ...]."""
+    memory = mmap.mmap(fd, max(fields[-1][3], 1))
+    return {
+        name: np.frombuffer(memory, dtype, int(np.prod(shape)), at).reshape(shape)
+        for name, dtype, shape, at in fields[:-1]
+    }
+
+
+def complete(spec: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a simulator's `spec` may leave out.
+
+    Raises:
+        ValueError: It has no observation or action, or keys that nobody reads.
+    """
+    plain = {"tasks": ["task"], "max_steps": None, "success": False, "cameras": [], "metrics": [], "control_hz": None,
+             "on_demand": False, "repeatable": True, "words": 0}  # fmt: skip
+    entry = {"dtype": "float32", "low": None, "high": None, "constant": False, "meaning": ""}
+    action = {"names": []}
+    unknown = sorted(set(spec) - set(plain) - {"observation", "action"})
+    if unknown or not spec.get("observation") or "action" not in spec:
+        known = sorted(plain)
+        raise ValueError(f"Simulator.spec needs observation and action and may hold {known}; unknown: {unknown}")
+    seen = {name: {**entry, **one, "shape": list(one["shape"])} for name, one in spec["observation"].items()}
+    whole = {**plain, **spec, "observation": seen, "action": {**action, **spec["action"]}}
+    return json.loads(json.dumps(whole))
+
+
+class Line:
+    """One end of the socket between engine and worker."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over a connected stream socket."""
+        self.sock = sock
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Send one JSON message."""
+        data = json.dumps(message).encode()
+        self.sock.sendall(TALK + struct.pack("<I", len(data)) + data)
+
+    def tell(self, command: bytes) -> None:
+        """Send one byte."""
+        self.sock.send(command)
+
+    def hear(self) -> bytes | dict[str, Any]:
+        """Wait for one byte or one JSON message.
+
+        Raises:
+            EOFError: The other side is gone.
+            TimeoutError: Nothing came within the socket's timeout.
+        """
+        code = self.sock.recv(1)
+        if code == TALK:
+            (size,) = struct.unpack("<I", self._exactly(4))
+            message: dict[str, Any] = json.loads(self._exactly(size))
+            return message
+        if not code:
+            raise EOFError
+        return code
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            more = self.sock.recv(size - len(data))
+            if not more:
+                raise EOFError
+            data += more
+        return data
+
+
+class Copies:
+    """The simulators of one worker: rows `low` to `high` of the shared arrays."""
+
+    def __init__(self, module: Any, hello: dict[str, Any]) -> None:
+        """Build them."""
+        self.low, self.high = hello["rows"]
+        self.simulators = [module.Simulator(dict(hello["settings"])) for _ in range(self.low, self.high)]
+        self.spec = complete(self.simulators[0].spec)
+        self.limit = hello["max_steps"] or self.spec["max_steps"]
+        self.spec["max_steps"] = self.limit
+        if self.spec["words"] and not hasattr(module.Simulator, "instruction"):
+            raise ValueError("Simulator.spec has words, and there is no method instruction() that says them")
+        self.doing = ""
+        """What fails if something fails now."""
+        self.steps = [0] * len(self.simulators)
+        self.running = [False] * len(self.simulators)
+        self.shared: dict[str, Array] = {}
+        self.seen: list[tuple[str, Array]] = []
+
+    def attach(self, fd: int, fields: list[list[Any]]) -> None:
+        """Map the shared memory."""
+        self.shared = share(fd, fields)
+        self.seen = [(name[4:], array) for name, array in self.shared.items() if name.startswith("obs/")]
+
+    def reset(self) -> None:
+        """Start new episodes in the active copies."""
+        shared = self.shared
+        for row in np.flatnonzero(shared["active"][self.low : self.high]).tolist():
+            at = row + self.low
+            seed, task = int(shared["seed"][at]), int(shared["task"][at])
+            self.doing = f"copy {at} failed in reset (seed {seed}, task {self.spec['tasks'][task]})"
+            self._show(at, self.simulators[row].reset(seed, task))
+            self.steps[row], self.running[row] = 0, True
+
+    def step(self) -> None:
+        """Advance the active copies; those whose episode is over stay as they are, with reward 0."""
+        shared, low = self.shared, self.low
+        active = shared["active"][low : self.high].tolist()
+        for row, simulator in enumerate(self.simulators):
+            at = row + low
+            if not active[row]:
+                continue
+            if not self.running[row]:
+                shared["reward"][at] = shared["terminated"][at] = shared["truncated"][at] = 0
+                continue
+            self.doing = f"copy {at} failed in step {self.steps[row] + 1}"
+            action = shared["action"][at]
+            obs, reward, terminated, truncated, info = simulator.step(action.copy() if action.ndim else int(action))
+            self._show(at, obs)
+            self.steps[row] += 1
+            truncated = not terminated and (truncated or self.steps[row] == self.limit)
+            shared["reward"][at], shared["terminated"][at], shared["truncated"][at] = reward, terminated, truncated
+            if self.spec["success"]:
+                shared["success"][at] = bool(info["success"])
+            for name in self.spec["metrics"]:
+                shared[f"metric/{name}"][at] = info[name]
+            self.running[row] = not (terminated or truncated)
+
+    def observe(self) -> None:
+        """Write the observations of the active copies."""
+        for row in np.flatnonzero(self.shared["active"][self.low : self.high]).tolist():
+            self.doing = f"copy {row + self.low} failed in observe"
+            self._show(row + self.low, self.simulators[row].observe())
+
+    def _show(self, at: int, obs: dict[str, Any] | None) -> None:
+        if obs is None and self.spec["on_demand"]:
+            return
+        for name, array in self.seen:
+            array[at] = obs[name]
+
+    def talk(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Answer a rare request: a picture, or the words of the running episodes."""
+        if message["ask"] == "render":
+            pictures = share(message["fd"], message["fields"])["pictures"]
+            os.close(message["fd"])
+            for place, at in message["rows"]:
+                self.doing = f"copy {at} failed in render"
+                simulator = self.simulators[at - self.low]
+                pictures[place] = simulator.render(message["camera"], *pictures.shape[1:3])
+            return {}
+        return {"texts": [str(simulator.instruction()) for simulator in self.simulators]}
+
+    def close(self) -> None:
+        """Close every simulator that can be closed."""
+        for simulator in self.simulators:
+            getattr(simulator, "close", lambda: None)()
+
+
+def load(path: str) -> Any:
+    """Import a simulator's file by its path."""
+    found = importlib.util.spec_from_file_location("simulator", path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules["simulator"] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def versions(names: list[str]) -> dict[str, str | None]:
+    """Installed version of each distribution, None where there is none."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def end_with(lifeline: int) -> None:
+    """Let the system end this process when the engine closes the other end of a pipe, however deep in a step it is.
+
+    The engine never writes into it. Its end, at the latest when the engine is killed, raises SIGIO, which nobody
+    catches: unlike a thread that watches, it needs no turn of the interpreter.
+    """
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def serve(line: Line) -> None:
+    """Introduce oneself, build the simulators, then obey until the engine is gone."""
+    ask = line.hear()
+    assert isinstance(ask, dict)
+    line.say({"protocol": PROTOCOL, "python": sys.version.split()[0], "versions": versions(ask["versions"])})
+    hello = line.hear()
+    assert isinstance(hello, dict)
+    try:
+        copies = Copies(load(hello["simulator"]), hello)
+    except SystemExit as error:
+        line.say({"refused": str(error)})
+        return
+    except Exception as error:
+        traceback.print_exc()
+        line.say({"failed": f"{type(error).__name__}: {error}"})
+        return
+    line.say({"spec": copies.spec})
+    _, fds, _, _ = socket.recv_fds(line.sock, 1, 1)
+    memory = line.hear()
+    assert isinstance(memory, dict)
+    copies.attach(fds[0], memory["fields"])
+    line.tell(DONE)
+    obey = {RESET: copies.reset, STEP: copies.step, OBSERVE: copies.observe}
+    try:
+        while True:
+            command = line.hear()
+            if isinstance(command, dict) and command["ask"] == "render":
+                _, (command["fd"], *_), _, _ = socket.recv_fds(line.sock, 1, 1)
+            try:
+                answer = copies.talk(command) if isinstance(command, dict) else obey[command]()
+            except Exception as error:
+                traceback.print_exc()
+                line.say({"fault": f"{copies.doing}: {type(error).__name__}: {error}"})
+                return
+            line.tell(DONE) if answer is None else line.say(answer)
+    finally:
+        copies.close()
+
+
+def main() -> None:
+    """Serve the engine at the other end of the socket that was inherited."""
+    # The folder of this file is no place to import from: its neighbours are the engine's.
+    sys.path.pop(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(int(sys.argv[2]))
+    try:
+        serve(Line(socket.socket(fileno=int(sys.argv[1]))))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the engine is gone, or needs this worker no more
+
+
+if __name__ == "__main__":
+    main()

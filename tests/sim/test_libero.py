@@ -1,0 +1,224 @@
+"""LIBERO for real, in the environment that `embodied-rl sim install libero` makes; needs EGL and LIBERO_ASSETS."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embodied_rl import registry, sims
+from embodied_rl.envs._words import word_id
+from embodied_rl.errors import SimulatorError
+from tests.kit import CPU
+
+pytestmark = [
+    pytest.mark.sim,
+    pytest.mark.skipif("LIBERO_ASSETS" not in os.environ, reason="LIBERO_ASSETS names no folder of LIBERO's assets"),
+]
+LIBERO = registry.load("env", "libero")
+SIMULATOR = Path(LIBERO.__file__).with_name("simulator.py")
+BOWL = "libero_goal/put_the_bowl_on_the_plate"
+DRAWER = "libero_goal/open_the_middle_drawer_of_the_cabinet"
+NEXT = "libero_spatial/pick_up_the_black_bowl_next_to_the_plate_and_place_it_on_the_plate"
+SIDE = 64
+SMALL = {"render": SIDE, "picture": SIDE}
+
+PLAIN = """
+import os, pickle, sys, tempfile, zipfile
+import numpy as np
+assets, suite, task, row, seed, out = sys.argv[1:]
+home = os.environ["LIBERO_CONFIG_PATH"] = tempfile.mkdtemp()
+open(home + "/config.yaml", "w").write("{}")
+import libero.libero as L
+L._assets_path_cache = assets
+from libero.libero.envs import OffScreenRenderEnv
+folder = os.path.dirname(L.__file__)
+bddl = f"{folder}/bddl_files/{suite}/{task}.bddl"
+env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=64, camera_widths=64)
+env.seed(int(seed))
+env.reset()
+with zipfile.ZipFile(f"{folder}/init_files/{suite}/{task}.pruned_init") as file:
+    states = pickle.loads(file.read(next(n for n in file.namelist() if n.endswith("data.pkl"))))
+obs = env.set_init_state(states[int(row)])
+for _ in range(10):
+    obs, *_ = env.step([0, 0, 0, 0, 0, 0, -1])
+rng, seen = np.random.default_rng(0), []
+for _ in range(5):
+    seen.append(obs)
+    obs, *_ = env.step(rng.uniform(-1, 1, 7).astype(np.float32).astype(float))
+names = ["agentview_image", "robot0_eye_in_hand_image", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"]
+np.savez(out, states=states, **{name: np.stack([o[name] for o in seen]) for name in names})
+"""
+"""LIBERO as evaluation scripts use it, without anything of ours."""
+
+
+@pytest.fixture(scope="module")
+def python():
+    return sims.install("libero").python
+
+
+@pytest.fixture(scope="module")
+def env(python, tmp_path_factory):
+    """One task of each of two suites, in one process, by openpi's protocol with small pictures."""
+    config = LIBERO.Config(tasks=(BOWL, NEXT), states="each", protocol="openpi", change=LIBERO.Changes(**SMALL), workers=1)
+    env = LIBERO.build(config, num_envs=2, device=CPU, split="eval", seed=0)
+    yield env
+    env.close()
+
+
+def start(env, tasks, seeds=(1, 3)):
+    return env.reset(torch.ones(2, dtype=torch.bool), torch.tensor(seeds), torch.tensor(tasks))
+
+
+def run(python, code, *args):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "script.py"
+        file.write_text(code)
+        variables = os.environ | {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl", "LP_NUM_THREADS": "1"}
+        done = subprocess.run([python, file, *args], env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, BOWL), (1, NEXT)])
+def test_what_is_seen_is_libero_bit_for_bit(env, python, tmp_path, number, name):
+    run(python, PLAIN, os.environ["LIBERO_ASSETS"], *name.split("/"), "3", "7", str(tmp_path / "plain.npz"))
+    plain = np.load(tmp_path / "plain.npz")
+    for attempt in range(2):  # a scene that is used again is as good as new
+        rng, seen = np.random.default_rng(0), start(env, [50 * number + 3] * 2, seeds=(1 + 2 * attempt, 5))
+        for t in range(5):
+            for ours, theirs in (("agentview", "agentview_image"), ("wrist", "robot0_eye_in_hand_image")):
+                assert np.array_equal(seen[ours][attempt].numpy(), plain[theirs][t][::-1, ::-1]), (attempt, t, ours)
+            proprio = seen["proprio"][attempt].numpy()
+            assert np.array_equal(proprio[:3], plain["robot0_eef_pos"][t].astype(np.float32))
+            assert np.array_equal(proprio[6:], plain["robot0_gripper_qpos"][t].astype(np.float32))
+            env.step(torch.from_numpy(rng.uniform(-1, 1, 7).astype(np.float32)).expand(2, 7).contiguous())
+            seen = env.observe()
+
+
+def test_tasks_words_and_limits_are_those_of_the_suites(env):
+    obs = start(env, [7, 60])
+    assert env.spec.tasks[7] == f"{BOWL}#07" and env.spec.tasks[60] == f"{NEXT}#10" and len(env.spec.tasks) == 100
+    assert env.instructions() == ["put the bowl on the plate", "pick up the black bowl next to the plate and place it on the plate"]
+    assert obs["instruction"][0, :7].tolist() == [*map(word_id, "put the bowl on the plate".split()), 0]
+    assert env.spec.max_steps == 300 and env.spec.control_hz == 20
+
+
+def test_an_episode_of_a_suite_ends_at_its_own_limit(python):
+    changes = LIBERO.Changes(**SMALL, settle=0)
+    config = LIBERO.Config(tasks=(BOWL, NEXT), change=changes, workers=1, max_steps=6)
+    env = LIBERO.build(config, num_envs=2, device=CPU, split="train", seed=0)
+    try:
+        start(env, [0, 1], seeds=(0, 2))
+        ends = [env.step(torch.zeros(2, 7)).truncated.tolist() for _ in range(6)]
+        assert ends == [[False, False]] * 5 + [[True, True]] and env.spec.max_steps == 6
+    finally:
+        env.close()
+
+
+def test_a_start_depends_on_seed_and_task_alone_and_a_state_is_restored_bit_for_bit(env):
+    def differ(a, b):
+        return [name for name in a if not torch.equal(a[name], b[name])]
+
+    first = start(env, [5, 55])
+    for _ in range(3):
+        env.step(torch.full((2, 7), 0.5))
+    seen, state = env.observe(), env.get_state()
+    assert differ(seen, first)
+    ahead = [env.step(torch.full((2, 7), -0.5)), env.observe()][1]
+    swapped = start(env, [55, 5])
+    assert all(torch.equal(swapped[name].flip(0), x) for name, x in first.items())
+    assert not differ(env.set_state(state), seen)
+    env.step(torch.full((2, 7), -0.5))
+    assert not differ(env.observe(), ahead)
+
+
+@pytest.mark.parametrize(("hand", "open_"), [("open_low", -0.4), ("open_high", 0.4), ("open_high_binary", 0.1)])
+def test_the_gripper_is_told_by_the_convention(python, hand, open_):
+    config = LIBERO.Config(tasks=(BOWL,), change=LIBERO.Changes(**SMALL, hand=hand), workers=1, states="published")
+    env = LIBERO.build(config, num_envs=2, device=CPU, split="eval", seed=0)
+    try:
+        start(env, [0, 0])
+        action = torch.zeros(2, 7)
+        action[:, 6] = torch.tensor([open_, -open_])
+        for _ in range(20):
+            env.step(action)
+        wide, tight = (env.observe()["proprio"][:, 6] - env.observe()["proprio"][:, 7]).tolist()
+        assert wide > 0.07 and tight < 0.02, "metres between the fingers"
+    finally:
+        env.close()
+
+
+def test_success_pays_one_and_ends_the_episode(python):
+    code = f"""
+import importlib.util, json, sys
+found = importlib.util.spec_from_file_location("simulator", {str(SIMULATOR)!r})
+module = importlib.util.module_from_spec(found); found.loader.exec_module(module)
+import numpy as np
+copy = module.Simulator(json.loads(sys.argv[1]))
+copy.reset(1, 0)
+print(copy.step(np.zeros(7, np.float32))[1:])
+copy.scene.env.sim.data.set_joint_qpos("wooden_cabinet_1_middle_level", -0.16)
+print(copy.step(np.zeros(7, np.float32))[1:])
+"""
+    import json
+
+    protocol = LIBERO.Config(change=LIBERO.Changes(**SMALL)).in_force()
+    settings = {"protocol": protocol, "states": "published", "tasks": [DRAWER], "assets": os.environ["LIBERO_ASSETS"]}
+    said = run(python, code, json.dumps(settings)).splitlines()
+    assert said[-2:] == ["(0.0, False, False, {'success': False})", "(1.0, True, False, {'success': True})"]
+
+
+def test_the_initial_states_are_read_without_unpickling(python, tmp_path):
+    code = f"""
+import importlib.util, pickle, zipfile
+import numpy as np
+found = importlib.util.spec_from_file_location("simulator", {str(SIMULATOR)!r})
+module = importlib.util.module_from_spec(found); found.loader.exec_module(module)
+names = module.task_names()
+for name in names:
+    with zipfile.ZipFile(f"{{module.locate()}}/init_files/{{name}}.pruned_init") as file:
+        truth = pickle.loads(file.read(next(n for n in file.namelist() if n.endswith("data.pkl"))))
+    assert np.array_equal(module.initial_states(name), truth) and len(truth) == 50, name
+print(len(names), sum(len(module.language(name).split()) > module.WORDS for name in names))
+"""
+    assert run(python, code).split() == ["130", "0"]
+
+
+# ---- what can be missing ------------------------------------------------------------------------------------------
+
+
+def refused(monkeypatch, tmp_path, **config):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SimulatorError) as caught:
+        LIBERO.build(LIBERO.Config(**{"tasks": (BOWL,), "workers": 1} | config), num_envs=1, device=CPU, split="train", seed=0)
+    return str(caught.value)
+
+
+def test_a_task_that_does_not_exist_names_the_nearest(python, monkeypatch, tmp_path):
+    assert refused(monkeypatch, tmp_path, tasks=("libero_goal/put_the_bowl_on_the_plates",)) == (
+        f"env libero: task 'libero_goal/put_the_bowl_on_the_plates' does not exist; did you mean '{BOWL}'?"
+    )
+    assert "did you mean 'libero_spatial'?" in refused(monkeypatch, tmp_path, tasks=("libero_spacial",))
+    assert "name one twice" in refused(monkeypatch, tmp_path, tasks=("libero_goal", BOWL))
+
+
+def test_without_egl_the_packages_to_install_are_named(python, monkeypatch, tmp_path):
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", str(tmp_path))
+    message = refused(monkeypatch, tmp_path)
+    assert message.startswith("env libero: LIBERO draws with EGL, and that does not work here (") and "libegl1" in message
+
+
+def test_a_missing_asset_is_named(python, monkeypatch, tmp_path):
+    given = Path(os.environ["LIBERO_ASSETS"])
+    for folder in given.iterdir():
+        if folder.name != "stable_scanned_objects":
+            (tmp_path / folder.name).symlink_to(folder)
+    shutil.copytree(given / "stable_scanned_objects", tmp_path / "stable_scanned_objects")
+    shutil.rmtree(tmp_path / "stable_scanned_objects" / "plate")
+    message = refused(monkeypatch, tmp_path, assets=str(tmp_path))
+    assert message.startswith(f"env libero: an asset of '{BOWL}' is missing (") and "plate" in message

@@ -1,0 +1,107 @@
+"""The parts of the LIBERO adapter that need no LIBERO: starts, words, pictures, protocols."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from embodied_rl import registry
+from embodied_rl.seeding import start_seed
+from tests.kit import TOYS
+
+PATH = TOYS.parents[1] / "envs" / "libero" / "simulator.py"
+LIBERO = registry.load("env", "libero")
+PLAIN = {"picture": 8, "jpeg": False, "crop": 1.0, "resize": "bilinear"}
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    found = importlib.util.spec_from_file_location("libero_simulator", PATH)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def starts(simulator, states, split, given=None, count=2000):
+    return [simulator.choose_start(states, start_seed(0, split, 0, i), 7, given) for i in range(count)]
+
+
+def test_training_never_starts_where_evaluation_does(simulator):
+    train, evaluation = (starts(simulator, "heldout", split) for split in ("train", "eval"))
+    assert {row for row, _ in train} == set(range(40)) and {row for row, _ in evaluation} == set(range(40, 50))
+    assert {fixtures for _, fixtures in train + evaluation} == {7}
+
+
+def test_sampled_training_starts_are_new_placements_and_evaluation_is_published(simulator):
+    train, evaluation = (starts(simulator, "sampled", split) for split in ("train", "eval"))
+    assert {row for row, _ in train} == {None} and len({fixtures for _, fixtures in train}) == 2000
+    assert {row for row, _ in evaluation} == set(range(50)) and {fixtures for _, fixtures in evaluation} == {7}
+
+
+def test_published_starts_are_all_fifty_and_each_is_what_the_task_says(simulator):
+    for split in ("train", "eval"):
+        assert {row for row, _ in starts(simulator, "published", split)} == set(range(50))
+        assert set(starts(simulator, "each", split, given=31)) == {(31, 7)}
+
+
+def test_every_state_is_about_equally_likely(simulator):
+    counts = np.bincount([row for row, _ in starts(simulator, "published", "train", count=10_000)], minlength=50)
+    # 200 expected; 5 standard deviations of a binomial count are 70.
+    assert np.abs(counts - 200).max() < 70
+
+
+@pytest.mark.parametrize(
+    ("task", "text"),
+    [
+        ("libero_goal/put_the_bowl_on_the_plate", "put the bowl on the plate"),
+        ("libero_90/KITCHEN_SCENE10_close_the_top_drawer_of_the_cabinet", "close the top drawer of the cabinet"),
+        ("libero_10/LIVING_ROOM_SCENE2_put_both_the_butter_and_the_milk_in_the_basket", "put both the butter and the milk in the basket"),
+    ],
+)
+def test_instructions_are_those_of_the_benchmark(simulator, task, text):
+    assert simulator.language(task) == text
+
+
+def test_rotations_are_rotation_vectors(simulator):
+    rng = np.random.default_rng(0)
+    for quaternion in rng.normal(size=(50, 4)):
+        quaternion /= np.linalg.norm(quaternion)
+        found = simulator.axis_angle(quaternion)
+        same = Rotation.from_rotvec(found) * Rotation.from_quat(quaternion).inv()
+        assert same.magnitude() < 1e-6
+        # robosuite's sign: a negative w gives the long way round, as the data of published policies has it.
+        assert (np.linalg.norm(found) > np.pi) == (quaternion[3] < 0)
+    assert simulator.axis_angle(np.array([0.0, 0, 0, 1])).tolist() == [0, 0, 0]
+
+
+def test_pictures_are_turned_by_180_degrees(simulator):
+    picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    turned = simulator.prepare_picture(picture, PLAIN)
+    assert turned[0, 0].tolist() == picture[7, 7].tolist() and turned[2, 5].tolist() == picture[5, 2].tolist()
+
+
+def test_pictures_are_resized_cropped_and_compressed_as_the_protocol_says(simulator):
+    across = np.tile(np.linspace(0, 255, 256).astype(np.uint8)[:, None, None], (1, 256, 3))
+    whole = simulator.prepare_picture(across, PLAIN | {"picture": 224, "resize": "lanczos"})
+    assert whole.shape == (224, 224, 3) and whole[0].mean() > 250 and whole[-1].mean() < 5
+    cropped = simulator.prepare_picture(across, PLAIN | {"picture": 224, "resize": "lanczos", "crop": 0.9})
+    # sqrt(0.9) of the height remains: 2.57 % of the brightness is lost at each end.
+    assert abs(cropped[0].mean() - 255 * (1 - (1 - 0.9**0.5) / 2)) < 2 and abs(cropped[-1].mean() - 255 * (1 - 0.9**0.5) / 2) < 2
+    noise = np.random.default_rng(0).integers(0, 255, (224, 224, 1), dtype=np.uint8).repeat(3, axis=2)
+    kept, pressed = (simulator.prepare_picture(noise, PLAIN | {"picture": 224, "jpeg": j}) for j in (False, True))
+    assert np.array_equal(kept, noise[::-1, ::-1]) and 0 < np.abs(pressed.astype(int) - kept).mean() < 20
+
+
+def test_every_protocol_says_everything_and_a_change_lies_over_it():
+    wanted = LIBERO.PROTOCOLS["openpi"].keys()
+    assert {"openvla", "openvla-oft", "openpi", "rlinf", "simplevla-rl", "lerobot"} == LIBERO.PROTOCOLS.keys()
+    for name, protocol in LIBERO.PROTOCOLS.items():
+        assert protocol.keys() == wanted, name
+        assert protocol["steps"].keys() == {"libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"}
+        LIBERO.Changes(**{key: value for key, value in protocol.items() if key in LIBERO.Changes.model_fields} | {"cameras": tuple(protocol["cameras"])})
+    assert wanted - {"steps", "settle_hand"} == LIBERO.Changes.model_fields.keys()
+    config = LIBERO.Config(protocol="openpi", change=LIBERO.Changes(settle=3))
+    assert config.in_force() == LIBERO.PROTOCOLS["openpi"] | {"settle": 3}
+    # The published step limits, by suite (openvla's script; its longest demonstrations have 193 to 505 steps).
+    assert LIBERO.PROTOCOLS["openvla-oft"]["steps"]["libero_10"] == 520 and config.limit() == 220
