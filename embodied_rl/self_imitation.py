@@ -65,14 +65,12 @@ class Successes:
         end[rollout.episode[ended]] = rollout.final[ended]
         place = end[rollout.episode]
         counts = (place >= 0) & rollout.valid & (rollout.solved < 2)
-        place = place[counts]
-        obs = {k: v[counts] for k, v in rollout.obs.items()}
-        obs |= {k: v[rollout.episode[counts]] for k, v in rollout.constants.items()}
-        vectors = {k: v for k, v in rollout.final_obs.items() if v.is_floating_point() and v.ndim == 2}
+        place, told = place[counts], {k: v[rollout.episode[counts]] for k, v in rollout.constants.items()}
+        obs = {k: v[counts] for k, v in rollout.obs.items()} | told
+        last = {k: v[place] for k, v in rollout.final_obs.items()} | told
+        vectors = {k: v for k, v in last.items() if v.is_floating_point() and v.ndim == 2}
         steps = torch.arange(rollout.action.shape[2], device=place.device)
-        return Successes(
-            obs, rollout.action[counts], steps < rollout.steps[counts].unsqueeze(-1), {k: v[place] for k, v in vectors.items()}
-        )
+        return Successes(obs, rollout.action[counts], steps < rollout.steps[counts].unsqueeze(-1), vectors)
 
     def loss(self, policy: Imitator, rows: int, shuffle: torch.Generator, noise: torch.Generator) -> Tensor:
         """Mean imitation loss of some of them, drawn with replacement.
