@@ -197,7 +197,7 @@ class Collector:
     def __init__(
         self, envs: Sequence[Env], policy: Policy, *, decisions: int, mode: Literal["stream", "episodes"] = "stream",
         group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
-        generator: torch.Generator | None = None, keep_final_obs: bool = False,
+        generator: torch.Generator | None = None, keep_final_obs: bool = False, keep_actions: bool = False,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -210,14 +210,16 @@ class Collector:
             curriculum: Which task each start gets; None for one after the other.
             run_seed: Seed of the starts.
             generator: Of the policy's samples, on the policy's device.
-            keep_final_obs: Fill `Rollout.final_obs`, which reward models read.
+            keep_final_obs: Fill `Rollout.final_obs`, which reward models and self-imitation read.
+            keep_actions: Fill `Rollout.action`, which self-imitation reads.
 
         Raises:
             CapabilityError: Groups on an env that cannot be seeded, or a curriculum without tasks or success.
         """
         self.policy, self.mode, self.group_size, self.run_seed = policy, mode, group_size, run_seed
         self.spec = envs[0].spec
-        self.decisions, self.generator, self.keep_final_obs = decisions, generator, keep_final_obs
+        self.decisions, self.generator = decisions, generator
+        self.keep_final_obs, self.keep_actions = keep_final_obs, keep_actions
         if group_size > 1 and not self.spec.seedable:
             raise CapabilityError(
                 f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, "

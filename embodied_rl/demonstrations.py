@@ -237,7 +237,7 @@ class Demonstrations:
                 f"({spec.action.kind}); collect a set in this env, or name the env it was collected in"
             )
         have = self.observation
-        for name, wanted in spec.observation.items():
+        for name, wanted in spec.seen.items():
             found = have.get(name)
             if found is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
                 there = f"{list(found.shape)} {found.dtype}" if found else f"absent (it has {', '.join(have)})"

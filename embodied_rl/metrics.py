@@ -74,6 +74,8 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("rollout/task_probability/<task>", "how likely the curriculum starts this task in the next rollout",
      "(p (1 - p) + floor) / sum over tasks, p the running success rate", "1", "", "last"),
     ("rollout/after_success_rate", "decisions that began after success and are not learned from", "", "1", "", "mean"),
+    ("rollout/imitated_decisions", "decisions of solved episodes, which self-imitation draws from", "", "decisions",
+     "higher", "last"),
     ("rollout/attempts", "rollouts that dynamic sampling collected for this update", "", "rollouts", "lower", "last"),
     ("rollout/progress_at_failure_mean", "progress in the last state of failed episodes, by the reward model", "", "1",
      "higher", "mean"),
@@ -96,6 +98,8 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("actor/lr", "step size of the optimizer", "", "", "", "last"),
     ("actor/kl_to_reference", "KL(new || reference)", "estimator of the recipe (k1, k2 or k3)", "nat", "", "mean"),
     ("actor/skipped_updates", "optimizer steps skipped: loss or gradient not finite", "", "steps", "lower", "sum"),
+    ("actor/self_imitation_loss", "imitation loss of own solved episodes, before its coefficient",
+     "by policy: cross-entropy, squared error of the velocity", "", "lower", "mean"),
     ("actor/skipped_rows_rate", "decisions without an advantage, which were not evaluated because nothing could learn "
      "from them; the other metrics of the update are then over the rest", "", "1", "", "mean"),
     ("critic/loss", "value loss before its coefficient", "", "", "lower", "mean"),

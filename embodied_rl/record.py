@@ -70,6 +70,8 @@ class Record:
         for n, x in self.obs.items():
             x[t, cols] = part.obs[n]
         given = {"units": output.units}
+        if self.c.keep_actions:
+            given["action"] = output.action
         if output.features is not None:
             given["features"] = output.features
         assert t == 0 or ("features" in given) == ("features" in d), "features belong to every decision or to none"
@@ -136,7 +138,7 @@ class Record:
             value=d.get("value"), next_value=next_value, group=c.group_of.to(c.device).expand(t, -1), task=d["task"],
             policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
             chunk=c.policy.chunk, finished=finished, metrics=self._sums(d["valid"]), solved=solved,
-            features=d.get("features"), final=final, final_obs=final_obs, invalid=d["invalid"],
+            features=d.get("features"), action=d.get("action"), final=final, final_obs=final_obs, invalid=d["invalid"],
         )  # fmt: skip
 
     @staticmethod

@@ -24,7 +24,7 @@ from embodied_rl.rewards import RewardConfig
 from embodied_rl.seeding import global_rng_state, seed_everything, set_global_rng_state
 from embodied_rl.selection import refill
 from embodied_rl.shaping import Shaping, check_reward
-from embodied_rl.types import Env, EnvSpec, Policy, Rollout, Split, State
+from embodied_rl.types import Env, EnvSpec, Imitator, Policy, Rollout, Split, State
 from embodied_rl.update import Updater
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,16 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
             "algorithm.credit.mask_after_success masks what follows success, and the env does not tell success: "
             "remove it"
         )
+    if algorithm.self_imitation.coef and not (env.has_success and isinstance(policy, Imitator)):
+        lacking = "the policy has no imitation_loss" if env.has_success else "the env does not tell success"
+        raise CapabilityError(
+            f"algorithm.self_imitation.coef ({algorithm.self_imitation.coef:g}) imitates solved episodes, and {lacking}: "
+            "remove it, or choose an env that tells success and one of tiny_vla_tokens, tiny_vla_flow, hf_vla and pi0"
+        )
+    if algorithm.update.critic_lr and not (policy.has_critic and loss.value.coef):
+        raise CapabilityError(
+            f"algorithm.update.critic_lr ({algorithm.update.critic_lr:g}) moves a critic, and none is trained here: remove it"
+        )
     classifies = getattr(policy, "value_range", None) is not None
     if loss.value.coef and policy.has_critic and (loss.value.kind == "hl_gauss") != classifies:
         raise CapabilityError(
@@ -252,14 +262,17 @@ class Session(Saved):
             check_fit(recipe, policy, envs[0].spec)
             shaping = build_shaping(recipe, env=envs[0].spec, device=device)
             if fresh and recipe.start_from:
-                load_weights(policy, stored_weights(recipe.start_from), recipe.start_from)
+                load_weights(policy, stored_weights(recipe.start_from), recipe.start_from, fresh_critic=True)
             loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))
-            patience = recipe.train.max_bad_updates
-            updater = Updater(policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience)
+            patience, own = recipe.train.max_bad_updates, algorithm.self_imitation.coef > 0
+            updater = Updater(
+                policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience,
+                own=algorithm.self_imitation if own else None,
+            )  # fmt: skip
             collector = Collector(
                 envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, curriculum=c.curriculum,
                 run_seed=recipe.seed, generator=torch.Generator(device).manual_seed(recipe.seed),
-                keep_final_obs=shaping is not None,
+                keep_final_obs=shaping is not None or own, keep_actions=own,
             )  # fmt: skip
         except BaseException:
             for env in envs:
@@ -391,15 +404,28 @@ def stored_weights(path: str | Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], weights)
 
 
-def load_weights(policy: Policy, weights: dict[str, Tensor], where: str) -> None:
+def load_weights(policy: Policy, weights: dict[str, Tensor], where: str, *, fresh_critic: bool = False) -> None:
     """Copy weights into a policy after comparing names and shapes.
+
+    Args:
+        policy: Receives them.
+        weights: Name -> tensor.
+        where: They come from, for messages.
+        fresh_critic: A critic that they do not have keeps its first weights, which is said: a policy that has only
+            imitated knows no rewards.
 
     Raises:
         CheckpointError: Names what is missing, left over or of another shape.
     """
     module = cast(nn.Module, policy)
     own = module.state_dict()
-    problems = [f"{n} is missing" for n in own if n not in weights]
+    missing = [n for n in own if n not in weights]
+    if fresh_critic and missing and all(n.startswith("critic") for n in missing):
+        if not any(n.startswith("critic") for n in weights):
+            log.info("%s has no critic: a new one begins", where)
+            weights = weights | {n: own[n] for n in missing}
+            missing = []
+    problems = [f"{n} is missing" for n in missing]
     problems += [f"{n} is not part of this policy" for n in weights if n not in own]
     problems += [
         f"{n} is {list(weights[n].shape)}, the policy has {list(x.shape)}"

@@ -31,6 +31,8 @@ class TensorSpec:
     """True when the value does not change within an episode: a rollout stores it once per episode."""
     meaning: str = ""
     """One phrase with the unit."""
+    privileged: bool = False
+    """Known in simulation only: for critics and reward models. What chooses actions must work without it."""
 
 
 @dataclass(frozen=True)
@@ -136,3 +138,8 @@ class EnvSpec:
     Copies that are not active in `step` then stay exactly where they stopped."""
     vocabulary: Vocabulary | None = None
     """Of the token ids in observations and actions; a policy that speaks another one is refused."""
+
+    @property
+    def seen(self) -> dict[str, TensorSpec]:
+        """What actions may be chosen by: the observation without its privileged entries."""
+        return {name: entry for name, entry in self.observation.items() if not entry.privileged}

@@ -300,6 +300,8 @@ class Rollout:
     rollout are known from their beginning."""
     features: Tensor | None = None
     """[T, B, ...] what `PolicyOutput.features` gave, for `Policy.evaluate`; None where it reads `obs`."""
+    action: Tensor | None = None
+    """[T, B, C, ...] what the env was asked to execute; kept for self-imitation only."""
     final_obs: Obs = field(default_factory=dict)
     """name -> [F, ...] states that no decision here was taken in: where an episode ended, or where it stands when the
     rollout is over. Kept for reward models only."""

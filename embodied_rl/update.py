@@ -16,7 +16,8 @@ from embodied_rl.errors import DivergenceError
 from embodied_rl.loss import LossFunction, by_cell
 from embodied_rl.metrics import Partials
 from embodied_rl.section import Section
-from embodied_rl.types import Advantage, Batch, Policy, Rollout, State
+from embodied_rl.self_imitation import SelfImitation, Successes
+from embodied_rl.types import Advantage, Batch, Imitator, Policy, Rollout, State
 
 OF_EVERY_EPOCH = ("actor/skipped_updates", "sync/logp_gap_mean")
 """Metrics that are added up over the epochs of an update; the others are those of its last epoch."""
@@ -54,6 +55,9 @@ class Update(Section):
     """Rows per backward pass; saves memory and changes no gradient. null: the whole minibatch at once."""
     lr: float = Field(3e-4, gt=0)
     """Adam's step size."""
+    critic_lr: float | None = Field(None, gt=0)
+    """Adam's step size of the critic's own parameters, which are then clipped apart from the others and follow no
+    schedule; null: as the others."""
     lr_schedule: Literal["constant", "linear", "adaptive_kl"] = "constant"
     """linear: to 0 at the end of training; adaptive_kl: divided or multiplied by 1.5 to keep the KL near target_kl."""
     lr_warmup: int = Field(0, ge=0)
@@ -92,13 +96,17 @@ class FlatParameters:
     these would otherwise take as long as the backward pass.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, last: str | None = None) -> None:
         """Move the module's trainable parameters into one vector (values unchanged).
 
         Args:
             module: On its final device, all trainable parameters of one dtype.
+            last: Parameters whose names begin so come last, from element `border` on; None keeps the order.
         """
         self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        if last is not None:
+            self.named.sort(key=lambda one: one[0].startswith(last))
+        self.border = sum(p.numel() for n, p in self.named if last is None or not n.startswith(last))
         params = [p for _, p in self.named]
         data = torch.cat([p.detach().flatten() for p in params])
         self.vector = data
@@ -136,21 +144,31 @@ class Adam:
         self.moments["step"] = torch.zeros((), device=vector.device)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Move the vector by one step of size `lr`, with betas 0.9 and 0.999."""
+    def step(self, *lrs: float, border: int | None = None) -> None:
+        """Move the vector by one step, with betas 0.9 and 0.999.
+
+        Args:
+            lrs: Step size; two of them are that before and that from the border on.
+            border: Element of the vector where the second begins.
+        """
         m = self.moments
         m["step"] += 1
-        torch._fused_adamw_(
-            [self.vector], [self.grad], [m["exp_avg"]], [m["exp_avg_sq"]], [], [m["step"]],
-            lr=lr, beta1=0.9, beta2=0.999,
-            weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
+        parts = [slice(None)] if border is None else [slice(border), slice(border, None)]
+        for part, lr in zip(parts, lrs, strict=True):
+            torch._fused_adamw_(
+                [self.vector[part]], [self.grad[part]], [m["exp_avg"][part]], [m["exp_avg_sq"][part]], [], [m["step"]],
+                lr=lr, beta1=0.9, beta2=0.999,
+                weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
 class Updater:
     """The optimizer and everything it remembers."""
 
-    def __init__(self, policy: Policy, loss: LossFunction, config: Update, *, seed: int, max_bad_updates: int) -> None:
+    def __init__(
+        self, policy: Policy, loss: LossFunction, config: Update, *, seed: int, max_bad_updates: int,
+        own: SelfImitation | None = None,
+    ) -> None:  # fmt: skip
         """Take over a policy's parameters.
 
         Args:
@@ -159,14 +177,18 @@ class Updater:
             config: The recipe's update section.
             seed: Of the shuffle.
             max_bad_updates: Updates in a row without one finite step after which `update` raises.
+            own: How own successes are imitated; None for not at all.
         """
         self.policy, self.loss, self.config = policy, loss, config
         self.max_bad_updates = max_bad_updates
+        self.own = own
+        self.successes: Successes | None = None
         self.reference: Policy | None = copy.deepcopy(policy) if loss.config.kl.coef else None
-        self.parameters = FlatParameters(cast(nn.Module, policy))
+        self.parameters = FlatParameters(cast(nn.Module, policy), last="critic" if config.critic_lr else None)
         flat = self.parameters
         self.optimizer = Adam(flat.vector, flat.grad, eps=config.adam_eps, weight_decay=config.weight_decay)
         self.generator = torch.Generator().manual_seed(seed)
+        self.noise = torch.Generator(flat.vector.device).manual_seed(seed)
         self.lr = config.lr
         self.version = 0
         self.bad_in_a_row = 0
@@ -207,6 +229,9 @@ class Updater:
             flat.rows["logp_ref"] = self._logp(self.reference, flat)
         if c.logp_gap.do != "nothing":
             metrics.merge(self._mend(flat))
+        if self.own is not None:
+            self.successes = Successes.of(rollout)
+            metrics.last("rollout/imitated_decisions", float(len(self.successes)))
         self._stepped = self._moved = False
         for epoch in range(c.epochs):
             diagnose = epoch == c.epochs - 1 or c.target_kl is not None
@@ -255,15 +280,18 @@ class Updater:
             parts.append(result.metrics)
             if measure:  # the weights are still those that sampled
                 parts.append({"sync/logp_gap_mean": logp_gap(evaluation.logp.detach(), piece.logp, piece.mask)})
+        if self.own is not None and self.successes:
+            imitation = self.successes.loss(cast(Imitator, self.policy), self.own.rows, self.generator, self.noise)
+            (self.own.coef * imitation).backward()
+            loss = loss + self.own.coef * imitation.detach()
+            parts.append({"actor/self_imitation_loss": (imitation.detach(), 1.0)})
         norm = float(torch.linalg.vector_norm(flat.grad))
         if not math.isfinite(norm) or not math.isfinite(float(loss)):
             metrics.add("actor/skipped_updates", 1.0, 0.0)
             self._problem = self._describe(batch, loss)
             return
         self._stepped = self._moved = True
-        if norm > c.max_grad_norm:
-            flat.grad.mul_(c.max_grad_norm / norm)
-        self.optimizer.step(self.lr)
+        norm = self._move(norm)
         for name, (total, count) in ((k, v) for part in parts for k, v in part.items()):
             metrics.maximum(name, float(total)) if name.endswith("_max") else metrics.add(
                 name, float(total), float(count)
@@ -271,6 +299,22 @@ class Updater:
         if diagnose:
             metrics.add("actor/grad_norm", norm, 1.0)
             metrics.add("actor/loss", float(loss), 1.0)
+
+    def _move(self, norm: float) -> float:
+        """Clip and step; the length of the gradient that the policy had, without the critic if that learns apart."""
+        flat, c = self.parameters, self.config
+        if c.critic_lr is None:
+            if norm > c.max_grad_norm:
+                flat.grad.mul_(c.max_grad_norm / norm)
+            self.optimizer.step(self.lr)
+            return norm
+        lengths = []
+        for part in (flat.grad[: flat.border], flat.grad[flat.border :]):
+            lengths.append(float(torch.linalg.vector_norm(part)))
+            if lengths[-1] > c.max_grad_norm:
+                part.mul_(c.max_grad_norm / lengths[-1])
+        self.optimizer.step(self.lr, c.critic_lr, border=flat.border)
+        return lengths[0]
 
     def _describe(self, batch: Batch, loss: Tensor) -> str:
         """What is not finite in a step: the loss, inputs and gradients by name."""
@@ -355,6 +399,7 @@ class Updater:
         state: State = {
             "moments": dict(self.optimizer.moments),
             "generator": self.generator.get_state(),
+            "noise": self.noise.get_state(),
             "lr": self.lr,
             "version": self.version,
             "bad_in_a_row": self.bad_in_a_row,
@@ -368,6 +413,7 @@ class Updater:
         for name, x in self.optimizer.moments.items():
             x.copy_(state["moments"][name])
         self.generator.set_state(state["generator"])
+        self.noise.set_state(state["noise"])
         self.lr, self.version, self.bad_in_a_row = state["lr"], state["version"], state["bad_in_a_row"]
         if self.reference is not None:
             cast(nn.Module, self.reference).load_state_dict(state["reference"])

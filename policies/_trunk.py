@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError
+from embodied_rl.policies._critic import ValueHead
 from embodied_rl.section import Section
 from embodied_rl.types import EnvSpec, Obs, TensorSpec
 
@@ -53,29 +54,6 @@ class Prefix(NamedTuple):
     """For `Trunk.suffix`."""
     sight: Tensor
     """[N, ...] what foresight reads."""
-
-
-class ValueHead(Section):
-    """The critic, which reads the prefix: never noise or sampled actions."""
-
-    kind: Literal["scalar", "hl_gauss", "none"] = "scalar"
-    """scalar: one number; hl_gauss: a distribution over return bins (needs loss.value.kind hl_gauss); none."""
-    hidden: int = Field(128, ge=1)
-    """Width of its hidden layer."""
-    detach: bool = False
-    """Let no gradient of the value loss into the trunk: it then cannot disturb what was imitated, nor teach it."""
-    bins: int = Field(51, ge=3)
-    """Bins of hl_gauss."""
-    low: float = -0.1
-    """Lower edge of the first bin, in (scaled) return units."""
-    high: float = 1.1
-    """Upper edge of the last bin."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ValueHead:
-        if self.low >= self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        return self
 
 
 class TrunkConfig(Section):
@@ -183,11 +161,15 @@ class Eye(nn.Module):
     where: Tensor
 
     def __init__(self, spec: TensorSpec, words: int, config: TrunkConfig) -> None:
-        """Two convolutions; queries from the words and of their own."""
+        """Two convolutions; queries from the words and of their own.
+
+        They read each colour and its logarithm, in which a face in the shade is darker by the same number whatever its
+        colour: that is what tells a cube from a cylinder five pixels wide.
+        """
         super().__init__()
         height, width, _ = spec.shape
         c = config.channels
-        self.conv1 = nn.Conv2d(3, c, 2 * PATCH, PATCH, padding=PATCH // 2)
+        self.conv1 = nn.Conv2d(6, c, 2 * PATCH, PATCH, padding=PATCH // 2)
         self.conv2 = nn.Conv2d(c, c, 3, padding=1)
         self.norm = nn.LayerNorm(c)
         self.query = nn.Parameter(torch.randn(config.glances, c))
@@ -200,9 +182,9 @@ class Eye(nn.Module):
 
     def forward(self, picture: Tensor, words: Tensor) -> Tensor:
         """[N, H, W, 3] uint8 and [N, words] to [N, glances, width]."""
-        x = picture.permute(0, 3, 1, 2).to(self.conv1.weight.dtype).div_(127.5).sub_(1.0)
-        x = F.gelu(self.conv1(x))
-        x = F.gelu(x + self.conv2(x))
+        x = picture.permute(0, 3, 1, 2).to(self.conv1.weight.dtype)
+        x = F.gelu(self.conv1(torch.cat([x / 127.5 - 1.0, torch.log((x + 8.0) / 90.0)], dim=1)))
+        x = x + F.gelu(self.conv2(x))
         features = self.norm(x.flatten(2).transpose(1, 2))
         n, _, c = features.shape
         query = self.query + SHARPNESS * self.ask(words).view(n, -1, c)
@@ -229,7 +211,7 @@ class Trunk(nn.Module):
         self.vectors: list[str] = []
         self.eyes, self.joints = nn.ModuleDict(), nn.ModuleDict()
         self.words_entry = ""
-        for name, spec in env.observation.items():
+        for name, spec in env.seen.items():
             if spec.dtype == torch.uint8 and len(spec.shape) == 3 and spec.shape[2] == 3:
                 if spec.shape[0] % PATCH or spec.shape[1] % PATCH:
                     raise CapabilityError(
@@ -329,7 +311,7 @@ class Foresight(nn.Module):
     Those of the moment are best kept from it: late in a demonstration where the hand is tells where it ends, and a
     prediction that follows the hand instead of the picture goes astray with the hand.
 
-    Only imitation trains it; it is frozen until `fit`, so that reinforcement learning carries it along unchanged.
+    Only imitation trains it; a policy gradient is none of its business and carries it along unchanged.
     """
 
     mean: Tensor
@@ -343,13 +325,11 @@ class Foresight(nn.Module):
         self.hidden, self.head = nn.Linear(sight, width), nn.Linear(width, size)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
-        self.requires_grad_(False)
 
     def fit(self, statistics: dict[str, dict[str, Tensor]]) -> None:
-        """Take over mean and std of each entry, and become trainable."""
+        """Take over mean and std of each entry."""
         self.mean.copy_(torch.cat([statistics[name]["mean"] for name in self.names]))
         self.std.copy_(torch.cat([statistics[name]["std"] for name in self.names]).clamp(min=0.01))
-        self.requires_grad_(True)
 
     def loss(self, sight: Tensor, last: Obs) -> Tensor:
         """[N] mean Huber loss of the error in standard deviations, times 2: squared up to 1, then linear.
@@ -359,30 +339,6 @@ class Foresight(nn.Module):
         """
         target = (torch.cat([last[name] for name in self.names], dim=1) - self.mean) / self.std
         return 2 * F.huber_loss(self.head(F.gelu(self.hidden(sight))), target, reduction="none").mean(1)
-
-
-class Critic(nn.Module):
-    """Value from the prefix's summary."""
-
-    support: Tensor
-
-    def __init__(self, width: int, config: ValueHead) -> None:
-        """One hidden layer."""
-        super().__init__()
-        self.detach = config.detach
-        self.range = (config.low, config.high) if config.kind == "hl_gauss" else None
-        bins = config.bins if self.range else 1
-        self.hidden, self.head = nn.Linear(width, config.hidden), nn.Linear(config.hidden, bins)
-        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
-        step = (config.high - config.low) / bins
-        self.register_buffer("support", config.low + step * (torch.arange(bins) + 0.5), persistent=False)
-
-    def forward(self, summary: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[N, width] to values [N] and, of a classifying critic, logits [N, bins]."""
-        raw = self.head(F.gelu(self.hidden(summary.detach() if self.detach else summary)))
-        if self.range is None:
-            return raw.squeeze(-1), None
-        return torch.softmax(raw, dim=-1) @ self.support, raw
 
 
 def padded(obs: Obs) -> tuple[Obs, int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from embodied_rl.policies._trunk import ActionScale, Critic, Trunk, TrunkConfig, padded
+from embodied_rl.policies._critic import Critic
+from embodied_rl.policies._trunk import ActionScale, Trunk, TrunkConfig, padded
 from embodied_rl.types import EnvSpec, Evaluation, Obs
 
 
@@ -22,14 +23,15 @@ class VlaPolicy(nn.Module):
         self.value_range = (head.low, head.high) if head.kind == "hl_gauss" else None
         self.scale = ActionScale(self.size)
         self.trunk = Trunk(env, config)
-        self.critic = Critic(config.width, head) if self.has_critic else None
+        self.critic = Critic(env, config.width, head) if self.has_critic else None
 
     def value(self, obs: Obs) -> Tensor:
         """[N] critic's estimate, without gradients."""
         assert self.critic is not None, "value() on a policy without a critic"
         with torch.inference_mode():
             obs, n = padded(obs)
-            return self.critic(self.trunk.prefix(obs)[0])[0][:n]
+            summary = None if self.critic.entries else self.trunk.prefix(obs).summary
+            return self.critic(summary, obs)[0][:n]
 
     def observe(self, obs: Obs) -> None:
         """Nothing moves but by gradients."""
@@ -42,8 +44,12 @@ class VlaPolicy(nn.Module):
         """Prepare to foresee where demonstrations end."""
         self.trunk.fit_vectors(statistics)
 
-    def judged(self, summary: Tensor, logp: Tensor, entropy: Tensor | None, n: int) -> Evaluation:
-        """The evaluation of the first n rows, with the critic's view of the summary."""
-        value, logits = self.critic(summary) if self.critic is not None else (None, None)
+    def estimate(self, summary: Tensor, obs: Obs, n: int) -> Tensor | None:
+        """[n] what the critic says while acting; None without a critic, or where it cannot see."""
+        return None if self.critic is None or self.critic.blind(obs) else self.critic(summary, obs)[0][:n]
+
+    def judged(self, summary: Tensor, obs: Obs, logp: Tensor, entropy: Tensor | None, n: int) -> Evaluation:
+        """The evaluation of the first n rows, with the critic's view of them."""
+        value, logits = self.critic(summary, obs) if self.critic is not None else (None, None)
         rest = (None if x is None else x[:n] for x in (entropy, value, logits))
         return Evaluation(logp[:n], *rest)

@@ -387,7 +387,7 @@ def readable(env: EnvSpec) -> tuple[list[str], str]:
     Raises:
         CapabilityError: There is no picture.
     """
-    seen = env.observation.items()
+    seen = env.seen.items()
     pictures = [n for n, o in seen if o.dtype == torch.uint8 and len(o.shape) == 3 and o.shape[2] == 3]
     words = [n for n, o in seen if o.dtype == torch.int64 and len(o.shape) == 1 and o.high is not None]
     if not pictures:
@@ -410,7 +410,7 @@ class WrappedTrunk(Trunk):
             UserError: A model that cannot be had, or an entry of the observation that cannot be read.
         """
         pictures, words = readable(env)
-        rest = {n: o for n, o in env.observation.items() if n not in (*pictures, words)}
+        rest = {n: o for n, o in env.seen.items() if n not in (*pictures, words)}
         super().__init__(replace(env, observation=rest), config)
         model = open_model(config, TINY)
         self.backbone = Backbone(env, model, model, model, config)
@@ -433,7 +433,8 @@ def build(config: Config, *, env: EnvSpec, device: torch.device) -> TokenPolicy 
     if env.action.kind != "continuous":
         raise CapabilityError("policy hf_vla moves continuous actions; this env's are discrete")
     head: type[TokenPolicy | FlowPolicy] = TokenPolicy if config.head == "tokens" else FlowPolicy
-    policy = head(replace(env, observation={}), config)
+    told = {n: o for n, o in env.observation.items() if o.privileged}
+    policy = head(replace(env, observation=told), config)
     trunk = WrappedTrunk(env, config)
     policy.spec, policy.trunk = env, trunk
     policy.to(device)

@@ -161,7 +161,7 @@ class Encoder(nn.Module):
         self.slots: dict[int, list[str]] = {}
         self.ids: list[str] = []
         self.words = nn.ModuleDict()
-        specs = env.observation
+        specs = env.seen
         for name, spec in specs.items():
             if not spec.dtype.is_floating_point:
                 self._add_words(name, spec, config)

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError
 from embodied_rl.policies._chains import gaussian_logp, ode_step, sde_step, times, training_pair
-from embodied_rl.policies._trunk import ActionScale, Critic, ValueHead, pad_rows, padded
+from embodied_rl.policies._critic import Critic, ValueHead
+from embodied_rl.policies._trunk import ActionScale, pad_rows, padded
 from embodied_rl.policies.hf_vla import TINY, Backbone, Pretrained, blank, open_model, readable
 from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
 
@@ -131,7 +132,7 @@ class Pi0Policy(nn.Module):
         self.register_buffer("state_std", torch.ones(length))
         self.backbone = Backbone(env, model, model.model.vlm, model.model, config)
         self.spread = nn.Linear(settings.dit_config.hidden_size, self.size) if config.likelihood == "learned" else None
-        self.critic = Critic(self.backbone.width, config.critic) if self.has_critic else None
+        self.critic = Critic(env, self.backbone.width, config.critic) if self.has_critic else None
         grid = times("flow", config.denoising_steps)
         self.register_buffer("now", grid.now, persistent=False)
         self.register_buffer("after", grid.after, persistent=False)
@@ -172,7 +173,8 @@ class Pi0Policy(nn.Module):
                 rows = torch.arange(len(x), device=x.device)
                 table, logp = table[rows, chosen].unsqueeze(1), logp[rows, chosen].unsqueeze(1)
             action = self.scale.restore(x[..., : self.size])
-            value = None if self.critic is None else self._value(prefix)[0][:n]
+            blind = self.critic is None or self.critic.blind(obs)
+            value = None if blind else self._value(prefix, obs)[0][:n]
             return PolicyOutput(table[:n], logp[:n], action[:n], value)
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
@@ -189,7 +191,7 @@ class Pi0Policy(nn.Module):
             logps.append(self._total(gaussian_logp(after, mean, std)))
             if entropy:
                 entropies.append(self._total(std.log() + 0.5 * math.log(2 * math.pi * math.e)))
-        value, value_logits = self._value(prefix) if self.critic is not None else (None, None)
+        value, value_logits = self._value(prefix, obs) if self.critic is not None else (None, None)
         return Evaluation(
             torch.stack(logps, dim=1)[:n], torch.stack(entropies, dim=1)[:n] if entropy else None,
             None if value is None else value[:n], None if value_logits is None else value_logits[:n],
@@ -200,7 +202,7 @@ class Pi0Policy(nn.Module):
         assert self.critic is not None, "value() on a policy without a critic"
         with torch.inference_mode():
             obs, n = padded(obs)
-            return self._value(self.prefix(obs))[0][:n]
+            return self._value(self.prefix(obs), obs)[0][:n]
 
     def observe(self, obs: Obs) -> None:
         """Nothing moves but by gradients."""
@@ -288,9 +290,9 @@ class Pi0Policy(nn.Module):
         flat = x.flatten(1)
         return flat.sum(-1) if self.config.log_prob == "sum" else flat.mean(-1)
 
-    def _value(self, prefix: Prefix) -> tuple[Tensor, Tensor | None]:
+    def _value(self, prefix: Prefix, obs: Obs) -> tuple[Tensor, Tensor | None]:
         assert self.critic is not None
-        value: tuple[Tensor, Tensor | None] = self.critic(F.layer_norm(prefix.summary, prefix.summary.shape[1:]))
+        value: tuple[Tensor, Tensor | None] = self.critic(F.layer_norm(prefix.summary, prefix.summary.shape[1:]), obs)
         return value
 
 
@@ -300,7 +302,7 @@ def _vectors(env: EnvSpec, taken: set[str]) -> list[str]:
     Raises:
         CapabilityError: Something else is left.
     """
-    rest = {name: spec for name, spec in env.observation.items() if name not in taken}
+    rest = {name: spec for name, spec in env.seen.items() if name not in taken}
     for name, spec in rest.items():
         if not (spec.dtype.is_floating_point and len(spec.shape) == 1):
             raise CapabilityError(

@@ -45,14 +45,18 @@ class Config(TrunkConfig):
     """K; more follow the curve better and cost one pass of the head each."""
     likelihood: Literal["sde", "learned", "cfm", "latent"] = "sde"
     """See the module docstring; imitation is the same for all."""
-    stochastic: Literal["all", "one"] = "all"
-    """sde: noise in every step, or in one step of each decision, drawn at random; the others are deterministic."""
+    stochastic: Literal["all", "one", "last"] = "all"
+    """sde, learned: noise in every step, in one step of each decision drawn at random, or in the last step; the others
+    are deterministic. last, with start 0, makes the policy a Gaussian around what greedy evaluation does."""
     noise: float = Field(0.5, gt=0)
     """sde: strength of the noise; for diffusion 1 is DDPM."""
     min_std: float = Field(0.08, gt=0)
     """learned: smallest standard deviation of a step; sde: the same, which keeps the last steps from being exact."""
     max_std: float = Field(0.16, gt=0)
     """learned: the largest."""
+    start: float = Field(1.0, ge=0)
+    """sde, learned: standard deviation of the noise that a sampled chain starts from. 1 samples all that was imitated;
+    less stays nearer to its middle, which is what greedy evaluation takes and where a policy succeeds more often."""
     log_prob: Literal["sum", "mean"] = "sum"
     """Over the C x D numbers of a step. sum is the step's log-probability; mean divides it, so that a clip of 0.2
     allows C x D times as much in the true log-ratio (what pi_RL and DPPO do)."""
@@ -70,13 +74,16 @@ class Config(TrunkConfig):
             )
         if self.likelihood == "learned" and self.min_std >= self.max_std:
             raise ValueError(f"min_std ({self.min_std}) must be below max_std ({self.max_std})")
-        used = {"stochastic": "sde", "noise": "sde", "max_std": "learned", "samples": "cfm", "latent_std": "latent"}
-        for name, owner in used.items():
+        used = {
+            "stochastic": ("sde", "learned"), "noise": ("sde",), "max_std": ("learned",), "samples": ("cfm",),
+            "latent_std": ("latent",), "start": ("sde", "learned"), "min_std": ("sde", "learned"),
+        }  # fmt: skip
+        for name, owners in used.items():
             value, default = getattr(self, name), type(self).model_fields[name].default
-            if value != default and self.likelihood != owner:
+            if value != default and self.likelihood not in owners:
                 raise ValueError(
                     f"{name} ({value}) does nothing with likelihood ({self.likelihood}): remove it, or set "
-                    f"likelihood: {owner}"
+                    f"likelihood: {' or '.join(owners)}"
                 )
         return self
 
@@ -128,8 +135,9 @@ class FlowPolicy(VlaPolicy):
             x, units = self._draw(summary, cache, n, generator, greedy)
             # Of the very function that training calls, so the ratio starts at exactly 1.
             logp, _ = self._log_prob(summary, cache, units)
-            value = self.critic(summary)[0][:n] if self.critic is not None else None
-            features = summary[:n] if self.kind == "latent" else None
+            value = self.estimate(summary, obs, n)
+            kept = self.kind == "latent" and not (self.critic is not None and self.critic.entries)
+            features = summary[:n] if kept else None
             return PolicyOutput(units[:n], logp[:n], self.scale.restore(x)[:n], value, features=features)
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
@@ -139,7 +147,7 @@ class FlowPolicy(VlaPolicy):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             summary, cache = (obs[FEATURES], []) if FEATURES in obs else self.trunk.prefix(obs)[:2]
         logp, h = self._log_prob(summary, cache, pad_rows(units))
-        return self.judged(summary, logp, h if entropy else None, n)
+        return self.judged(summary, obs, logp, h if entropy else None, n)
 
     # ---- learning from demonstrations ---------------------------------------------------------------------------
 
@@ -218,11 +226,13 @@ class FlowPolicy(VlaPolicy):
             even = ((torch.arange(s, device=x.device) + 0.5) / s).expand(n, -1)
             t = even if greedy else torch.rand((n, s), generator=generator, device=x.device)
             return x, torch.cat([x.flatten(1), normal(s).flatten(1), pad_rows(t)], dim=1).unsqueeze(1)
+        x = x * self.config.start
         steps = self.config.denoising_steps
         chosen: Tensor | None = None
         if self.num_units == 1 and steps > 1:
-            last = torch.full((n,), steps - 1, device=x.device)
-            chosen = pad_rows(last if greedy else torch.randint(steps, (n,), generator=generator, device=x.device))
+            last = greedy or self.config.stochastic == "last"
+            fixed = torch.full((n,), steps - 1, device=x.device)
+            chosen = pad_rows(fixed if last else torch.randint(steps, (n,), generator=generator, device=x.device))
         units = []
         for k in range(steps):
             now = torch.full((len(x), 1), k, device=x.device)

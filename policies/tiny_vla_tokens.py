@@ -78,7 +78,7 @@ class TokenPolicy(VlaPolicy):
                 units = self._sample(logits, n, generator, greedy)
             # Of the very function that training calls, so the ratio starts at exactly 1.
             logp = self._log_prob(logits, units)
-            value = self.critic(summary)[0][:n] if self.critic is not None else None
+            value = self.estimate(summary, obs, n)
             action = self.scale.restore(self._middle(units)).view(len(units), self.chunk, self.size)
             return PolicyOutput(units[:n], logp[:n], action[:n], value)
 
@@ -92,7 +92,7 @@ class TokenPolicy(VlaPolicy):
         if entropy:
             log_probs = torch.log_softmax(logits, dim=-1)
             h = -(log_probs.exp() * log_probs).sum(-1)
-        return self.judged(summary, self._log_prob(logits, units), h, n)
+        return self.judged(summary, obs, self._log_prob(logits, units), h, n)
 
     # ---- learning from demonstrations ---------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from embodied_rl.advantage import Credit
 from embodied_rl.loss import Loss
 from embodied_rl.section import Section
+from embodied_rl.self_imitation import SelfImitation
 from embodied_rl.update import Update
 
 
@@ -24,6 +25,7 @@ class AlgorithmConfig(Section):
     credit: Credit = Credit()
     loss: Loss = Loss()
     update: Update = Update()
+    self_imitation: SelfImitation = SelfImitation()
 
     @model_validator(mode="after")
     def _critic_is_trained(self) -> AlgorithmConfig:

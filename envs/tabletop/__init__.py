@@ -46,6 +46,9 @@ class Config(Section):
     much as some ten control steps."""
     picture_size: int = Field(64, ge=8, le=512)
     """Rows and columns of each picture in pixels."""
+    privileged: bool = False
+    """observation: pictures; also show what the simulator knows, for a critic (policy.critic.reads: privileged). What
+    chooses actions does not get it."""
     evaluation_sentences: Sentences = "heldout"
     """heldout: evaluation starts are told in sentences that training never uses; training: in sentences of training.
     The layouts are the same, so the two can be compared in pairs (see evaluate.suites)."""
@@ -54,7 +57,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> Config:
-        for name in ("cameras", "picture_size"):
+        for name in ("cameras", "picture_size", "privileged"):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if self.observation == "state" and value != default:
                 raise ValueError(
@@ -119,6 +122,7 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         end_on_success=config.end_on_success,
         device=device,
         pictures=pictures,
+        privileged=config.privileged,
         evaluation_sentences=config.evaluation_sentences,
     )
 

@@ -13,6 +13,7 @@ from embodied_rl.envs.tabletop.kinematics import ArmKinematics
 from embodied_rl.envs.tabletop.layout import draw_starts
 from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
 from embodied_rl.envs.tabletop.physics import Physics
+from embodied_rl.envs.tabletop.pictures import told, told_spec
 from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
 from embodied_rl.errors import CheckpointError, NotFoundError, nearest
@@ -51,6 +52,7 @@ class TabletopEnv:
         end_on_success: bool,
         device: torch.device,
         pictures: Pictures | None = None,
+        privileged: bool = False,
         evaluation_sentences: Sentences = "heldout",
     ) -> None:
         """Wire the parts; use `build` to make one from a config."""
@@ -60,6 +62,8 @@ class TabletopEnv:
             meaning = "TCP position (5/m) 3, TCP x and y axes 6, gripper opening -1..1"
             hand = TensorSpec((HAND.stop - HAND.start,), meaning=meaning)
             observation = pictures.specs | {"hand": hand, "instruction": observation["instruction"]}
+        if privileged:
+            observation["told"] = told_spec(len(tasks))
         self.scene = scene
         self.device = device
         self.physics = physics
@@ -90,6 +94,7 @@ class TabletopEnv:
         self._texts = [""] * num_envs
         self._camera: BatchCamera | None = None
         self._pictures = pictures
+        self._told = privileged
         self.arm.forward()
 
     # ---- the protocol ------------------------------------------------------------------------------------------
@@ -138,7 +143,11 @@ class TabletopEnv:
         seen = self._observer.observation()
         if self._pictures is not None:
             pictures = self._pictures.look(self.physics.qpos, self.episode)
-            seen = pictures | {"hand": seen["proprio"][:, HAND], "instruction": seen["instruction"]}
+            shown = pictures | {"hand": seen["proprio"][:, HAND], "instruction": seen["instruction"]}
+            if self._told:
+                task = torch.nn.functional.one_hot(self.episode.task, len(self._tasks))
+                shown["told"] = told(self.view(), seen["proprio"][:, HAND.start :], self._meant(), task)
+            seen = shown
         return {name: value.to(self.device) for name, value in seen.items()}
 
     def get_state(self) -> State:
@@ -226,6 +235,11 @@ class TabletopEnv:
         return self._observer.object_poses()
 
     # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _meant(self) -> Tensor:
+        """[B, 7] pose of the object meant."""
+        poses = self.object_poses()
+        return poses[torch.arange(len(poses), device=poses.device), self.episode.a].float()
 
     def _start(self, rows: list[int], seeds: list[int], tasks: list[int]) -> None:
         scene, inner = self.scene, self.physics.device

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from embodied_rl.envs.tabletop.observe import Episode
 from embodied_rl.envs.tabletop.scene import Scene
+from embodied_rl.envs.tabletop.tasks import View
 from embodied_rl.types import Obs, TensorSpec
 
 
@@ -52,3 +53,37 @@ class Pictures:
                 picture[rows] = drawn[name]
             self._stale.fill_(False)
         return {name: picture.clone() for name, picture in self._latest.items()}
+
+
+def told_spec(tasks: int) -> TensorSpec:
+    """Of the entry "told": what the simulator knows and pictures only show, for critics."""
+    return TensorSpec(
+        (43 + tasks,),
+        privileged=True,
+        meaning="hand as in that entry 10, finger target 1, wanted minus real TCP 6; object meant: relative to the TCP (10/m) 3, place (5/m) 3, quaternion 4; goal "
+        "relative to it (10/m, 0 without one) 3, second object relative to it (10/m) 3, handle relative to the TCP (5/m) "
+        "3, drawer (10/m) 1, height of the object (10/m) 1, between, held, gripper open, wanted on 4, opening 1, task",
+    )
+
+
+def told(view: View, hand: Tensor, meant: Tensor, task: Tensor) -> Tensor:
+    """See `told_spec`.
+
+    Args:
+        view: Of all copies.
+        hand: [B, 17] entry of the observation.
+        meant: [B, 7] pose of the object meant.
+        task: [B, tasks] one-hot.
+
+    Returns:
+        told: [B, 43 + tasks] float32.
+    """
+    place = view.a_position
+    marked = (view.goal[:, 2:] > -0.5) * (view.goal - place)
+    flags = torch.stack([view.between, view.held, view.gripper_open, view.relation_on], dim=1)
+    numbers = torch.stack([10 * view.drawer, 10 * view.a_height], dim=1)
+    parts = [
+        hand, 10 * (place - view.tcp), 5 * place, meant[:, 3:], 10 * marked, 10 * (view.b_position - place),
+        5 * (view.handle - view.tcp), numbers, flags, view.aperture[:, None], task,
+    ]  # fmt: skip
+    return torch.cat([part.float() for part in parts], dim=1)

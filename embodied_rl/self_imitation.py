@@ -1,0 +1,91 @@
+r"""Learning from one's own successes as from demonstrations, beside the policy gradient.
+
+A policy gradient tells what to do more often, one number per decision. An episode that succeeded tells more: these were
+good actions, and where it ended is where these pictures and words had meant. With groups of tries at the same start even
+a guess that was right by luck is a labelled example. The loss is the policy's own imitation loss:
+
+    L = L_RL + coef * mean over decisions of solved episodes of imitation_loss(obs, executed actions, where it ended)
+
+Source: Oh et al. 2018 (self-imitation learning, arXiv:1806.05635). Differs: only whole solved episodes of the latest
+rollout count, by the policy's imitation loss instead of a return-weighted likelihood, and nothing is kept for later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from embodied_rl.section import Section
+from embodied_rl.types import Imitator, Obs, Rollout
+
+
+class SelfImitation(Section):
+    """How own successes are imitated."""
+
+    coef: float = Field(0.0, ge=0)
+    """Weight of the imitation loss of decisions in solved episodes, beside the method's own loss; 0 leaves it out."""
+    rows: int = Field(64, ge=1)
+    """Decisions of solved episodes in each optimizer step; more cost more time and are less noisy."""
+
+
+@dataclass
+class Successes:
+    """Decisions of the solved episodes of a rollout, as demonstrations."""
+
+    obs: Obs
+    """name -> [N, ...]"""
+    action: Tensor
+    """[N, C, D] as executed."""
+    mask: Tensor
+    """[N, C] bool, control steps that were executed."""
+    last: Obs
+    """name -> [N, D] the observation's vectors where the episode ended."""
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    @staticmethod
+    def of(rollout: Rollout) -> Successes:
+        """Pick them out.
+
+        Args:
+            rollout: Collected with `keep_final_obs` and `keep_actions`, in an env that knows success.
+
+        Returns:
+            successes: Of episodes that end in this rollout, solved. Decisions after the first in which the goal holds
+                are left out.
+        """
+        assert rollout.action is not None and rollout.final is not None and rollout.solved is not None
+        ended = rollout.done & rollout.valid & (rollout.solved > 0)
+        # Episodes are numbered within the rollout, so one table says where each of them ended.
+        end = torch.full((int(rollout.episode.max()) + 1,), -1, dtype=torch.int64, device=rollout.final.device)
+        end[rollout.episode[ended]] = rollout.final[ended]
+        place = end[rollout.episode]
+        counts = (place >= 0) & rollout.valid & (rollout.solved < 2)
+        place, told = place[counts], {k: v[rollout.episode[counts]] for k, v in rollout.constants.items()}
+        obs = {k: v[counts] for k, v in rollout.obs.items()} | told
+        last = {k: v[place] for k, v in rollout.final_obs.items()} | told
+        vectors = {k: v for k, v in last.items() if v.is_floating_point() and v.ndim == 2}
+        steps = torch.arange(rollout.action.shape[2], device=place.device)
+        return Successes(obs, rollout.action[counts], steps < rollout.steps[counts].unsqueeze(-1), vectors)
+
+    def loss(self, policy: Imitator, rows: int, shuffle: torch.Generator, noise: torch.Generator) -> Tensor:
+        """Mean imitation loss of some of them, drawn with replacement.
+
+        Args:
+            policy: Learns.
+            rows: How many.
+            shuffle: CPU generator of the draw.
+            noise: Of the imitation loss, on the policy's device.
+
+        Returns:
+            loss: Scalar.
+        """
+        i = torch.randint(len(self), (rows,), generator=shuffle).to(self.action.device)
+        obs, last = ({k: v[i] for k, v in x.items()} for x in (self.obs, self.last))
+        weight = self.mask[i].float()
+        each = policy.imitation_loss(obs, self.action[i], last, noise)
+        return (each * weight).sum() / weight.sum()

@@ -1,0 +1,247 @@
+"""A critic that reads what only a simulator knows, its own step size, and the imitation of own successes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from embodied_rl import registry
+from embodied_rl.config import build_recipe
+from embodied_rl.errors import CapabilityError
+from embodied_rl.measure import Clock
+from embodied_rl.self_imitation import Successes
+from embodied_rl.session import Session, load_weights
+from embodied_rl.types import ActionSpec, Rollout, TensorSpec
+from tests.kit import CPU, TOYS, spec
+
+OBSERVATION = {
+    "front": TensorSpec((16, 16, 3), torch.uint8, low=0, high=255),
+    "state": TensorSpec((3,)),
+    "told": TensorSpec((5,), privileged=True),
+}
+SMALL = {"width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2}
+HEADS = {"tiny_vla_flow": {"denoising_steps": 2}, "tiny_vla_tokens": {"bins": 5}}
+
+
+def policy(name, observation=None, reads="privileged", **config):
+    module = registry.load("policy", name)
+    torch.manual_seed(0)
+    made = module.build(
+        module.Config(**SMALL | HEADS[name] | {"critic": {"hidden": 8, "reads": reads}} | config),
+        env=spec(observation or OBSERVATION, ActionSpec("continuous", 3)), device=CPU,
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return made
+
+
+def look(n=20, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    picture = torch.randint(0, 256, (n, 16, 16, 3), generator=g).to(torch.uint8)
+    return {"front": picture, "state": torch.randn(n, 3, generator=g), "told": torch.randn(n, 5, generator=g)}
+
+
+def decide(p, obs):
+    out = p.act(obs, generator=torch.Generator().manual_seed(1))
+    return out.action.clone(), None if out.value is None else out.value.clone()
+
+
+# ---- a privileged critic ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_only_the_simulator_knows_moves_the_value_and_never_the_action(name):
+    p, obs = policy(name), look()
+    action, value = decide(p, obs)
+    other = obs | {"told": look(seed=1)["told"]}
+    again, moved = decide(p, other)
+    assert torch.equal(action, again) and not torch.allclose(value, moved)
+    seen = obs | {"front": look(seed=1)["front"]}
+    changed, same = decide(p, seen)
+    assert not torch.equal(action, changed) and torch.equal(value, same), "and pictures never the value"
+    torch.testing.assert_close(p.value(obs), value)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_outside_of_simulation_it_acts_without_a_value(name):
+    p, obs = policy(name), look()
+    action, _ = decide(p, obs)
+    del obs["told"]
+    without, value = decide(p, obs)
+    assert torch.equal(action, without) and value is None
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_its_loss_reaches_no_parameter_of_the_actor(name):
+    p, obs = policy(name), look()
+    out = p.act(obs, generator=torch.Generator().manual_seed(1))
+    p.evaluate(obs, out.units.clone()).value.square().sum().backward()
+    touched = {n for n, x in p.named_parameters() if x.grad is not None and bool(x.grad.abs().sum() > 0)}
+    assert touched and all(n.startswith("critic") for n in touched)
+
+
+@pytest.mark.parametrize("name", [*HEADS, "mlp"])
+def test_the_actor_is_built_as_if_privileged_entries_were_not_there(name):
+    plain = {k: v for k, v in OBSERVATION.items() if k != "told"}
+    if name == "mlp":
+        del plain["front"]
+        module = registry.load("policy", "mlp")
+        made = [
+            module.build(module.Config(hidden=[4]), env=spec(o, ActionSpec("continuous", 3)), device=CPU)
+            for o in (plain, plain | {"told": OBSERVATION["told"]})
+        ]
+    else:
+        made = [policy(name, o, reads="prefix") for o in (plain, OBSERVATION)]
+    shapes = [{n: x.shape for n, x in p.named_parameters()} for p in made]
+    assert shapes[0] == shapes[1]
+
+
+def test_without_anything_privileged_it_says_what_to_set():
+    plain = {k: v for k, v in OBSERVATION.items() if k != "told"}
+    with pytest.raises(CapabilityError, match=r"policy.critic.reads \(privileged\).*set env.privileged=true"):
+        policy("tiny_vla_flow", plain)
+
+
+def test_the_tabletop_tells_where_the_object_meant_is():
+    module = registry.load("env", "tabletop")
+    config = module.Config(observation="pictures", cameras=("table",), picture_size=8, reward="sparse", privileged=True)
+    env = module.build(config, num_envs=2, device=CPU, split="train", seed=0)
+    obs = env.reset(torch.ones(2, dtype=torch.bool), torch.tensor([2, 4]), torch.tensor([0, 2]))
+    view, told = env.view(), obs["told"]
+    assert env.spec.observation["told"].privileged and told.shape == (2, *env.spec.observation["told"].shape)
+    torch.testing.assert_close(told[:, 17:20], 10 * (view.a_position - view.tcp).float())
+    torch.testing.assert_close(told[:, 20:23], 5 * view.a_position.float())
+    assert told[:, -3:].tolist() == [[1, 0, 0], [0, 0, 1]], "the task"
+    env.close()
+
+
+# ---- a critic that begins anew, with a step size of its own ------------------------------------------------------------
+
+
+def session(algorithm="ppo", policy=None, **sections):
+    return Session.build(build_recipe({
+        "env": {"type": "target", "max_steps": 6, "tolerance": 0.9},
+        "policy": (policy if "type" in (policy or {}) else {"type": "tiny_vla_flow", **SMALL, "denoising_steps": 2} | (policy or {})),
+        "algorithm": {"type": algorithm} | sections,
+        "collect": {"copies": 16, "decisions": 3} | ({"mode": "episodes", "group_size": 4} if algorithm == "grpo" else {}),
+        "threads": 1, "device": "cpu",
+    }))  # fmt: skip
+
+
+def test_weights_without_a_critic_leave_a_new_one_as_it_is():
+    imitated = session("grpo", {"critic": {"kind": "none"}}).policy
+    fresh = session().policy
+    before = {n: x.clone() for n, x in fresh.state_dict().items()}
+    weights = {n: x + 1 for n, x in imitated.state_dict().items()}
+    with pytest.raises(Exception, match="critic.hidden.weight is missing"):
+        load_weights(fresh, weights, "there")
+    load_weights(fresh, weights, "there", fresh_critic=True)
+    for n, x in fresh.state_dict().items():
+        assert torch.equal(x, before[n] if n.startswith("critic") else weights[n]), n
+    del weights["trunk.summary"]
+    with pytest.raises(Exception, match=r"trunk.summary is missing"):
+        load_weights(fresh, weights, "there", fresh_critic=True)
+
+
+def test_the_first_step_of_adam_is_as_long_as_each_part_s_own_step_size():
+    s = session(update={"epochs": 1, "minibatches": 1, "lr": 1e-4, "critic_lr": 1e-2, "adam_eps": 1e-12})
+    before = {n: x.clone() for n, x in s.policy.named_parameters()}
+    s.iterate(Clock())
+    moved = {n: (x - before[n]).abs().max().item() for n, x in s.policy.named_parameters()}
+    critic = max(v for n, v in moved.items() if n.startswith("critic"))
+    actor = max(v for n, v in moved.items() if not n.startswith("critic"))
+    assert critic == pytest.approx(1e-2, rel=1e-3) and actor == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_the_critic_s_gradient_does_not_shorten_the_actor_s():
+    """The critic's loss a million times larger: clipped together, nothing would be left for the actor."""
+    lengths = []
+    for coef in (1e-3, 1e3):
+        s = session(update={"epochs": 1, "minibatches": 1, "critic_lr": 1e-3}, loss={"value": {"coef": coef}})
+        s.iterate(Clock())
+        flat = s.updater.parameters
+        lengths.append(float(torch.linalg.vector_norm(flat.grad[: flat.border])))
+    # The shared trunk gets some of the critic's gradient, so the lengths are not equal; both are at the limit of 0.5.
+    assert lengths[1] == pytest.approx(0.5, rel=1e-3) and lengths[0] > 0.01
+
+
+# ---- own successes -----------------------------------------------------------------------------------------------------
+
+
+def rollout():
+    """3 decisions of 2 copies: copy 0 solves episode 0 in its second decision, then begins episode 2, which goes on; copy
+    1 fails episode 1 at a time limit in its last."""
+    false = torch.zeros(3, 2, dtype=torch.bool)
+    terminated, truncated = false.clone(), false.clone()
+    terminated[1, 0], truncated[2, 1] = True, True
+    final = torch.full((3, 2), -1)
+    final[1, 0], final[2, 1], final[2, 0] = 0, 1, 2
+    t = torch.arange(6.0).view(3, 2)
+    return Rollout(
+        obs={"state": t.unsqueeze(-1)}, constants={"goal": torch.tensor([[10.0], [11.0], [12.0]])},
+        episode=torch.tensor([[0, 1], [0, 1], [2, 1]]), units=t.unsqueeze(-1), logp=t.unsqueeze(-1),
+        mask=~false.unsqueeze(-1), valid=~false, reward=t, steps=torch.tensor([[2, 2], [1, 2], [2, 2]]),
+        terminated=terminated, truncated=truncated, value=None, next_value=None, group=torch.zeros(3, 2, dtype=torch.int64),
+        task=torch.zeros(3, 2, dtype=torch.int64), policy_version=torch.zeros(3, 2, dtype=torch.int64), chunk=2,
+        finished={}, metrics={}, solved=torch.tensor([[0, 0], [1, 0], [0, 0]]), action=t.view(3, 2, 1, 1).expand(3, 2, 2, 1),
+        final=final, final_obs={"state": torch.tensor([[100.0], [101.0], [102.0]])},
+    )  # fmt: skip
+
+
+def test_only_decisions_of_solved_episodes_count_with_where_they_ended():
+    own = Successes.of(rollout())
+    assert own.obs["state"].tolist() == [[0.0], [2.0]] and own.obs["goal"].tolist() == [[10.0], [10.0]]
+    assert own.action[..., 0].tolist() == [[0.0, 0.0], [2.0, 2.0]]
+    assert own.mask.tolist() == [[True, True], [True, False]], "the second chunk ended after one control step"
+    assert own.last["state"].tolist() == [[100.0], [100.0]]
+    assert own.last["goal"].tolist() == [[10.0], [10.0]], "what stays for the whole episode is so at its end"
+
+
+def test_decisions_after_the_goal_has_held_are_left_out():
+    r = rollout()
+    going_on = replace(r, solved=torch.tensor([[1, 0], [2, 0], [0, 0]]))
+    assert Successes.of(going_on).obs["state"].tolist() == [[0.0]]
+    assert len(Successes.of(replace(r, solved=torch.zeros(3, 2, dtype=torch.int64)))) == 0
+
+
+@pytest.mark.parametrize("head", [{}, {"type": "tiny_vla_tokens"}])
+def test_an_update_brings_the_policy_nearer_to_what_succeeded(head):
+    """Without any policy gradient (learning nothing from advantages), the imitation loss of the successes falls."""
+    kind = {"type": "tiny_vla_tokens", **SMALL, "bins": 16} if head else {}
+    falls = []
+    for coef in (0.0, 1.0):
+        s = session(
+            "ppo", kind, self_imitation={"coef": coef, "rows": 64},
+            update={"epochs": 4, "minibatches": 4, "lr": 3e-3, "critic_warmup": 99},
+        )  # fmt: skip
+        s.collector.keep_final_obs = s.collector.keep_actions = True
+        taken = s.collector.collect()
+        own = Successes.of(taken)
+        assert len(own) > 4, "the goals are large enough to be hit by chance"
+
+        def loss(s=s, own=own):
+            with torch.no_grad():
+                draw, noise = (torch.Generator().manual_seed(7) for _ in range(2))
+                return float(own.loss(s.policy, 512, draw, noise))
+
+        before = loss()
+        metrics = s.updater.update(taken, s.credit(taken), progress=0.0).reduce()
+        assert ("actor/self_imitation_loss" in metrics) == (coef > 0)
+        falls.append(before - loss())
+    assert falls[1] > 0.05 and falls[1] > 3 * abs(falls[0])
+
+
+def build(env, **algorithm):
+    """A run of the mlp policy in one of the tests' toys."""
+    return Session.build(build_recipe({
+        "env": {"type": str(TOYS / env)}, "policy": {"type": "mlp"}, "algorithm": {"type": "ppo"} | algorithm,
+        "collect": {"copies": 4, "decisions": 3}, "device": "cpu",
+    }))  # fmt: skip
+
+
+def test_what_cannot_imitate_is_refused():
+    with pytest.raises(CapabilityError, match=r"self_imitation.coef \(1\).*the policy has no imitation_loss"):
+        build("point.py", self_imitation={"coef": 1})
+    with pytest.raises(CapabilityError, match=r"update.critic_lr \(0.01\) moves a critic, and none is trained here"):
+        session("grpo", {"critic": {"kind": "none"}}, update={"critic_lr": 0.01})
