@@ -1,7 +1,7 @@
 r"""Learning from one's own successes as from demonstrations, beside the policy gradient.
 
 A policy gradient tells what to do more often, one number per decision. An episode that succeeded tells more: these were
-good actions, and where it ended is where these pictures and words had meant. With groups of tries at the same start even
+good actions, and where it ended is where these pictures and words had meant. With groups of tries at the same start
 a guess that was right by luck is a labelled example. The loss is the policy's own imitation loss:
 
     L = L_RL + coef * mean over decisions of solved episodes of imitation_loss(obs, executed actions, where it ended)

@@ -145,12 +145,13 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
     if algorithm.self_imitation.coef and not (env.has_success and isinstance(policy, Imitator)):
         lacking = "the policy has no imitation_loss" if env.has_success else "the env does not tell success"
         raise CapabilityError(
-            f"algorithm.self_imitation.coef ({algorithm.self_imitation.coef:g}) imitates solved episodes, and {lacking}: "
-            "remove it, or choose an env that tells success and one of tiny_vla_tokens, tiny_vla_flow, hf_vla and pi0"
+            f"algorithm.self_imitation.coef ({algorithm.self_imitation.coef:g}) imitates solved episodes, and "
+            f"{lacking}: remove it, or choose an env that tells success and one of tiny_vla_tokens, tiny_vla_flow, hf_vla and pi0"
         )
     if algorithm.update.critic_lr and not (policy.has_critic and loss.value.coef):
         raise CapabilityError(
-            f"algorithm.update.critic_lr ({algorithm.update.critic_lr:g}) moves a critic, and none is trained here: remove it"
+            f"algorithm.update.critic_lr ({algorithm.update.critic_lr:g}) moves a critic, and none is trained here: "
+            "remove it"
         )
     classifies = getattr(policy, "value_range", None) is not None
     if loss.value.coef and policy.has_critic and (loss.value.kind == "hl_gauss") != classifies:

@@ -26,8 +26,8 @@ class ValueHead(Section):
     hidden: int = Field(128, ge=1)
     """Width of its hidden layer."""
     reads: Literal["prefix", "privileged"] = "prefix"
-    """prefix: what the trunk makes of the observation; privileged: only those entries that the env marks so, such as the
-    simulator's state, through a network of its own (an asymmetric critic). It is needed while training only."""
+    """prefix: what the trunk makes of the observation; privileged: only those entries that the env marks so, such as
+    the simulator's state, through a network of its own (an asymmetric critic). It is needed while training only."""
     detach: bool = False
     """Let no gradient of the value loss into the trunk: it then cannot disturb what was imitated, nor teach it."""
     bins: int = Field(51, ge=3)

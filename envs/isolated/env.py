@@ -186,8 +186,9 @@ class IsolatedEnv:
         shape = [len(asked), height, width, 3]
         if not asked:
             return torch.empty(*shape, dtype=torch.uint8, device=self.device)
-        fields = [["pictures", "uint8", shape, 0], ["end", "uint8", [0], int(np.prod(shape))]]
-        fd = shared_memory(fields[-1][3])
+        size = int(np.prod(shape))
+        fields = [["pictures", "uint8", shape, 0], ["end", "uint8", [0], size]]
+        fd = shared_memory(size)
         try:
             pictures = share(fd, fields)["pictures"]
             for worker in self._workers:

@@ -80,7 +80,7 @@ def complete(spec: dict[str, Any]) -> dict[str, Any]:
     plain = {"tasks": ["task"], "max_steps": None, "success": False, "cameras": [], "metrics": [], "control_hz": None,
              "on_demand": False, "repeatable": True, "words": 0}  # fmt: skip
     entry = {"dtype": "float32", "low": None, "high": None, "constant": False, "meaning": ""}
-    action = {"names": []}
+    action: dict[str, Any] = {"names": []}
     unknown = sorted(set(spec) - set(plain) - {"observation", "action"})
     if unknown or not spec.get("observation") or "action" not in spec:
         known = sorted(plain)
@@ -197,8 +197,10 @@ class Copies:
             self._show(row + self.low, self.simulators[row].observe())
 
     def _show(self, at: int, obs: dict[str, Any] | None) -> None:
-        if obs is None and self.spec["on_demand"]:
-            return
+        if obs is None:
+            if self.spec["on_demand"]:
+                return
+            raise ValueError("the simulator gave no observation; only one with on_demand may")
         for name, array in self.seen:
             array[at] = obs[name]
 

@@ -130,8 +130,8 @@ def initial_states(task: str) -> np.ndarray:
     with zipfile.ZipFile(path) as archive:
         member = next(n for n in archive.namelist() if n.endswith("data.pkl"))
         found = [(op.name, arg) for op, arg, _ in pickletools.genops(archive.read(member))]
-    texts = [arg for name, arg in found if name == "BINUNICODE"]
-    numbers = [arg for name, arg in found if name.startswith("BININT")]
+    texts = [str(arg) for name, arg in found if name == "BINUNICODE"]
+    numbers = [int(arg or 0) for name, arg in found if name.startswith("BININT")]
     rows, columns = numbers[2:4]  # after the shape (0,) of an empty array and the version of the format
     data = max(texts, key=len).encode("latin1")
     if "f8" not in texts or len(data) != 8 * rows * columns:

@@ -60,9 +60,10 @@ def told_spec(tasks: int) -> TensorSpec:
     return TensorSpec(
         (43 + tasks,),
         privileged=True,
-        meaning="hand as in that entry 10, finger target 1, wanted minus real TCP 6; object meant: relative to the TCP (10/m) 3, place (5/m) 3, quaternion 4; goal "
-        "relative to it (10/m, 0 without one) 3, second object relative to it (10/m) 3, handle relative to the TCP (5/m) "
-        "3, drawer (10/m) 1, height of the object (10/m) 1, between, held, gripper open, wanted on 4, opening 1, task",
+        meaning="hand as in that entry 10, finger target 1, wanted minus real TCP 6; object meant: relative to the TCP "
+        "(10/m) 3, place (5/m) 3, quaternion 4; goal relative to it (10/m, 0 without one) 3, second object relative to "
+        "it (10/m) 3, handle relative to the TCP (5/m) 3, drawer (10/m) 1, height of the object (10/m) 1, between, "
+        "held, gripper open, wanted on 4, opening 1, task",
     )
 
 
