@@ -21,25 +21,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from embodied_rl.cells import Aggregate, Level, by_cell, cell_weights, weighted_sum
 from embodied_rl.section import Section
 from embodied_rl.types import Batch, Evaluation
-
-Level = Literal["unit", "action", "decision", "trajectory"]
-Aggregate = Literal["unit_mean", "decision_mean", "trajectory_mean", "constant"]
+from embodied_rl.value_loss import ValueLoss, value_clipped, value_loss
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before exp: beyond it the clip has long decided, and exp would overflow."""
-
-
-class ValueLoss(Section):
-    """How the critic is fitted."""
-
-    kind: Literal["mse", "clipped", "hl_gauss"] = "mse"
-    """mse; clipped: the larger of the errors with and without the step clipped; hl_gauss: classification over bins."""
-    coef: float = Field(0.5, ge=0)
-    """Weight of the value loss; mse and clipped carry no factor 1/2 of their own."""
-    clip: float = Field(0.2, gt=0)
-    """Largest move of a value per update for `clipped`, in the critic's units."""
 
 
 class Kl(Section):
@@ -123,94 +111,6 @@ class LossResult(NamedTuple):
     """name -> (sum, count), or (max, nan) for names that end in _max; empty unless `diagnose`."""
 
 
-def by_cell(x: Tensor, mask: Tensor | None, level: Level, reduce: str, chunk: int, trajectory: Tensor) -> Tensor:
-    """Bring a per-unit quantity to the cells of a ratio level.
-
-    Args:
-        x: [N, A] quantity per unit.
-        mask: [N, A] bool, units that count; None for all. Masked entries may hold anything, NaN included.
-        level: unit gives [N, A], action [N, C], decision and trajectory [N, 1].
-        reduce: "sum" or "mean" over the counting units of the cell.
-        chunk: C; units of a decision are ordered control step by control step.
-        trajectory: [N] int64 trajectory of each row; rows of one trajectory must all be present.
-
-    Returns:
-        cells: [N, L]; at trajectory level every row of a trajectory carries the trajectory's number.
-    """
-    if mask is not None:
-        x = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    if level == "unit":
-        return x
-    n, a = x.shape
-    shape = (n, chunk, a // chunk) if level == "action" else (n, 1, a)
-    total = x.view(shape).sum(-1)
-    count: Tensor | float = float(shape[-1])
-    if mask is not None and reduce == "mean":
-        count = mask.view(shape).sum(-1).to(x.dtype)
-    if level == "trajectory":
-        ids, rows = torch.unique(trajectory, return_inverse=True)
-        total = total.new_zeros(len(ids), 1).index_add(0, rows, total)[rows]
-        if reduce == "mean":
-            per_row = count if isinstance(count, Tensor) else x.new_full((n, 1), count)
-            count = per_row.new_zeros(len(ids), 1).index_add(0, rows, per_row)[rows]
-    if reduce == "mean":
-        total = total / (count.clamp(min=1) if isinstance(count, Tensor) else count)
-    return total
-
-
-def cell_weights(
-    mask: Tensor | None,
-    trajectory: Tensor,
-    num_units: int,
-    chunk: int,
-    level: Level,
-    aggregate: Aggregate,
-    constant_units: int | None = None,
-) -> Tensor:
-    """Weight of each cell, counted over the whole optimizer step.
-
-    The weight of one unit is
-        unit_mean        1 / U                        U units of the step that count
-        decision_mean    1 / (U_row n)                U_row units of the decision, n decisions that have any
-        trajectory_mean  1 / (U_traj m)               U_traj units of the trajectory, m trajectories that have any
-        constant         1 / (constant_units m)
-    and a cell weighs as much as its units together, so all weights of a step add up to 1 (except with `constant`).
-
-    Args:
-        mask: [N, A] bool over ALL rows of the step; None when every unit counts.
-        trajectory: [N] int64.
-        num_units: A.
-        chunk: C.
-        level: Ratio level that decides the shape of the result.
-        aggregate: Which mean.
-        constant_units: Denominator of `constant`.
-
-    Returns:
-        weight: [N, L] float32 with L as in `by_cell`; 0 for cells without a counting unit.
-    """
-    n = len(trajectory)
-    device = trajectory.device
-    if mask is None and aggregate in ("unit_mean", "decision_mean"):
-        # Every unit counts, so all cells weigh the same.
-        cells = {"unit": num_units, "action": chunk}.get(level, 1)
-        return torch.full((n, cells), 1.0 / (n * cells), device=device)
-    counts = torch.ones(n, num_units, device=device) if mask is None else mask.to(torch.float32)
-    per_row = counts.sum(-1, keepdim=True)
-    if aggregate == "unit_mean":
-        unit = counts / per_row.sum().clamp(min=1)
-    elif aggregate == "decision_mean":
-        unit = counts / (per_row.clamp(min=1) * (per_row > 0).sum().clamp(min=1))
-    else:
-        ids, rows = torch.unique(trajectory, return_inverse=True)
-        per_trajectory = per_row.new_zeros(len(ids), 1).index_add(0, rows, per_row)
-        present = (per_trajectory > 0).sum().clamp(min=1)
-        length = per_trajectory[rows].clamp(min=1) if aggregate == "trajectory_mean" else float(constant_units or 1)
-        unit = counts / (length * present)
-    if level == "unit":
-        return unit
-    return unit.view(n, chunk if level == "action" else 1, -1).sum(-1)
-
-
 def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, Tensor]:
     """Objective of each cell, to be maximised.
 
@@ -260,68 +160,6 @@ def kl_estimate(d: Tensor, kind: str) -> Tensor:
     if kind == "k2":
         return 0.5 * d.square()
     return torch.expm1(-d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + d
-
-
-def hl_gauss_targets(target: Tensor, low: float, high: float, bins: int, sigma_bins: float = 0.75) -> Tensor:
-    """Histogram of a Gaussian around each target: the soft labels of a classifying critic.
-
-    p_i is proportional to Phi((e_{i+1} - y) / sigma) - Phi((e_i - y) / sigma) over edges e of `bins` equal bins.
-
-    Args:
-        target: [N] regression targets; values outside [low, high] are moved to the border.
-        low: Lower edge of the first bin.
-        high: Upper edge of the last bin.
-        bins: Number of bins.
-        sigma_bins: Standard deviation in widths of a bin.
-
-    Returns:
-        probabilities: [N, bins], rows add up to 1.
-
-    Source: Farebrother et al. 2024, section 3.1 (arXiv:2403.03950).
-    """
-    width = (high - low) / bins
-    edges = torch.linspace(low, high, bins + 1, dtype=target.dtype, device=target.device)
-    z = (edges - target.clamp(low, high).unsqueeze(-1)) / (sigma_bins * width * 2**0.5)
-    cdf = torch.erf(z)
-    return cdf.diff(dim=-1) / (cdf[:, -1:] - cdf[:, :1])
-
-
-def value_loss(
-    evaluation: Evaluation, batch: Batch, config: ValueLoss, value_range: tuple[float, float] | None
-) -> Tensor:
-    """Per-decision critic loss.
-
-    mse: (v - y)^2;  clipped: max((v - y)^2, (v_old + clip(v - v_old, +-c) - y)^2);  hl_gauss: cross-entropy.
-
-    Args:
-        evaluation: With `value` [N], and `value_logits` [N, bins] for hl_gauss.
-        batch: With `target` [N] and `value` [N].
-        config: The switches.
-        value_range: (low, high) of the classifying critic's bins; None for a scalar critic.
-
-    Returns:
-        loss: [N], without `coef` and without weights.
-    """
-    assert evaluation.value is not None and batch.target is not None
-    if config.kind == "hl_gauss":
-        assert evaluation.value_logits is not None and value_range is not None
-        logits = evaluation.value_logits
-        labels = hl_gauss_targets(batch.target, *value_range, bins=logits.shape[-1])
-        return -(labels * torch.log_softmax(logits, dim=-1)).sum(-1)
-    error = (evaluation.value - batch.target).square()
-    if config.kind == "clipped":
-        assert batch.value is not None
-        near = batch.value + (evaluation.value - batch.value).clamp(-config.clip, config.clip)
-        error = torch.maximum(error, (near - batch.target).square())
-    return error
-
-
-def value_clipped(evaluation: Evaluation, batch: Batch, clip: float) -> Tensor:
-    """[N] bool, decisions to which the clipped value loss gives no gradient: the clipped error is the larger one."""
-    assert evaluation.value is not None and batch.value is not None and batch.target is not None
-    move = evaluation.value - batch.value
-    near = batch.value + move.clamp(-clip, clip)
-    return (move.abs() > clip) & ((near - batch.target).abs() > (evaluation.value - batch.target).abs())
 
 
 @dataclass(frozen=True)
@@ -426,19 +264,3 @@ class LossFunction:
                     cut = value_clipped(evaluation, batch, c.value.clip).to(weight.dtype)
                     metrics["critic/clip_fraction"] = (weighted_sum(cut, batch.row_weight), rows)
         return LossResult(total, k3, metrics)
-
-
-def weighted_sum(x: Tensor, weight: Tensor, *, everywhere: bool = False) -> Tensor:
-    """Sum of x times weight over cells with a weight; cells of weight 0 may hold anything, NaN included.
-
-    Args:
-        x: [N] or [N, L].
-        weight: Same shape, not negative.
-        everywhere: All weights are known to be positive, which saves looking.
-
-    Returns:
-        total: Scalar.
-    """
-    if not everywhere:
-        x = torch.where(weight > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    return x.flatten().dot(weight.flatten().to(x.dtype))

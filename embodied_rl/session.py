@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl import checkpoint, registry
-from embodied_rl.advantage import CreditChain
 from embodied_rl.algorithms import AlgorithmConfig
 from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
+from embodied_rl.credit import CreditChain
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, UserError
 from embodied_rl.loss import LossFunction
 from embodied_rl.measure import Clock, rollout_metrics

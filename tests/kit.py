@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from embodied_rl import registry
-from embodied_rl.advantage import CreditChain
 from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
+from embodied_rl.credit import CreditChain
 from embodied_rl.loss import LossFunction
 from embodied_rl.metrics import Partials
 from embodied_rl.types import ActionSpec, Batch, EnvSpec, Evaluation, Obs, PolicyOutput, Rollout, TensorSpec

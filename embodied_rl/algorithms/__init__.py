@@ -1,6 +1,6 @@
 """One file per method: a `Config` that chooses its defaults over the shared blocks.
 
-A method is three sections: `credit` (embodied_rl/advantage.py), `loss` (embodied_rl/loss.py) and `update`
+A method is three sections: `credit` (embodied_rl/credit.py), `loss` (embodied_rl/loss.py) and `update`
 (embodied_rl/update.py). A new one usually needs no code, only other defaults: subclass `AlgorithmConfig` in one file,
 here or in a file of your own.
 """
@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from embodied_rl.advantage import Credit
+from embodied_rl.credit import Credit
 from embodied_rl.loss import Loss
 from embodied_rl.section import Section
 from embodied_rl.update import Update

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embodied_rl import advantage
-from embodied_rl.advantage import Credit
+from embodied_rl.credit import Credit, CreditChain, fit_metrics
 from embodied_rl.errors import CapabilityError
 from tests.kit import rollout_of
 
@@ -136,7 +136,7 @@ def test_whitening_of_equal_or_single_numbers_is_exactly_zero():
 def test_explained_variance_by_hand():
     # targets 1, 2, 3, 6 (variance 14/3), residuals 0, 1, 0, 1 (mean 1/2, variance 1/3): 1 - (1/3) / (14/3) = 13/14
     value = torch.tensor([[1.0, 1.0, 3.0, 5.0]], dtype=F64)
-    metrics = advantage.fit_metrics(value, SCORES, VALID)
+    metrics = fit_metrics(value, SCORES, VALID)
     total, count = metrics["critic/explained_variance"]
     assert total / count == pytest.approx(13 / 14, abs=1e-12)
     assert metrics["critic/value_mean"][0] / metrics["critic/value_mean"][1] == pytest.approx(2.5)
@@ -144,11 +144,11 @@ def test_explained_variance_by_hand():
 
 
 def test_explained_variance_of_constant_targets_is_absent():
-    assert "critic/explained_variance" not in advantage.fit_metrics(SCORES, torch.ones_like(SCORES), VALID)
+    assert "critic/explained_variance" not in fit_metrics(SCORES, torch.ones_like(SCORES), VALID)
 
 
 def chain(rollout, **credit):
-    return advantage.CreditChain(Credit(**credit))(rollout)
+    return CreditChain(Credit(**credit))(rollout)
 
 
 def test_trajectory_scores_do_not_weigh_long_episodes_more():
@@ -214,7 +214,7 @@ def test_the_running_reward_scale_is_the_deviation_of_all_discounted_returns_so_
     rewards = [5 * torch.randn(6, 3, generator=g, dtype=F64) + 2 for _ in range(4)]
     dones = [torch.rand(6, 3, generator=g) < 0.2 for _ in range(4)]
     zero = torch.zeros(6, 3, dtype=F64)
-    credit = advantage.CreditChain(Credit(gamma=0.9, lam=0.0, reward_scale="running_return_std"))
+    credit = CreditChain(Credit(gamma=0.9, lam=0.0, reward_scale="running_return_std"))
     for i in range(4):
         rollout = rollout_of(rewards[i], terminated=dones[i], value=zero, next_value=zero)
         expected = rewards[i] / running_returns(rewards[: i + 1], dones[: i + 1], 0.9).std(unbiased=False)
@@ -226,7 +226,7 @@ def test_the_memory_of_the_reward_scale_survives_a_save():
     zero = torch.zeros(5, 2)
     rollouts = [rollout_of(torch.randn(5, 2, generator=g), value=zero, next_value=zero) for _ in range(3)]
     config = Credit(reward_scale="running_return_std")
-    whole, first, second = (advantage.CreditChain(config) for _ in range(3))
+    whole, first, second = (CreditChain(config) for _ in range(3))
     expected = [whole(r).advantage for r in rollouts]
     first(rollouts[0])
     second.load_state_dict(first.state_dict())

@@ -1,0 +1,230 @@
+"""Credit assignment as a chain of small steps: shape, returns, baseline, scale, post-process.
+
+Published methods are choices along the chain (`Credit`), not functions of their own; the steps are in `advantage.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from embodied_rl.advantage import (
+    Baseline,
+    Scale,
+    equal_in_group,
+    gae,
+    return_to_go,
+    scale,
+    subtract_baseline,
+    whiten,
+)
+from embodied_rl.section import Section
+from embodied_rl.selection import until_success
+from embodied_rl.types import Advantage, Rollout, State
+
+
+class Credit(Section):
+    """How rewards become advantages."""
+
+    gamma: float = Field(0.99, ge=0, le=1)
+    """Discount per control step; a decision of k executed steps is discounted by gamma ** k."""
+    returns: Literal["gae", "return_to_go", "trajectory"] = "gae"
+    """gae: needs a critic; return_to_go: discounted sum from the decision on; trajectory: one number per episode."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """GAE's lambda: 0 is the one-step error (low variance), 1 the discounted return minus the value."""
+    mask_after_success: bool = False
+    """For envs that go on after success: learn nothing from decisions that begin after the goal has first held in their
+    episode, and end its return there. The decision in which the goal is reached counts whole."""
+    reward_scale: Literal["none", "running_return_std"] = "none"
+    """Divide rewards by the running standard deviation of the discounted return before anything else."""
+    baseline: Baseline = "critic"
+    """What is subtracted; critic comes with gae, the group ones compare copies that share one start."""
+    scale: Scale = "none"
+    """What the centred score is divided by."""
+    scale_floor: float = Field(1e-3, gt=0)
+    """Smallest divisor; scores that are all equal give an advantage of exactly 0 whatever the floor."""
+    whiten: bool = False
+    """Finally bring the advantages of the whole rollout to mean 0 and standard deviation 1."""
+    clip: float | None = Field(None, gt=0)
+    """Finally clamp advantages to +-clip; null for no clamp."""
+    positive_weight: float = Field(1.0, ge=0)
+    """Finally multiply positive advantages (0 learns from failures only)."""
+    negative_weight: float = Field(1.0, ge=0)
+    """Finally multiply negative advantages (0 learns from successes only)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Credit:
+        if (self.returns == "gae") != (self.baseline == "critic"):
+            raise ValueError(
+                f"returns ({self.returns}) and baseline ({self.baseline}) do not fit: gae goes with critic, "
+                "return_to_go and trajectory with none, batch_mean, group_mean or leave_one_out"
+            )
+        if self.returns == "gae" and self.scale != "none":
+            raise ValueError(f"scale ({self.scale}) does nothing with returns gae: set scale: none (and whiten: true)")
+        if self.returns != "gae" and self.lam != type(self).model_fields["lam"].default:
+            raise ValueError(f"lam ({self.lam}) does nothing with returns ({self.returns}): remove it, or use gae")
+        centred_in_group = self.baseline in ("group_mean", "leave_one_out")
+        if self.scale != "none" and not (
+            centred_in_group or (self.scale, self.baseline) == ("batch_std", "batch_mean")
+        ):
+            raise ValueError(
+                f"scale ({self.scale}) with baseline ({self.baseline}) would blow up scores that are all equal: "
+                "use baseline group_mean or leave_one_out (or batch_mean with batch_std), or scale: none"
+            )
+        return self
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether the policy must have a value head."""
+        return self.returns == "gae"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether copies must share starts."""
+        return self.baseline in ("group_mean", "leave_one_out") or self.scale in ("group_std", "group_mean")
+
+
+class CreditChain:
+    """`Credit` with the little memory it needs (the running scale of rewards); part of a checkpoint."""
+
+    def __init__(self, config: Credit, *, drop_equal_groups: bool = False) -> None:
+        """Start with an empty memory.
+
+        Args:
+            config: The recipe's credit section.
+            drop_equal_groups: Groups whose returns are all equal leave before the update, so that no mean over the
+                batch counts them; otherwise they stay, with an advantage of 0.
+        """
+        self.config, self.drop_equal_groups = config, drop_equal_groups
+        self._running: Tensor | None = None
+        self._count, self._mean, self._m2 = 0.0, 0.0, 0.0
+
+    def __call__(self, rollout: Rollout) -> Advantage:
+        """Run the chain.
+
+        Args:
+            rollout: A finished rollout; group methods need one episode per copy (`collect.mode: episodes`).
+
+        Returns:
+            advantage: `.advantage` [T, B], and `.target` [T, B] = unprocessed advantage + value with a critic.
+        """
+        c = self.config
+        metrics: dict[str, tuple[float, float]] = {}
+        if c.mask_after_success:
+            made, rollout = float(rollout.valid.sum()), until_success(rollout)
+            metrics["rollout/after_success_rate"] = (made - float(rollout.valid.sum()), made)
+        reward, discount = self._reward_and_discount(rollout)
+        if c.reward_scale != "none":
+            reward = reward / self._reward_std(reward, rollout, discount)
+        target, counts = None, rollout.valid
+        if c.returns == "gae":
+            assert rollout.value is not None and rollout.next_value is not None
+            value = torch.where(rollout.valid, rollout.value, torch.zeros_like(reward))
+            next_value = torch.where(rollout.valid, rollout.next_value, torch.zeros_like(reward))
+            raw = gae(
+                reward, value, next_value, rollout.terminated, rollout.truncated | ~rollout.valid,
+                discount=discount, lam=c.lam,
+            )  # fmt: skip
+            target = raw + value
+            metrics |= fit_metrics(value, target, rollout.valid)
+        else:
+            score, group = return_to_go(reward, rollout.done, discount=discount), rollout.group[0]
+            if c.needs_groups:
+                equal = equal_in_group(score[:1], group)[0]
+                metrics["rollout/zero_advantage_groups"] = (float(equal.sum()), float(equal.numel()))
+                if self.drop_equal_groups:
+                    counts = counts & ~equal
+            counted = counts
+            if c.returns == "trajectory":
+                # One row: an episode counts once in a mean over the batch, however many decisions it took.
+                score, counted = score[:1], counted[:1]
+            raw = subtract_baseline(score, group, counted, c.baseline)
+            raw = scale(raw, score, group, counted, c.scale, c.scale_floor).expand_as(reward)
+        return Advantage(self._post(raw, counts), target, metrics, counts)
+
+    def contrast(self, rollout: Rollout) -> Tensor:
+        """[B] bool, True for copies of groups whose returns differ: only these tell good from bad."""
+        if self.config.mask_after_success:
+            rollout = until_success(rollout)
+        reward, discount = self._reward_and_discount(rollout)
+        score = return_to_go(reward, rollout.done, discount=discount)
+        return ~equal_in_group(score[:1], rollout.group[0])[0]
+
+    def _reward_and_discount(self, rollout: Rollout) -> tuple[Tensor, Tensor | float]:
+        # An infinite or NaN number in a masked decision must not reach the sums.
+        reward = torch.where(rollout.valid, rollout.reward, torch.zeros_like(rollout.reward))
+        gamma = self.config.gamma
+        return reward, gamma if rollout.chunk == 1 else gamma ** rollout.steps.to(reward.dtype)
+
+    def _post(self, x: Tensor, valid: Tensor) -> Tensor:
+        c = self.config
+        if c.whiten:
+            x = whiten(x, valid)
+        if c.clip is not None:
+            x = x.clamp(-c.clip, c.clip)
+        if c.positive_weight != 1 or c.negative_weight != 1:
+            x = torch.where(x > 0, c.positive_weight * x, c.negative_weight * x)
+        return torch.where(valid, x, torch.zeros_like(x))
+
+    def _reward_std(self, reward: Tensor, rollout: Rollout, discount: Tensor | float) -> float:
+        """Standard deviation of the running discounted return R <- discount R + r over all decisions seen so far.
+
+        Source: Engstrom et al. 2020, appendix A.2 (arXiv:2005.12729); R is not reset at rollout borders, only at
+        the end of an episode.
+        """
+        # A NaN would stay in the statistics for good; the update that it belongs to is skipped anyway.
+        reward = torch.where(torch.isfinite(reward), reward, torch.zeros_like(reward))
+        # Where every episode ended with its rollout nothing runs on, and the next one may have other copies.
+        running = torch.zeros_like(reward[0])
+        if self._running is not None and bool(self._running.any()):
+            running = self._running.to(reward.device)
+        series = torch.empty_like(reward)
+        for t in range(len(reward)):
+            d = discount[t] if isinstance(discount, Tensor) else discount
+            running = running * d + reward[t]
+            series[t] = running
+            running = torch.where(rollout.done[t] | ~torch.isfinite(running), torch.zeros_like(running), running)
+        self._running = running
+        series = series[rollout.valid & torch.isfinite(series)].double()
+        if series.numel():
+            n, mean = float(series.numel()), float(series.mean())
+            m2 = float(series.var(unbiased=False)) * n
+            total = self._count + n
+            delta = mean - self._mean
+            self._m2 += m2 + delta**2 * self._count * n / total
+            self._mean += delta * n / total
+            self._count = total
+        return max((self._m2 / self._count) ** 0.5, 1e-4) if self._count else 1.0
+
+    def state_dict(self) -> State:
+        """What a checkpoint keeps of it."""
+        return {"running": self._running, "count": self._count, "mean": self._mean, "m2": self._m2}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore `state_dict`."""
+        self._running, self._count, self._mean, self._m2 = state["running"], state["count"], state["mean"], state["m2"]
+
+
+def fit_metrics(value: Tensor, target: Tensor, valid: Tensor) -> dict[str, tuple[float, float]]:
+    """How well the critic predicts its targets: explained variance 1 - Var(y - v) / Var(y), and both means.
+
+    Args:
+        value: [T, B].
+        target: [T, B].
+        valid: [T, B] bool.
+
+    Returns:
+        metrics: name -> (sum, count); explained_variance is absent when the targets do not vary.
+    """
+    v, y = (value, target) if bool(valid.all()) else (value[valid], target[valid])
+    if v.numel() < 2:
+        return {}
+    n = float(v.numel())
+    metrics = {"critic/value_mean": (float(v.mean()) * n, n), "critic/target_mean": (float(y.mean()) * n, n)}
+    variance = float(y.var())
+    if variance > 0:
+        metrics["critic/explained_variance"] = (1 - float((y - v).var()) / variance, 1.0)
+    return metrics
