@@ -66,6 +66,85 @@ def gae(
     return advantage
 
 
+def on_last_unit(x: Tensor, mask: Tensor) -> Tensor:
+    """Give each decision's number to the last of its units that count; the others get 0.
+
+    Args:
+        x: [T, B].
+        mask: [T, B, A] bool.
+
+    Returns:
+        spread: [T, B, A]; a decision without any counting unit keeps its number on its first one.
+    """
+    last = mask.flip(-1).to(torch.int8).argmax(-1, keepdim=True)
+    index = torch.where(mask.any(-1, keepdim=True), mask.shape[-1] - 1 - last, 0)
+    return x.new_zeros(mask.shape).scatter_(-1, index, x.unsqueeze(-1))
+
+
+def unit_gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    mask: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    discount: Tensor | float,
+    lam: float,
+) -> Tensor:
+    """`gae` over the units of an episode, one after the other through all its decisions.
+
+    A unit's successor is the next one that counts, in this decision or in a later one of the episode; what lies
+    between (another speaker's tokens, padding) neither discounts nor resets anything. No time passes within a decision,
+    so `discount` acts on the step from a decision's last unit only; lam acts on every step.
+
+    Args:
+        reward: [T, B, A] reward of each unit (`on_last_unit` for one that a whole decision earned).
+        value: [T, B, A] value of what each unit was chosen in; may be anything, NaN included, where masked, except on
+            the first unit of a decision that emitted nothing: there it is that of the state.
+        next_value: [T, B] value of the state that really followed the decision, as in `gae`.
+        mask: [T, B, A] bool, units that count.
+        terminated: [T, B] bool.
+        truncated: [T, B] bool.
+        discount: [T, B] or a number.
+        lam: In [0, 1].
+
+    Returns:
+        advantage: [T, B, A], 0 where masked. With values of 0 and lam 1 it is the return to go.
+
+    Raises:
+        ShapeError: reward, value and mask do not share one [T, B, A].
+
+    Source: Schulman et al. 2016, eq. 16 (arXiv:1506.02438), one unit as one time step. Differs: the paper has no
+        decisions.
+    """
+    if len({tuple(x.shape) for x in (reward, value, mask)}) != 1 or reward.ndim != 3:
+        raise ShapeError(
+            f"unit_gae: reward, value and mask must share one [T, B, A], got {list(reward.shape)}, "
+            f"{list(value.shape)}, {list(mask.shape)}: the policy must value each unit"
+        )
+    zero = torch.zeros((), dtype=value.dtype, device=value.device)
+    one = torch.ones_like(zero)
+    # A decision that emitted nothing still passes reward and time on.
+    acts = mask.clone()
+    acts[..., 0] |= ~mask.any(-1)
+    value = torch.where(acts, value, zero)
+    follows = torch.where(terminated, zero, next_value)
+    goes_on = (~(terminated | truncated)).to(value.dtype)
+    advantage = torch.zeros_like(value)
+    ahead = torch.zeros_like(follows[0])
+    for t in range(len(reward) - 1, -1, -1):
+        after, ahead = follows[t], ahead * goes_on[t]
+        step = (discount[t] if isinstance(discount, Tensor) else discount) * one
+        for a in range(reward.shape[2] - 1, -1, -1):
+            delta = reward[t, :, a] + step * after - value[t, :, a]
+            ahead = torch.where(acts[t, :, a], delta + step * lam * ahead, ahead)
+            after = torch.where(acts[t, :, a], value[t, :, a], after)
+            step = torch.where(acts[t, :, a], one, step)
+            advantage[t, :, a] = ahead
+    return torch.where(mask, advantage, zero)
+
+
 def return_to_go(reward: Tensor, done: Tensor, *, discount: Tensor | float) -> Tensor:
     """Discounted sum of the rewards from each decision to the end of its episode (or of the rollout).
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embodied_rl.cells import cell_weights
 from embodied_rl.loss import LossFunction
 from embodied_rl.types import FEATURES, Advantage, Batch, Obs, Rollout
 
@@ -69,7 +70,7 @@ def flatten(rollout: Rollout, advantage: Advantage) -> Flat:
 
     Args:
         rollout: [T, B].
-        advantage: [T, B].
+        advantage: [T, B] or [T, B, A].
 
     Returns:
         flat: N = number of decisions that count. The mask is left out when every unit counts. Where the policy gave
@@ -146,7 +147,10 @@ def as_batch(part: Flat, loss: LossFunction) -> Batch:
     r = part.rows
     n = len(part)
     weight = loss.weights(r.get("mask"), part.episode, r["logp"].shape[1])
-    row_weight = torch.full((n,), 1.0 / n, device=part.episode.device)
+    if "target" in r and r["target"].ndim == 2:
+        row_weight = cell_weights(r.get("mask"), part.episode, r["logp"].shape[1], loss.chunk, "unit", "unit_mean")
+    else:
+        row_weight = torch.full((n,), 1.0 / n, device=part.episode.device)
     return Batch(
         part.full_obs(), r["units"], r["logp"], r.get("mask"), r["advantage"], r.get("target"), r.get("value"),
         weight, row_weight, part.episode, r.get("logp_ref"), r.get("correction"),
@@ -155,7 +159,7 @@ def as_batch(part: Flat, loss: LossFunction) -> Batch:
 
 def with_signal(batch: Batch) -> Batch:
     """The rows whose advantage is not exactly 0, with the weights they had among all rows of the optimizer step."""
-    rows = (batch.advantage != 0).nonzero().squeeze(-1)
+    rows = (batch.advantage.view(len(batch), -1) != 0).any(1).nonzero().squeeze(-1)
     if len(rows) == len(batch):
         return batch
     fields = {k: (v[rows] if isinstance(v, Tensor) else v) for k, v in vars(batch).items() if k != "obs"}

@@ -16,9 +16,11 @@ from embodied_rl.advantage import (
     Scale,
     equal_in_group,
     gae,
+    on_last_unit,
     return_to_go,
     scale,
     subtract_baseline,
+    unit_gae,
     whiten,
 )
 from embodied_rl.section import Section
@@ -33,6 +35,9 @@ class Credit(Section):
     """Discount per control step; a decision of k executed steps is discounted by gamma ** k."""
     returns: Literal["gae", "return_to_go", "trajectory"] = "gae"
     """gae: needs a critic; return_to_go: discounted sum from the decision on; trajectory: one number per episode."""
+    level: Literal["decision", "unit"] = "decision"
+    """What gets an advantage of its own. unit: returns and values run from unit to unit through the whole episode; a
+    decision is paid on its last unit, and gae needs a critic that values every unit."""
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's lambda: 0 is the one-step error (low variance), 1 the discounted return minus the value."""
     mask_after_success: bool = False
@@ -66,6 +71,12 @@ class Credit(Section):
             raise ValueError(f"scale ({self.scale}) does nothing with returns gae: set scale: none (and whiten: true)")
         if self.returns != "gae" and self.lam != type(self).model_fields["lam"].default:
             raise ValueError(f"lam ({self.lam}) does nothing with returns ({self.returns}): remove it, or use gae")
+        if self.level == "unit" and (self.returns == "trajectory" or self.needs_groups):
+            raise ValueError(
+                f"level (unit) with returns ({self.returns}) and baseline ({self.baseline}): all units of an episode "
+                "would get the same number; set level: decision, or returns: return_to_go with baseline none or "
+                "batch_mean, or gae"
+            )
         centred_in_group = self.baseline in ("group_mean", "leave_one_out")
         if self.scale != "none" and not (
             centred_in_group or (self.scale, self.baseline) == ("batch_std", "batch_mean")
@@ -102,14 +113,16 @@ class CreditChain:
         self._running: Tensor | None = None
         self._count, self._mean, self._m2 = 0.0, 0.0, 0.0
 
-    def __call__(self, rollout: Rollout) -> Advantage:
+    def __call__(self, rollout: Rollout, penalty: Tensor | None = None) -> Advantage:
         """Run the chain.
 
         Args:
             rollout: A finished rollout; group methods need one episode per copy (`collect.mode: episodes`).
+            penalty: [T, B, A] subtracted from the reward of each unit, 0 where masked; None for none.
 
         Returns:
-            advantage: `.advantage` [T, B], and `.target` [T, B] = unprocessed advantage + value with a critic.
+            advantage: `.advantage` [T, B] or, with `level: unit`, [T, B, A], and `.target` of the same shape =
+                unprocessed advantage + value with a critic.
         """
         c = self.config
         metrics: dict[str, tuple[float, float]] = {}
@@ -117,8 +130,14 @@ class CreditChain:
             made, rollout = float(rollout.valid.sum()), until_success(rollout)
             metrics["rollout/after_success_rate"] = (made - float(rollout.valid.sum()), made)
         reward, discount = self._reward_and_discount(rollout)
+        if penalty is not None:
+            penalty = torch.where(rollout.mask & rollout.valid.unsqueeze(-1), penalty, torch.zeros_like(penalty))
+            reward = reward - penalty.sum(-1)
         if c.reward_scale != "none":
-            reward = reward / self._reward_std(reward, rollout, discount)
+            divisor = self._reward_std(reward, rollout, discount)
+            reward, penalty = reward / divisor, None if penalty is None else penalty / divisor
+        if c.level == "unit":
+            return self._by_unit(rollout, reward, penalty, discount, metrics)
         target, counts = None, rollout.valid
         if c.returns == "gae":
             assert rollout.value is not None and rollout.next_value is not None
@@ -144,6 +163,35 @@ class CreditChain:
             raw = subtract_baseline(score, group, counted, c.baseline)
             raw = scale(raw, score, group, counted, c.scale, c.scale_floor).expand_as(reward)
         return Advantage(self._post(raw, counts), target, metrics, counts)
+
+    def _by_unit(
+        self,
+        rollout: Rollout,
+        reward: Tensor,
+        penalty: Tensor | None,
+        discount: Tensor | float,
+        metrics: dict[str, tuple[float, float]],
+    ) -> Advantage:
+        """`level: unit`: reward [T, B] holds the penalty [T, B, A] of its units already."""
+        c, mask = self.config, rollout.mask & rollout.valid.unsqueeze(-1)
+        if penalty is None:
+            paid = on_last_unit(reward, mask)
+        else:
+            paid = on_last_unit(reward + penalty.sum(-1), mask) - penalty
+        cut = rollout.truncated | ~rollout.valid
+        zero = torch.zeros_like(reward)
+        if c.returns == "return_to_go":
+            # Values of 0 and lambda 1 leave the plain sum of what is still to come.
+            nothing = torch.zeros_like(paid)
+            score = unit_gae(paid, nothing, zero, mask, rollout.terminated, cut, discount=discount, lam=1.0)
+            raw = subtract_baseline(score, rollout.group[0], mask, c.baseline)
+            return Advantage(self._post(raw, mask), None, metrics)
+        assert rollout.value is not None and rollout.next_value is not None
+        value = torch.where(rollout.valid.unsqueeze(-1), rollout.value, torch.zeros_like(paid))
+        next_value = torch.where(rollout.valid, rollout.next_value, zero)
+        raw = unit_gae(paid, value, next_value, mask, rollout.terminated, cut, discount=discount, lam=c.lam)
+        target = torch.where(mask, raw + value, torch.zeros_like(raw))
+        return Advantage(self._post(raw, mask), target, metrics | fit_metrics(value, target, mask))
 
     def contrast(self, rollout: Rollout) -> Tensor:
         """[B] bool, True for copies of groups whose returns differ: only these tell good from bad."""
@@ -212,9 +260,9 @@ def fit_metrics(value: Tensor, target: Tensor, valid: Tensor) -> dict[str, tuple
     """How well the critic predicts its targets: explained variance 1 - Var(y - v) / Var(y), and both means.
 
     Args:
-        value: [T, B].
-        target: [T, B].
-        valid: [T, B] bool.
+        value: [T, B] or [T, B, A].
+        target: Of the same shape.
+        valid: Of the same shape, bool.
 
     Returns:
         metrics: name -> (sum, count); explained_variance is absent when the targets do not vary.

@@ -31,21 +31,40 @@ MAX_LOG_RATIO = 20.0
 
 
 class Kl(Section):
-    """Penalty that keeps the policy near a frozen reference (the weights the run started from)."""
+    """Penalty that keeps the policy near a reference (the weights the run started from, or those of the last reset).
+
+    Source: Schulman 2020 (estimators); Hu et al. 2025 (k1 in the reward, k2 in the loss, arXiv:2501.03262); Liu et al.
+    2025 (resets, ProRL, arXiv:2505.24864).
+    """
 
     kind: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of KL(current || reference) from d = logp - logp_ref: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1."""
     coef: float = Field(0.0, ge=0)
     """Weight; 0 builds no reference policy at all."""
+    where: Literal["loss", "reward"] = "loss"
+    """loss: added to the loss, per ratio cell; reward: subtracted from the reward of each unit before credit, where k1
+    has the gradient of the KL."""
+    reset_every: int | None = Field(None, ge=1)
+    """Updates after which the policy of the moment becomes the reference and Adam forgets its moments; null never."""
 
     @model_validator(mode="after")
-    def _k1_has_no_gradient(self) -> Kl:
-        if self.kind == "k1" and self.coef > 0:
+    def _fits(self) -> Kl:
+        if self.kind == "k1" and self.coef > 0 and self.where == "loss":
             raise ValueError(
                 f"kind k1 with coef {self.coef} has zero expected gradient as a loss; "
-                "choose k2 (gradient of the reverse KL) or k3"
+                "choose k2 (gradient of the reverse KL) or k3, or set where: reward"
             )
+        for name in ("where", "reset_every"):
+            if self.coef == 0 and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) does nothing with coef 0.0: remove it, or set coef above 0"
+                )
         return self
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the loss has a term for it."""
+        return self.coef > 0 and self.where == "loss"
 
 
 class Loss(Section):
@@ -181,7 +200,7 @@ class LossFunction:
         A regulariser or a critic learns from it all the same, and a ratio over the trajectory contains it.
         """
         c = self.config
-        learns = c.entropy_coef or c.kl.coef or (c.value.coef and batch.target is not None)
+        learns = c.entropy_coef or c.kl.in_loss or (c.value.coef and batch.target is not None)
         return not learns and c.ratio != "trajectory"
 
     @property
@@ -215,7 +234,7 @@ class LossFunction:
         args = (batch.mask, c.ratio, c.reduce, self.chunk, batch.trajectory)
         log_ratio = by_cell(evaluation.logp - batch.logp, *args).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = log_ratio.exp()
-        advantage = batch.advantage.unsqueeze(-1)
+        advantage = batch.advantage if batch.advantage.ndim == 2 else batch.advantage.unsqueeze(-1)
         objective, clipped = surrogate(ratio, advantage, c)
         if batch.correction is not None:
             objective = objective * batch.correction
@@ -228,7 +247,7 @@ class LossFunction:
             if c.entropy_coef:
                 total = torch.sub(total, entropy, alpha=c.entropy_coef)
         kl_ref = None
-        if c.kl.coef and batch.logp_ref is not None:
+        if c.kl.in_loss and batch.logp_ref is not None:
             d = by_cell(evaluation.logp - batch.logp_ref, *args)
             kl_ref = weighted_sum(kl_estimate(d, c.kl.kind), weight, everywhere=everywhere)
             total = torch.add(total, kl_ref, alpha=c.kl.coef)

@@ -49,8 +49,6 @@ class Record:
             self.data[n] = torch.zeros((t, b), dtype=torch.bool, device=device)
         if c.spec.has_success:
             self.success = {n: torch.zeros((t, b), dtype=torch.bool, device=device) for n in ("once", "end")}
-        if c.policy.has_critic:
-            self.data["value"] = torch.zeros((t, b), device=device)
         for n in ("episode", "task", "group", "seed"):
             self.data[n] = torch.zeros((t, b), dtype=torch.int64, device=device)
 
@@ -82,6 +80,9 @@ class Record:
         if output.mask is not None:
             d["mask"][t, cols] = output.mask
         if output.value is not None:
+            if "value" not in d:
+                shape = (self.c.decisions, self.c.num_envs, *output.value.shape[1:])
+                d["value"] = torch.zeros(shape, device=self.c.device)
             d["value"][t, cols] = output.value
         for n, x in (("episode", self.current), ("task", self.c.task), ("seed", self.c.seed)):
             d[n][t, cols] = x[cols].to(self.c.device)
@@ -140,8 +141,10 @@ class Record:
         `running` ones [B] stand.
         """
         c = self.c
-        out = torch.zeros_like(d["value"])
-        out[:-1] = d["value"][1:]
+        # A critic of units says with the first one what the state is worth.
+        value = d["value"] if d["value"].ndim == 2 else d["value"][..., 0]
+        out = torch.zeros_like(value)
+        out[:-1] = value[1:]
         pieces = list(self.finals)
         if bool(running.any()):
             last = self._now()

@@ -121,6 +121,12 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
             f"algorithm.credit.returns {credit.returns} needs a value head, and the policy has none: give the policy a "
             "critic, or use algorithm: grpo or reinforce"
         )
+    if credit.needs_critic and (credit.level == "unit") != getattr(policy, "value_per_unit", False):
+        found, wanted = ("decision", "unit") if credit.level == "unit" else ("unit", "decision")
+        raise CapabilityError(
+            f"algorithm.credit.level is {credit.level} and the policy's critic values every {found}: set "
+            f"algorithm.credit.level: {found}, or use a policy whose critic values every {wanted}"
+        )
     if credit.needs_groups and collect.group_size < 2:
         raise CapabilityError(
             f"algorithm.credit compares copies of one start (baseline {credit.baseline}, scale {credit.scale}) but "
@@ -300,7 +306,8 @@ class Session(Saved):
         with clock.phase("rollout"):
             rollout, gathered = self._collect()
         with clock.phase("advantage"):
-            advantage = self.credit(rollout)
+            penalty, penalised = self.updater.penalty(rollout)
+            advantage = self.credit(rollout, penalty)
         with clock.phase("update"):
             metrics = self.updater.update(rollout, advantage, progress=self.progress)
             if (seen := observed(rollout)) is not None:
@@ -313,6 +320,7 @@ class Session(Saved):
         self.episodes += len(rollout.finished.get("return", ()))
         metrics.merge(rollout_metrics(rollout, self.collector.spec.tasks))
         metrics.merge(gathered)
+        metrics.merge(penalised)
         metrics.merge(self.collector.sampler.metrics())
         metrics.merge_pairs(advantage.metrics)
         busy = sum(clock.seconds.values())

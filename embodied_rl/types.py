@@ -149,7 +149,9 @@ class PolicyOutput:
     action: Tensor
     """[B, C, *action.shape] what the env executes, in order."""
     value: Tensor | None = None
-    """[B] critic's estimate for the observation, in the critic's (scaled) reward units; None without a critic."""
+    """[B] critic's estimate for the observation, in the critic's (scaled) reward units; None without a critic. A policy
+    whose attribute `value_per_unit` is True gives [B, A] instead: the estimate before each unit, the first of which is
+    that of the observation (for `credit.level: unit`)."""
     mask: Tensor | None = None
     """[B, A] bool, units that count; None when all do."""
     features: Tensor | None = None
@@ -166,9 +168,9 @@ class Evaluation:
     entropy: Tensor | None = None
     """[N, A] entropy of each unit's distribution (an estimate where there is no closed form); None if it has none."""
     value: Tensor | None = None
-    """[N] expectation of the critic; None without a critic."""
+    """[N], or [N, A] with `value_per_unit`, expectation of the critic; None without a critic."""
     value_logits: Tensor | None = None
-    """[N, bins] when the critic is a classifier over return bins (HL-Gauss)."""
+    """[N, bins], or [N, A, bins], when the critic is a classifier over return bins (HL-Gauss)."""
 
 
 class Policy(Protocol):
@@ -271,7 +273,7 @@ class Rollout:
     truncated: Tensor
     """[T, B] bool"""
     value: Tensor | None
-    """[T, B]"""
+    """[T, B], or [T, B, A] of a critic that values every unit."""
     next_value: Tensor | None
     """[T, B] value of the state that really followed, before any reset; unused (0) where terminated."""
     group: Tensor
@@ -323,9 +325,9 @@ class Advantage:
     """
 
     advantage: Tensor
-    """[T, B]; exactly 0 where the decision carries no signal."""
+    """[T, B], or [T, B, A] with `credit.level: unit`; exactly 0 where the decision (the unit) carries no signal."""
     target: Tensor | None = None
-    """[T, B] regression target of the critic, in the critic's units; None without a critic."""
+    """Of the same shape: regression target of the critic, in the critic's units; None without a critic."""
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     """name -> (sum, count)"""
     counts: Tensor | None = None
@@ -346,15 +348,15 @@ class Batch:
     mask: Tensor | None
     """[N, A] bool; None when every unit counts (saves the masking)."""
     advantage: Tensor
-    """[N]"""
+    """[N], or [N, A] with `credit.level: unit`."""
     target: Tensor | None
-    """[N]"""
+    """[N] or [N, A]"""
     value: Tensor | None
-    """[N] at sampling time."""
+    """[N] or [N, A] at sampling time."""
     weight: Tensor
     """[N, L] share of each cell in the loss: rows of the whole optimizer step add up to 1 (see `loss.cell_weights`)."""
     row_weight: Tensor
-    """[N] share of each decision in per-decision terms (value loss): adds up to 1 over the optimizer step."""
+    """[N] share of each decision in the value loss, or [N, A] of each unit: adds up to 1 over the optimizer step."""
     trajectory: Tensor
     """[N] int64 trajectory of each row, consecutive rows of one trajectory when the ratio needs it."""
     logp_ref: Tensor | None = None

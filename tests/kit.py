@@ -90,7 +90,7 @@ class Run:
     def iterate(self) -> tuple[Rollout, Partials]:
         """Collect, credit, update, observe."""
         rollout = self.collector.collect()
-        metrics = self.updater.update(rollout, self.credit(rollout), progress=0.0)
+        metrics = self.updater.update(rollout, self.credit(rollout, self.updater.penalty(rollout)[0]), progress=0.0)
         seen = observed(rollout)
         if seen is not None:
             self.policy.observe(seen)

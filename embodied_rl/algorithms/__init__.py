@@ -26,6 +26,21 @@ class AlgorithmConfig(Section):
     update: Update = Update()
 
     @model_validator(mode="after")
+    def _levels_fit(self) -> AlgorithmConfig:
+        if self.credit.level == "unit" and self.loss.ratio != "unit":
+            raise ValueError(
+                f"credit.level (unit) gives every unit an advantage of its own and loss.ratio "
+                f"({self.loss.ratio}) takes several units together: set loss.ratio: unit, or credit.level: decision"
+            )
+        if self.loss.kl.where == "reward" and self.credit.scale in ("group_std", "group_mean"):
+            raise ValueError(
+                f"loss.kl.where (reward) makes the rewards of a group differ a little even when all succeed or all "
+                f"fail, and credit.scale ({self.credit.scale}) would blow that up: set credit.scale: none or "
+                "batch_std, or loss.kl.where: loss"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _critic_is_trained(self) -> AlgorithmConfig:
         if self.credit.needs_critic and self.loss.value.coef == 0:
             raise ValueError(
