@@ -77,6 +77,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "algorithm": {"type": "reinforce", "update": {"logp_gap": {"do": "correct", "cap": 1.1}}},
         "collect": {"mode": "episodes"},
     },
+    "units": {
+        "env": {"type": str(TOYS / "words.py"), "turns": 2, "partial": True},
+        "policy": {"type": str(TOYS / "table.py"), "critic": "unit", "spread": 0.3},
+        "algorithm": {
+            "credit": {"level": "unit", "gamma": 1.0},
+            "loss": {"ratio": "unit", "kl": {"kind": "k1", "coef": 0.1, "where": "reward", "reset_every": 2}},
+        },
+        "collect": {"mode": "episodes", "decisions": 2},
+    },
     "pendulum": {
         "env": {"type": "gymnasium", "id": "Pendulum-v1", "max_steps": 23},
         "algorithm": {"credit": {"reward_scale": "running_return_std"}},
