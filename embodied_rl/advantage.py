@@ -13,7 +13,9 @@ from torch import Tensor
 
 from embodied_rl.errors import CapabilityError, ShapeError
 
-Baseline = Literal["none", "critic", "batch_mean", "group_mean", "leave_one_out"]
+Baseline = Literal[
+    "none", "constant", "critic", "batch_mean", "group_mean", "leave_one_out", "other_half", "greedy"
+]  # fmt: skip
 Scale = Literal["none", "batch_std", "group_std", "group_mean"]
 
 
@@ -226,6 +228,55 @@ def subtract_baseline(score: Tensor, group: Tensor, valid: Tensor, kind: Baselin
     else:
         centred = score - total / count
     return torch.where(equal_in_group(score, group), torch.zeros_like(score), centred)
+
+
+def other_half(score: Tensor, metric: Tensor, group: Tensor, valid: Tensor, between: float) -> Tensor:
+    """Compare each score with the two halves that a metric splits its group into.
+
+    A_i = between (s_i - mean of the other half) + (1 - between)(s_i - mean of the own half), where the halves are those
+    of the smaller and of the larger metric (equal ones by their order; of an odd number the larger half has one more).
+
+    Args:
+        score: [T, B].
+        metric: [B] what the group is split by.
+        group: [B] int64.
+        valid: [B] bool, copies that are compared.
+        between: mu in [0, 1].
+
+    Returns:
+        centred: [T, B], exactly 0 for groups whose scores are all equal, and for copies without company.
+
+    Source: Chen et al. 2025 (CANON, arXiv:2509.23962). Differs: no direction is preferred (their alpha is 1).
+    """
+    centred = torch.zeros_like(score)
+    for name in group[valid].unique():
+        members = (valid & (group == name)).nonzero().squeeze(-1)
+        ranked = members[metric[members].argsort(stable=True)]
+        if len(ranked) < 2:
+            continue
+        halves = ranked[: len(ranked) // 2], ranked[len(ranked) // 2 :]
+        means = [score[:, half].mean(1, keepdim=True) for half in halves]
+        for half, own, other in ((halves[0], *means), (halves[1], *reversed(means))):
+            centred[:, half] = score[:, half] - between * other - (1 - between) * own
+    return torch.where(equal_in_group(score, group), torch.zeros_like(score), centred)
+
+
+def greedy_score(score: Tensor, group: Tensor, greedy: Tensor) -> Tensor:
+    """Score of the greedy copy of each copy's group.
+
+    Args:
+        score: [B].
+        group: [B] int64.
+        greedy: [B] bool, exactly one copy of each group.
+
+    Returns:
+        baseline: [B].
+
+    Source: Li et al. 2024 (ReMax, arXiv:2310.10505).
+    """
+    same = group.unsqueeze(1) == group[greedy].unsqueeze(0)
+    assert bool((same.sum(1) == 1).all()), "one greedy copy per group"
+    return score[greedy][same.to(torch.int8).argmax(1)]
 
 
 def scale(centred: Tensor, score: Tensor, group: Tensor, valid: Tensor, kind: Scale, floor: float) -> Tensor:

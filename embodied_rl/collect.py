@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -156,8 +156,37 @@ def decide(
     def spread(x: Tensor) -> Tensor:
         return x.new_zeros((len(active), *x.shape[1:])).index_copy_(0, rows, x)
 
-    rest = (None if x is None else spread(x) for x in (out.value, out.mask, out.features))
-    return PolicyOutput(spread(out.units), spread(out.logp), spread(out.action), *rest)
+    return _each(spread, out)
+
+
+def _each(change: Callable[..., Tensor], *outputs: PolicyOutput) -> PolicyOutput:
+    """Apply a function to every tensor of decisions of equal form."""
+    columns = {f.name: [getattr(out, f.name) for out in outputs] for f in fields(PolicyOutput)}
+    return PolicyOutput(**{name: None if x[0] is None else change(*x) for name, x in columns.items()})
+
+
+def decide_mixed(
+    policy: Policy, obs: Obs, active: Tensor, greedy: Tensor, *, generator: torch.Generator | None
+) -> PolicyOutput:
+    """`decide` where some copies take the mode and the others sample.
+
+    Args:
+        policy: Decides.
+        obs: [b, ...] of all copies.
+        active: [b] bool with at least one True.
+        greedy: [b] bool.
+        generator: Of the samples.
+
+    Returns:
+        output: [b, ...] for all copies; what it holds for those that wait means nothing.
+    """
+    if not bool((active & greedy).any()):
+        return decide(policy, obs, active, generator=generator)
+    modes = decide(policy, obs, active & greedy, generator=None, greedy=True)
+    if not bool((active & ~greedy).any()):
+        return modes
+    samples = decide(policy, obs, active & ~greedy, generator=generator)
+    return _each(lambda a, b: torch.where(greedy.view(-1, *[1] * (a.ndim - 1)), a, b), modes, samples)
 
 
 def _rows(obs: Obs, rows: Tensor) -> Obs:
@@ -188,6 +217,7 @@ class Collector:
         self, envs: Sequence[Env], policy: Policy, *, decisions: int, mode: Literal["stream", "episodes"] = "stream",
         group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
         generator: torch.Generator | None = None, keep_final_obs: bool = False,
+        greedy_baseline: bool = False,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -201,6 +231,7 @@ class Collector:
             run_seed: Seed of the starts.
             generator: Of the policy's samples, on the policy's device.
             keep_final_obs: Fill `Rollout.final_obs`, which reward models read.
+            greedy_baseline: The first copy of each group takes the policy's mode.
 
         Raises:
             CapabilityError: Groups on an env that cannot be seeded, or a curriculum without tasks or success.
@@ -223,6 +254,8 @@ class Collector:
         self.num_envs, self.device = start, envs[0].device
         b = self.num_envs
         self.group_of = torch.arange(b) // group_size
+        first = (torch.arange(b) % group_size == 0).to(self.device)
+        self.greedy = first if greedy_baseline else None
         self.starts = torch.zeros(b, dtype=torch.int64)
         self.seed = torch.zeros(b, dtype=torch.int64)
         self.task = torch.zeros(b, dtype=torch.int64)
@@ -271,7 +304,11 @@ class Collector:
     def _decide(self, part: Part, t: int, active: Tensor, record: Record) -> None:
         here = active[part.columns]
         some = None if self.mode == "stream" or bool(here.all()) else here
-        output = decide(self.policy, part.obs, some, generator=self.generator)
+        if self.greedy is None:
+            output = decide(self.policy, part.obs, some, generator=self.generator)
+        else:
+            modes = self.greedy[part.columns]
+            output = decide_mixed(self.policy, part.obs, here, modes, generator=self.generator)
         record.decision(t, part, output)
         part.start(output.action, some)
 

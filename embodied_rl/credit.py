@@ -5,6 +5,7 @@ Published methods are choices along the chain (`Credit`), not functions of their
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,7 +17,9 @@ from embodied_rl.advantage import (
     Scale,
     equal_in_group,
     gae,
+    greedy_score,
     on_last_unit,
+    other_half,
     return_to_go,
     scale,
     subtract_baseline,
@@ -46,7 +49,18 @@ class Credit(Section):
     reward_scale: Literal["none", "running_return_std"] = "none"
     """Divide rewards by the running standard deviation of the discounted return before anything else."""
     baseline: Baseline = "critic"
-    """What is subtracted; critic comes with gae, the group ones compare copies that share one start."""
+    """What is subtracted; critic comes with gae, the group ones compare copies of one start. other_half: means of the
+    halves of the group (`split_by`); greedy: the return of the group's first copy, which takes the policy's mode
+    and is not learned from; constant: `constant`."""
+    constant: float | None = None
+    """What the baseline `constant` subtracts: 0.5 makes a success good and a failure bad, whatever the others did."""
+    split_by: Literal["length", "surprise"] = "length"
+    """other_half: what the group is split by: units of the episode, or their mean -log pi (entropy in expectation)."""
+    between: float = Field(0.5, ge=0, le=1)
+    """other_half: weight of the comparison with the other half; the rest is compared with the own one."""
+    virtual_return: float | None = None
+    """Return of a made-up member of every group, usually the best possible one: a group that failed as a whole then
+    learns from it (NGRPO). null for none."""
     scale: Scale = "none"
     """What the centred score is divided by."""
     scale_floor: float = Field(1e-3, gt=0)
@@ -65,19 +79,22 @@ class Credit(Section):
         if (self.returns == "gae") != (self.baseline == "critic"):
             raise ValueError(
                 f"returns ({self.returns}) and baseline ({self.baseline}) do not fit: gae goes with critic, "
-                "return_to_go and trajectory with none, batch_mean, group_mean or leave_one_out"
+                "return_to_go and trajectory with none, constant, greedy, batch_mean, group_mean, leave_one_out or "
+                "other_half"
             )
         if self.returns == "gae" and self.scale != "none":
             raise ValueError(f"scale ({self.scale}) does nothing with returns gae: set scale: none (and whiten: true)")
         if self.returns != "gae" and self.lam != type(self).model_fields["lam"].default:
             raise ValueError(f"lam ({self.lam}) does nothing with returns ({self.returns}): remove it, or use gae")
-        if self.level == "unit" and (self.returns == "trajectory" or self.needs_groups):
+        self._nothing_idle()
+        mean_of_others = self.needs_groups and self.baseline != "greedy"
+        if self.level == "unit" and (self.returns == "trajectory" or mean_of_others):
             raise ValueError(
                 f"level (unit) with returns ({self.returns}) and baseline ({self.baseline}): all units of an episode "
-                "would get the same number; set level: decision, or returns: return_to_go with baseline none or "
-                "batch_mean, or gae"
+                "would get the same number; set level: decision, or returns: return_to_go with baseline none, "
+                "constant, greedy or batch_mean, or gae"
             )
-        centred_in_group = self.baseline in ("group_mean", "leave_one_out")
+        centred_in_group = self.baseline in ("group_mean", "leave_one_out", "other_half")
         if self.scale != "none" and not (
             centred_in_group or (self.scale, self.baseline) == ("batch_std", "batch_mean")
         ):
@@ -87,6 +104,28 @@ class Credit(Section):
             )
         return self
 
+    def _nothing_idle(self) -> None:
+        users = {
+            "constant": ("constant",),
+            "split_by": ("other_half",),
+            "between": ("other_half",),
+            "virtual_return": ("group_mean", "leave_one_out"),
+        }
+        for name, baselines in users.items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.baseline not in baselines and value != default:
+                raise ValueError(
+                    f"{name} ({value}) does nothing with baseline ({self.baseline}): remove it, or set baseline: "
+                    f"{' or '.join(baselines)}"
+                )
+        if self.baseline == "constant" and self.constant is None:
+            raise ValueError("baseline (constant) needs a number (constant is null): set constant, for example 0.5")
+        if self.virtual_return is not None and self.scale == "batch_std":
+            raise ValueError(
+                f"virtual_return ({self.virtual_return}) belongs to groups and scale (batch_std) to the batch: set "
+                "scale: group_std or none"
+            )
+
     @property
     def needs_critic(self) -> bool:
         """Whether the policy must have a value head."""
@@ -95,7 +134,7 @@ class Credit(Section):
     @property
     def needs_groups(self) -> bool:
         """Whether copies must share starts."""
-        return self.baseline in ("group_mean", "leave_one_out") or self.scale in ("group_std", "group_mean")
+        return self.baseline in ("group_mean", "leave_one_out", "other_half", "greedy")
 
 
 class CreditChain:
@@ -136,9 +175,12 @@ class CreditChain:
         if c.reward_scale != "none":
             divisor = self._reward_std(reward, rollout, discount)
             reward, penalty = reward / divisor, None if penalty is None else penalty / divisor
-        if c.level == "unit":
-            return self._by_unit(rollout, reward, penalty, discount, metrics)
         target, counts = None, rollout.valid
+        if rollout.greedy is not None:
+            counts = counts & ~rollout.greedy
+        if c.level == "unit":
+            out = self._by_unit(rollout, reward, penalty, discount, counts)
+            return replace(out, metrics=metrics | out.metrics)
         if c.returns == "gae":
             assert rollout.value is not None and rollout.next_value is not None
             value = torch.where(rollout.valid, rollout.value, torch.zeros_like(reward))
@@ -150,9 +192,9 @@ class CreditChain:
             target = raw + value
             metrics |= fit_metrics(value, target, rollout.valid)
         else:
-            score, group = return_to_go(reward, rollout.done, discount=discount), rollout.group[0]
+            score = return_to_go(reward, rollout.done, discount=discount)
             if c.needs_groups:
-                equal = equal_in_group(score[:1], group)[0]
+                equal = ~self.contrast(rollout)
                 metrics["rollout/zero_advantage_groups"] = (float(equal.sum()), float(equal.numel()))
                 if self.drop_equal_groups:
                     counts = counts & ~equal
@@ -160,46 +202,75 @@ class CreditChain:
             if c.returns == "trajectory":
                 # One row: an episode counts once in a mean over the batch, however many decisions it took.
                 score, counted = score[:1], counted[:1]
-            raw = subtract_baseline(score, group, counted, c.baseline)
-            raw = scale(raw, score, group, counted, c.scale, c.scale_floor).expand_as(reward)
+            raw = self._compare(score, counted, rollout).expand_as(reward)
         return Advantage(self._post(raw, counts), target, metrics, counts)
 
+    def _compare(self, score: Tensor, counted: Tensor, rollout: Rollout) -> Tensor:
+        """Baseline and scale: scores [T, B] and those of them that count -> advantages [T, B]."""
+        c, group, copies = self.config, rollout.group[0], score.shape[1]
+        if c.baseline == "constant":
+            assert c.constant is not None
+            return score - c.constant
+        if c.baseline == "greedy":
+            assert rollout.greedy is not None
+            return score - greedy_score(score[0], group, rollout.greedy[0])
+        if c.baseline == "other_half":
+            raw = other_half(score, split_metric(rollout, c.split_by), group, counted[0], c.between)
+            return scale(raw, score, group, counted, c.scale, c.scale_floor)
+        if c.virtual_return is not None:
+            score, group, counted = self._with_virtual(score, group, counted)
+        raw = subtract_baseline(score, group, counted, c.baseline)
+        return scale(raw, score, group, counted, c.scale, c.scale_floor)[:, :copies]
+
+    def _with_virtual(self, score: Tensor, group: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [T, B], groups [B] and what counts, with one more column for each group's made-up member.
+
+        Source: Nan et al. 2025 (NGRPO, arXiv:2509.18851), who add the largest possible reward.
+        """
+        ids, best = group.unique(), self.config.virtual_return
+        made_up = score.new_full((len(score), len(ids)), 0.0 if best is None else best)
+        everyone = torch.ones_like(made_up, dtype=torch.bool)
+        return torch.cat([score, made_up], 1), torch.cat([group, ids]), torch.cat([counted, everyone], 1)
+
     def _by_unit(
-        self,
-        rollout: Rollout,
-        reward: Tensor,
-        penalty: Tensor | None,
-        discount: Tensor | float,
-        metrics: dict[str, tuple[float, float]],
+        self, rollout: Rollout, reward: Tensor, penalty: Tensor | None, discount: Tensor | float, counts: Tensor
     ) -> Advantage:
-        """`level: unit`: reward [T, B] holds the penalty [T, B, A] of its units already."""
-        c, mask = self.config, rollout.mask & rollout.valid.unsqueeze(-1)
-        if penalty is None:
-            paid = on_last_unit(reward, mask)
-        else:
+        """`level: unit`: reward [T, B] is net of the penalty [T, B, A] of its units already."""
+        c, mask = self.config, rollout.mask & counts.unsqueeze(-1)
+        paid = on_last_unit(reward, mask)
+        if penalty is not None:
             paid = on_last_unit(reward + penalty.sum(-1), mask) - penalty
-        cut = rollout.truncated | ~rollout.valid
-        zero = torch.zeros_like(reward)
+        cut, zero = rollout.truncated | ~rollout.valid, torch.zeros_like(reward)
         if c.returns == "return_to_go":
             # Values of 0 and lambda 1 leave the plain sum of what is still to come.
             nothing = torch.zeros_like(paid)
             score = unit_gae(paid, nothing, zero, mask, rollout.terminated, cut, discount=discount, lam=1.0)
-            raw = subtract_baseline(score, rollout.group[0], mask, c.baseline)
-            return Advantage(self._post(raw, mask), None, metrics)
+            if c.baseline == "greedy":
+                assert rollout.greedy is not None
+                # The greedy copy's whole return, whatever has passed: it only has to be independent of the sample.
+                total = return_to_go(reward, rollout.done, discount=discount)[0]
+                raw = score - greedy_score(total, rollout.group[0], rollout.greedy[0]).unsqueeze(-1)
+            elif c.baseline == "constant":
+                raw = self._compare(score, mask, rollout)
+            else:
+                raw = subtract_baseline(score, rollout.group[0], mask, c.baseline)
+            return Advantage(self._post(raw, mask), counts=counts)
         assert rollout.value is not None and rollout.next_value is not None
         value = torch.where(rollout.valid.unsqueeze(-1), rollout.value, torch.zeros_like(paid))
         next_value = torch.where(rollout.valid, rollout.next_value, zero)
         raw = unit_gae(paid, value, next_value, mask, rollout.terminated, cut, discount=discount, lam=c.lam)
         target = torch.where(mask, raw + value, torch.zeros_like(raw))
-        return Advantage(self._post(raw, mask), target, metrics | fit_metrics(value, target, mask))
+        return Advantage(self._post(raw, mask), target, fit_metrics(value, target, mask), counts)
 
     def contrast(self, rollout: Rollout) -> Tensor:
         """[B] bool, True for copies of groups whose returns differ: only these tell good from bad."""
         if self.config.mask_after_success:
             rollout = until_success(rollout)
         reward, discount = self._reward_and_discount(rollout)
-        score = return_to_go(reward, rollout.done, discount=discount)
-        return ~equal_in_group(score[:1], rollout.group[0])[0]
+        score, group = return_to_go(reward, rollout.done, discount=discount)[:1], rollout.group[0]
+        if self.config.virtual_return is not None:
+            score, group, _ = self._with_virtual(score, group, torch.ones_like(score, dtype=torch.bool))
+        return ~equal_in_group(score, group)[0, : reward.shape[1]]
 
     def _reward_and_discount(self, rollout: Rollout) -> tuple[Tensor, Tensor | float]:
         # An infinite or NaN number in a masked decision must not reach the sums.
@@ -254,6 +325,15 @@ class CreditChain:
     def load_state_dict(self, state: State) -> None:
         """Restore `state_dict`."""
         self._running, self._count, self._mean, self._m2 = state["running"], state["count"], state["mean"], state["m2"]
+
+
+def split_metric(rollout: Rollout, by: str) -> Tensor:
+    """[B] of each copy's episode: "length" its units, "surprise" the mean of -log pi over them."""
+    mask = rollout.mask & rollout.valid.unsqueeze(-1)
+    units = mask.sum((0, 2)).to(rollout.logp.dtype)
+    if by == "length":
+        return units
+    return -torch.where(mask, rollout.logp, torch.zeros_like(rollout.logp)).sum((0, 2)) / units.clamp(min=1)
 
 
 def fit_metrics(value: Tensor, target: Tensor, valid: Tensor) -> dict[str, tuple[float, float]]:

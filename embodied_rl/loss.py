@@ -8,7 +8,8 @@ the step was split.
 
 Source of the formulas: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ye et al. 2020 (dual clip, arXiv:1912.09729);
 Yu et al. 2025 (asymmetric clip, DAPO, arXiv:2503.14476); Xie et al. 2024 (quadratic trust region, SPO,
-arXiv:2401.16025); Zheng et al. 2025 (trajectory ratio, GSPO, arXiv:2507.18071);
+arXiv:2401.16025); Zheng et al. 2025 (trajectory ratio, GSPO, arXiv:2507.18071); Chen et al. 2025 (ratio as a weight,
+CISPO, arXiv:2506.13585);
 Schulman 2020 (KL estimators, joschu.net/blog/kl-approx.html); Farebrother et al. 2024 (HL-Gauss, arXiv:2403.03950).
 """
 
@@ -74,11 +75,12 @@ class Loss(Section):
     """What one importance ratio covers."""
     reduce: Literal["sum", "mean"] = "sum"
     """Sum (joint probability) or mean (geometric mean) of log-ratios over the units of a cell."""
-    trust: Literal["clip", "quadratic", "none"] = "clip"
-    """clip: PPO's pessimistic clip, which lets go of a ratio once it has left the region; quadratic: a penalty that
-    pulls it back (SPO, width clip_low); none: the plain importance-weighted objective."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """The ratio stops helping below 1 - clip_low."""
+    trust: Literal["clip", "weight", "quadratic", "none"] = "clip"
+    """clip: PPO's pessimistic clip, which lets go of a ratio once it has left the region; weight: the ratio, kept in
+    the region, only weighs the gradient of log pi, so that none is cut off (CISPO); quadratic: a penalty that pulls it
+    back (SPO, width clip_low); none: the plain importance-weighted objective."""
+    clip_low: float = Field(0.2, gt=0, le=1)
+    """The ratio stops helping below 1 - clip_low; 1 sets no lower end."""
     clip_high: float = Field(0.2, gt=0)
     """The ratio stops helping above 1 + clip_high; larger than clip_low lets rare actions grow (DAPO)."""
     dual_clip: float | None = Field(None, gt=1)
@@ -109,7 +111,10 @@ class Loss(Section):
                 "set reduce: sum, or ratio: action, decision or trajectory"
             )
         fields = type(self).model_fields
-        used = {"clip": ("clip_low", "clip_high", "dual_clip"), "quadratic": ("clip_low",), "none": ()}
+        used = {
+            "clip": ("clip_low", "clip_high", "dual_clip"), "weight": ("clip_low", "clip_high"),
+            "quadratic": ("clip_low",), "none": (),
+        }  # fmt: skip
         for name in used["clip"]:
             if name not in used[self.trust] and getattr(self, name) != fields[name].default:
                 raise ValueError(
@@ -134,6 +139,7 @@ def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, T
     """Objective of each cell, to be maximised.
 
     clip:  min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and for A < 0 with dual_clip c: max(that, c A)
+    weight:  sg(clip(r, 1 - clip_low, 1 + clip_high)) A, with the gradient of log pi times that
     quadratic:  r A - |A| (r - 1)^2 / (2 clip_low), largest at r = 1 + clip_low sign(A)
     none:  r A
 
@@ -144,7 +150,7 @@ def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, T
 
     Returns:
         objective: [N, L].
-        clipped: [N, L] bool, cells whose gradient the trust region removed (quadratic: turned round).
+        clipped: [N, L] bool, cells whose gradient the trust region removed (weight: bounded; quadratic: turned round).
     """
     plain = ratio * advantage
     if config.trust == "none":
@@ -152,6 +158,10 @@ def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, T
     if config.trust == "quadratic":
         beyond = (ratio - 1) * advantage.sign() > config.clip_low
         return plain - advantage.abs() * (ratio - 1).square() / (2 * config.clip_low), beyond
+    if config.trust == "weight":
+        bounded = ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high)
+        # A ratio over its own value is 1 and has the gradient of log pi.
+        return bounded * advantage * (ratio / ratio.detach()), bounded != ratio.detach()
     # No gradient flows through a clipped ratio, so none of it needs a backward pass.
     bounded = ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
     clipped = bounded < plain

@@ -131,7 +131,7 @@ class Record:
             value=d.get("value"), next_value=next_value, group=c.group_of.to(c.device).expand(t, -1), task=d["task"],
             policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
             chunk=c.policy.chunk, finished=finished, metrics=self.metrics, solved=solved, features=d.get("features"),
-            final=final, final_obs=final_obs,
+            final=final, final_obs=final_obs, greedy=None if c.greedy is None else c.greedy.expand(t, -1),
         )  # fmt: skip
 
     def _next_value(self, d: dict[str, Tensor], running: Tensor) -> Tensor:
@@ -212,6 +212,9 @@ class Record:
         if not out:
             return {}
         when, copy = out.pop("when"), out["copy"]
+        if c.greedy is not None:
+            sampled = ~c.greedy.cpu()[copy]
+            when, copy, out = when[sampled], copy[sampled], {k: v[sampled] for k, v in out.items()}
         out["task"], out["seed"] = d["task"].cpu()[when, copy], d["seed"].cpu()[when, copy]
         if once is None:
             del out["success_once"]

@@ -265,7 +265,7 @@ class Session(Saved):
             collector = Collector(
                 envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, curriculum=c.curriculum,
                 run_seed=recipe.seed, generator=torch.Generator(device).manual_seed(recipe.seed),
-                keep_final_obs=shaping is not None,
+                keep_final_obs=shaping is not None, greedy_baseline=algorithm.credit.baseline == "greedy",
             )  # fmt: skip
         except BaseException:
             for env in envs:

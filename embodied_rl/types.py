@@ -295,6 +295,9 @@ class Rollout:
     rollout are known from their beginning."""
     features: Tensor | None = None
     """[T, B, ...] what `PolicyOutput.features` gave, for `Policy.evaluate`; None where it reads `obs`."""
+    greedy: Tensor | None = None
+    """[T, B] bool, decisions of the copies that take the policy's mode, as a baseline for their group; None when all
+    sample. They are in no batch and no metric."""
     final_obs: Obs = field(default_factory=dict)
     """name -> [F, ...] states that no decision here was taken in: where an episode ended, or where it stands when the
     rollout is over. Kept for reward models only."""

@@ -106,7 +106,7 @@ def wire(
     updater = Updater(policy, loss, method.update, seed=seed, max_bad_updates=1)
     collector = Collector(
         envs, policy, decisions=decisions, mode=mode, group_size=group_size, run_seed=seed,  # type: ignore[arg-type]
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed), greedy_baseline=method.credit.baseline == "greedy",
     )  # fmt: skip
     return Run(policy, collector, CreditChain(method.credit), updater)
 

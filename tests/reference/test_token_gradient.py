@@ -269,6 +269,60 @@ def test_k3_in_the_loss_has_another_gradient():
     close(expected(trajectory(), whole), exact() - 0.3 * forward)
 
 
+@pytest.mark.parametrize("credit", [trajectory(baseline="greedy"), units(baseline="greedy")], ids=["per reply", "per token"])
+def test_remax_is_unbiased_and_does_not_learn_from_the_greedy_reply(credit):
+    greedy = torch.tensor([[True, False]])
+    total = sum(p * estimate(group_of((4, i), greedy=greedy), credit, loss(trust="none")) for (i,), p in groups(1))
+    close(total, exact())
+
+
+def test_remax_has_less_variance_where_the_greedy_reply_is_like_the_sample():
+    same = estimate(group_of((4, 1), greedy=torch.tensor([[True, False]])), trajectory(baseline="greedy"), loss())
+    assert float(same.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize(("name", "right", "wrong"), [("psr", 1.0, 0.0), ("nsr", 0.0, -1.0), ("weighted", 0.1, -1.0)])
+def test_positive_and_negative_reinforcement(name, right, wrong):
+    # 1 - 0.5 = 0.5 times 2 x right;  a reply paid below 0.5 counts as wrong by how far it is below
+    credit = trajectory(baseline="constant", constant=0.5, positive_weight=2 * right, negative_weight=-2 * wrong)
+
+    def coefficients(i: list[int]) -> Tensor:
+        r = REWARD[i] - 0.5
+        return spread(torch.where(r > 0, 2 * right * r, -2 * wrong * r))
+
+    close(expected(credit, loss()), by_definition(1, coefficients))
+
+
+def test_ngrpo_learns_from_groups_that_failed():
+    def coefficients(i: list[int]) -> Tensor:
+        r = torch.cat([REWARD[i], torch.ones(1, dtype=F64)])
+        return spread(((r - r.mean()) / r.std())[:-1] if (r != 1).any() else torch.zeros(len(i), dtype=F64))
+
+    ngrpo = trajectory(baseline="group_mean", scale="group_std", virtual_return=1.0)
+    close(expected(ngrpo, loss(clip_low=0.16, clip_high=0.24), 2), by_definition(2, coefficients))
+
+
+@pytest.mark.parametrize("between", [0.0, 0.3, 1.0])
+def test_canon_compares_with_the_other_half(between):
+    def coefficients(i: list[int]) -> Tensor:
+        short, long = sorted(range(3), key=lambda k: int(LENGTH[i[k]]))[:1], sorted(range(3), key=lambda k: int(LENGTH[i[k]]))[1:]
+        out = torch.zeros(3, dtype=F64)
+        if len({float(REWARD[k]) for k in i}) == 1:
+            return spread(out)
+        for own, other in ((short, long), (long, short)):
+            for k in own:
+                mean = [REWARD[[i[j] for j in half]].mean() for half in (own, other)]
+                out[k] = REWARD[i[k]] - between * mean[1] - (1 - between) * mean[0]
+        return spread(out)
+
+    credit = trajectory(baseline="other_half", between=between)
+    close(expected(credit, loss(), 3), by_definition(3, coefficients))
+
+
+def test_cispo_has_the_policy_gradient_before_the_first_step():
+    close(expected(trajectory(), loss(trust="weight", clip_low=1.0, clip_high=4.0)), exact())
+
+
 def test_the_exact_gradient_is_that_of_the_listed_slopes():
     # Guards by_definition: two ways to the same number.
     close(by_definition(1, lambda i: spread(REWARD[i])), exact())

@@ -86,6 +86,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "collect": {"mode": "episodes", "decisions": 2},
     },
+    "greedy baseline": {
+        "env": {"type": str(TOYS / "words.py"), "turns": 2},
+        "policy": {"type": str(TOYS / "table.py"), "spread": 0.3},
+        "algorithm": {"type": "reinforce", "credit": {"baseline": "greedy", "whiten": False}},
+        "collect": {"mode": "episodes", "decisions": 2, "group_size": 4},
+    },
     "pendulum": {
         "env": {"type": "gymnasium", "id": "Pendulum-v1", "max_steps": 23},
         "algorithm": {"credit": {"reward_scale": "running_return_std"}},
