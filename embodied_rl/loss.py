@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from embodied_rl.cells import Aggregate, Level, by_cell, cell_weights, weighted_sum
+from embodied_rl.outcome import Outcome, balanced, outcome_objective
 from embodied_rl.section import Section
 from embodied_rl.types import Batch, Evaluation
 from embodied_rl.value_loss import ValueLoss, value_clipped, value_loss
@@ -71,6 +72,10 @@ class Kl(Section):
 class Loss(Section):
     """The loss of one optimizer step."""
 
+    objective: Literal["ratio", "outcome"] = "ratio"
+    """ratio: ratio times advantage within a trust region; outcome: the likelihood of each episode's return of 0 to 1,
+    as its log-ratio against the others of its group predicts it (PACS)."""
+    outcome: Outcome = Outcome()
     ratio: Level = "decision"
     """What one importance ratio covers."""
     reduce: Literal["sum", "mean"] = "sum"
@@ -100,6 +105,20 @@ class Loss(Section):
             raise ValueError(
                 f"aggregate ({self.aggregate}) and constant_units ({self.constant_units}) belong together: "
                 "set constant_units to the longest trajectory in units, or choose another aggregate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _outcome_is_of_episodes(self) -> Loss:
+        form = (self.ratio, self.reduce, self.trust, self.aggregate)
+        if self.objective == "outcome" and form != ("trajectory", "sum", "none", "trajectory_mean"):
+            raise ValueError(
+                f"objective (outcome) scores whole episodes, and ratio, reduce, trust, aggregate are "
+                f"{', '.join(form)}: set ratio: trajectory, reduce: sum, trust: none and aggregate: trajectory_mean"
+            )
+        if self.objective != "outcome" and self.outcome != Outcome():
+            raise ValueError(
+                f"outcome does nothing with objective ({self.objective}): remove it, or set objective: outcome"
             )
         return self
 
@@ -221,10 +240,20 @@ class LossFunction:
         """
         return self.config.ratio == "trajectory" or self.config.aggregate in ("trajectory_mean", "constant")
 
-    def weights(self, mask: Tensor | None, trajectory: Tensor, num_units: int) -> Tensor:
-        """`cell_weights` with this loss's level and aggregation."""
+    @property
+    def whole_groups(self) -> bool:
+        """Whether an optimizer step must hold its groups whole."""
+        return self.config.objective == "outcome"
+
+    def weights(
+        self, mask: Tensor | None, trajectory: Tensor, num_units: int, advantage: Tensor | None = None
+    ) -> Tensor:
+        """`cell_weights` with this loss's level and aggregation; the outcome objective balances them by `advantage`."""
         c = self.config
-        return cell_weights(mask, trajectory, num_units, self.chunk, c.ratio, c.aggregate, c.constant_units)
+        weight = cell_weights(mask, trajectory, num_units, self.chunk, c.ratio, c.aggregate, c.constant_units)
+        if c.objective == "outcome" and c.outcome.balance and advantage is not None:
+            return balanced(weight, advantage)
+        return weight
 
     def __call__(self, evaluation: Evaluation, batch: Batch, *, diagnose: bool = False) -> LossResult:
         """Weighted loss of one micro-batch.
@@ -245,7 +274,12 @@ class LossFunction:
         log_ratio = by_cell(evaluation.logp - batch.logp, *args).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = log_ratio.exp()
         advantage = batch.advantage if batch.advantage.ndim == 2 else batch.advantage.unsqueeze(-1)
-        objective, clipped = surrogate(ratio, advantage, c)
+        if c.objective == "outcome":
+            assert batch.group is not None
+            objective = outcome_objective(log_ratio, advantage, batch.trajectory, batch.group, c.outcome.beta)
+            clipped = torch.zeros_like(ratio, dtype=torch.bool)
+        else:
+            objective, clipped = surrogate(ratio, advantage, c)
         if batch.correction is not None:
             objective = objective * batch.correction
         weight, everywhere = batch.weight, batch.mask is None

@@ -127,6 +127,11 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
             f"algorithm.credit.level is {credit.level} and the policy's critic values every {found}: set "
             f"algorithm.credit.level: {found}, or use a policy whose critic values every {wanted}"
         )
+    if loss.objective == "outcome" and collect.group_size < 2:
+        raise CapabilityError(
+            "algorithm.loss.objective outcome compares the copies of one start, and collect.group_size is "
+            f"{collect.group_size}: set collect.group_size: 8 and collect.mode: episodes"
+        )
     if credit.needs_groups and collect.group_size < 2:
         raise CapabilityError(
             f"algorithm.credit compares copies of one start (baseline {credit.baseline}, scale {credit.scale}) but "

@@ -364,6 +364,8 @@ class Batch:
     """[N] int64 trajectory of each row, consecutive rows of one trajectory when the ratio needs it."""
     logp_ref: Tensor | None = None
     """[N, A] of the reference policy."""
+    group: Tensor | None = None
+    """[N] int64 group of each row, where the loss compares the members of a group; None otherwise."""
     correction: Tensor | None = None
     """[N, L] factor of each cell's objective, where another policy sampled than `logp` is of; None for 1."""
 

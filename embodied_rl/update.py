@@ -195,7 +195,7 @@ class Updater:
             self.lr = c.lr * rise * (1 - progress if c.lr_schedule == "linear" else 1.0)
         metrics = Partials()
         metrics.maximum("sync/policy_lag_max", float(self.version - rollout.policy_version.min()))
-        flat = flatten(rollout, advantage)
+        flat = flatten(rollout, advantage, groups=self.loss.whole_groups)
         if len(flat) == 0:
             # Every group was dropped: an update without anything to learn from, and no sign of divergence.
             self.version += 1

@@ -32,6 +32,13 @@ class AlgorithmConfig(Section):
                 f"credit.level (unit) gives every unit an advantage of its own and loss.ratio "
                 f"({self.loss.ratio}) takes several units together: set loss.ratio: unit, or credit.level: decision"
             )
+        credit = (self.credit.returns, self.credit.baseline, self.credit.whiten)
+        if self.loss.objective == "outcome" and credit != ("trajectory", "none", False):
+            raise ValueError(
+                f"loss.objective (outcome) predicts plain returns, and credit has returns {credit[0]}, baseline "
+                f"{credit[1]}, whiten {str(credit[2]).lower()}: set returns: trajectory, baseline: none, scale: none "
+                "and whiten: false"
+            )
         if self.loss.kl.where == "reward" and self.credit.scale in ("group_std", "group_mean"):
             raise ValueError(
                 f"loss.kl.where (reward) makes the rewards of a group differ a little even when all succeed or all "
