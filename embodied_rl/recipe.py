@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from embodied_rl.anneal import Anneal
 from embodied_rl.curriculum import Curriculum
 from embodied_rl.section import Section
 
@@ -29,6 +30,8 @@ class Collect(Section):
     max_attempts: int = Field(4, ge=2)
     """refill: most rollouts per update; whatever contrast there is then has to do."""
     curriculum: Curriculum = Curriculum()
+    anneal: Anneal | None = None
+    """Sampling temperature that falls within a decision; null samples at the policy's own temperature throughout."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Collect:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from embodied_rl import checkpoint, registry
 from embodied_rl.algorithms import AlgorithmConfig
+from embodied_rl.anneal import Anneal
 from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
 from embodied_rl.credit import CreditChain
@@ -24,7 +25,7 @@ from embodied_rl.rewards import RewardConfig
 from embodied_rl.seeding import global_rng_state, seed_everything, set_global_rng_state
 from embodied_rl.selection import refill
 from embodied_rl.shaping import Shaping, check_reward
-from embodied_rl.types import Env, EnvSpec, Policy, Rollout, Split, State
+from embodied_rl.types import Annealed, Env, EnvSpec, Policy, Rollout, Split, State
 from embodied_rl.update import Updater
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,11 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
         raise CapabilityError(
             f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is "
             "stream: set collect.mode: episodes"
+        )
+    if collect.anneal is not None and not isinstance(policy, Annealed):
+        raise CapabilityError(
+            "collect.anneal lowers the sampling temperature unit by unit, and this policy has no temperature: set "
+            "collect.anneal: null, or use a policy that samples tokens"
         )
     if credit.mask_after_success and not env.has_success:
         raise CapabilityError(
@@ -308,6 +314,7 @@ class Session(Saved):
         Returns:
             metrics: Of this iteration.
         """
+        self._anneal(self.recipe.collect.anneal)
         with clock.phase("rollout"):
             rollout, gathered = self._collect()
         with clock.phase("advantage"):
@@ -317,6 +324,7 @@ class Session(Saved):
             metrics = self.updater.update(rollout, advantage, progress=self.progress)
             if (seen := observed(rollout)) is not None:
                 self.policy.observe(seen)
+        self._anneal(None)
         self.collector.version = self.update
 
         steps, decisions = int(rollout.steps[rollout.valid].sum()), int(rollout.valid.sum())
@@ -332,6 +340,15 @@ class Session(Saved):
         metrics.last("perf/env_steps_per_s", steps / busy)
         metrics.last("perf/decisions_per_s", decisions / busy)
         return metrics
+
+    def _anneal(self, anneal: Anneal | None) -> None:
+        """Set the temperatures of this iteration, also of the reference, which is compared unit by unit."""
+        if self.recipe.collect.anneal is None:
+            return
+        temperature = anneal and anneal.temperatures(self.policy.num_units, self.update).to(self.device)
+        for policy in (self.policy, self.updater.reference):
+            if policy is not None:
+                cast(Annealed, policy).anneal(temperature)
 
     def _collect(self) -> tuple[Rollout, Partials]:
         """One rollout with what the reward model pays, or as many as dynamic sampling needs, side by side."""

@@ -25,6 +25,7 @@ __all__ = [
     "PAD",
     "ActionSpec",
     "Advantage",
+    "Annealed",
     "Batch",
     "Env",
     "EnvSpec",
@@ -237,6 +238,18 @@ class Imitator(Protocol):
 
         Returns:
             loss: [N, C]
+        """
+        ...
+
+
+@runtime_checkable
+class Annealed(Protocol):
+    """What a policy offers beside `Policy` when its sampling temperature can be given unit by unit."""
+
+    def anneal(self, temperature: Tensor | None) -> None:
+        """Divide the logits of each unit by `temperature` [A], in `act` and `evaluate`, until the next call.
+
+        It comes in place of the policy's own temperature; None returns to that. Greedy decisions do not depend on it.
         """
         ...
 
