@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError
 from embodied_rl.observation import check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed, start_seeds
-from embodied_rl.types import Env, EnvSpec, Obs, Policy, Rollout, State
+from embodied_rl.selection import columns
+from embodied_rl.types import Env, EnvSpec, Hinting, Obs, Policy, Rollout, State
 
 log = logging.getLogger(__name__)
 
@@ -223,14 +224,35 @@ class Collector:
             self._blame_observation(error)
             raise
 
-    def _collect(self, record: Record) -> Rollout:
-        if self.mode == "episodes" or not self._begun:
-            self._restart(torch.ones(self.num_envs, dtype=torch.bool), record)
+    def again(self, copies: Tensor, hint: float) -> Rollout:
+        """Play the last starts of some copies once more, with a hint; nobody else moves, and no statistic counts it.
+
+        Args:
+            copies: [B] bool on the CPU, with at least one True; `mode: episodes` only.
+            hint: Share of the solution that the env shows (`types.Hinting`).
+
+        Returns:
+            rollout: [T, b] of these copies alone, without `finished`.
+        """
+        for part in self.parts:
+            cast(Hinting, part.env).hint(hint)
+        rollout = self._collect(Record(self, copies.to(self.device)), copies)
+        for part in self.parts:
+            cast(Hinting, part.env).hint(0.0)
+        return columns(rollout, copies.nonzero().squeeze(-1).to(self.device))
+
+    def _collect(self, record: Record, again: Tensor | None = None) -> Rollout:
+        everyone = torch.ones(self.num_envs, dtype=torch.bool)
+        if again is not None:
+            self._reset(again, record)
+        elif self.mode == "episodes" or not self._begun:
+            self._restart(everyone, record)
             self._begun = True
         record.open()
-        active = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        active = (everyone if again is None else again.clone()).to(self.device)
         for part in self.parts:
-            self._decide(part, 0, active, record)
+            if bool(active[part.columns].any()):
+                self._decide(part, 0, active, record)
         for t in range(self.decisions):
             for part in self.parts:
                 self._receive(part, t, active, record)
@@ -239,7 +261,8 @@ class Collector:
             if not bool(active.any()):
                 break
         rollout = record.close(t + 1, active)
-        self.sampler.observe(rollout.finished)
+        if again is None:
+            self.sampler.observe(rollout.finished)
         return rollout
 
     def _decide(self, part: Part, t: int, active: Tensor, record: Record) -> None:
@@ -276,11 +299,14 @@ class Collector:
         self.seed[where] = start_seeds(self.run_seed, "train", group, index)
         self.task[where] = self.sampler.choose(group, index, self.seed[where])
         self.starts[where] += 1
+        self._reset(mask, record, parts)
+
+    def _reset(self, mask: Tensor, record: Record, parts: Sequence[Part] | None = None) -> None:
         for part in parts or self.parts:
             here, seeds, tasks = (x[part.columns].to(self.device) for x in (mask, self.seed, self.task))
             part.obs = part.env.reset(here, seeds, tasks)
             check_observation(part.obs, part.env.spec, start=True)
-        record.begin_episodes(where)
+        record.begin_episodes(mask.nonzero().squeeze(-1))
 
     def _blame_observation(self, error: ShapeError) -> None:
         """Name the observation behind a refused action, when there is one: the policy is not to blame for it."""

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 class Record:
     """The rollout while it is being written."""
 
-    def __init__(self, collector: Collector) -> None:
-        """Start empty; `open` allocates."""
-        self.c = collector
+    def __init__(self, collector: Collector, only: Tensor | None = None) -> None:
+        """Start empty; `open` allocates.
+
+        Args:
+            collector: Whose rollout it is.
+            only: [B] bool, copies that play; None for all.
+        """
+        self.c, self.only = collector, only
         spec = collector.spec
         self.constant_names = [n for n, s in spec.observation.items() if s.constant]
         self.bank: dict[str, list[Tensor]] = {n: [] for n in self.constant_names}
@@ -118,6 +123,8 @@ class Record:
             # Whoever has not finished after the last decision is cut there, like at a time limit.
             d["truncated"][t - 1] |= active
             d["valid"][1:] = ~(d["terminated"] | d["truncated"])[:-1].cummax(0).values
+            if self.only is not None:
+                d["valid"] &= self.only
             d["mask"] &= d["valid"].unsqueeze(-1)
         next_value = self._next_value(d, running) if c.policy.has_critic else None
         solved = self._solved(d, t) if self.success else None

@@ -30,6 +30,7 @@ __all__ = [
     "Env",
     "EnvSpec",
     "Evaluation",
+    "Hinting",
     "Imitator",
     "Obs",
     "Policy",
@@ -210,6 +211,15 @@ class Policy(Protocol):
 
     def observe(self, obs: Obs) -> None:
         """Move running statistics (observation normaliser) with a finished rollout's observations [N, ...]."""
+        ...
+
+
+@runtime_checkable
+class Hinting(Protocol):
+    """What an env offers beside `Env` when it can make its tasks easier by showing a part of the solution."""
+
+    def hint(self, share: float) -> None:
+        """Show the first `share` of the solution, 0 to 1, in the episodes that the next resets begin."""
         ...
 
 

@@ -92,6 +92,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "algorithm": {"type": "reinforce", "credit": {"baseline": "greedy", "whiten": False}},
         "collect": {"mode": "episodes", "decisions": 2, "group_size": 4},
     },
+    "hints": {
+        "env": {"type": str(TOYS / "words.py")},
+        "policy": {"type": str(TOYS / "table.py"), "spread": 0.3},
+        "algorithm": {"type": "grpo"},
+        "collect": {"mode": "episodes", "decisions": 1, "group_size": 4, "hints": [0.3, 0.7], "dynamic_sampling": "drop"},
+    },
     "pendulum": {
         "env": {"type": "gymnasium", "id": "Pendulum-v1", "max_steps": 23},
         "algorithm": {"credit": {"reward_scale": "running_return_std"}},

@@ -36,14 +36,15 @@ def word(number: int, config: Config) -> list[int]:
 
 
 class Words:
-    """See the module docstring."""
+    """See the module docstring. Under a hint the first letters are given, and the context says that it is another task."""
 
     def __init__(self, config: Config, num_envs: int, device: torch.device) -> None:
         self.config, self.device = config, device
         contexts = config.words * config.turns
+        self.share, self.shown = 0.0, torch.zeros(num_envs, dtype=torch.int64, device=device)
         self.target = torch.tensor([word(i % config.words, config) for i in range(contexts)], device=device)
         self.spec = EnvSpec(
-            observation={"context": TensorSpec((1,), torch.int64, low=PAD, high=contexts - 1, constant=config.turns == 1)},
+            observation={"context": TensorSpec((1,), torch.int64, low=PAD, high=2 * contexts - 1, constant=config.turns == 1)},
             action=ActionSpec("tokens", config.letters + 1, length=config.length),
             num_envs=num_envs, max_steps=config.turns, tasks=("spell",), seedable=True, has_state=True, has_success=True,
             vocabulary=Vocabulary("letters", config.letters + 1, "letters", (config.letters,)),
@@ -56,19 +57,25 @@ class Words:
         return self.turn.clamp(max=self.config.turns - 1) * self.config.words + self.number
 
     def _obs(self) -> Obs:
-        return {"context": self._context().unsqueeze(-1)}
+        contexts = self.config.words * self.config.turns
+        return {"context": (self._context() + contexts * (self.shown > 0)).unsqueeze(-1)}
+
+    def hint(self, share: float) -> None:
+        self.share = share
 
     def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
         for i in mask.nonzero().flatten().tolist():
             self.number[i] = int(numpy_rng(int(seeds[i]), "word").integers(self.config.words))
         self.turn = torch.where(mask, 0, self.turn)
+        self.shown = torch.where(mask, round(self.share * self.config.length), self.shown)
         self.right = self.right | mask
         return self._obs()
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         self.spec.action.check(action if active is None else action[active], int(action.shape[0] if active is None else active.sum()),
                                self.device, "words")  # fmt: skip
-        same = action == self.target[self._context()]
+        given = torch.arange(self.config.length, device=self.device) < self.shown.unsqueeze(-1)
+        same = (action == self.target[self._context()]) | given
         right = same.all(-1)
         reward = same.float().mean(-1) if self.config.partial else right.float()
         self.turn, self.right = self.turn + 1, self.right & right
@@ -76,10 +83,10 @@ class Words:
         return Step(self._obs(), reward, ended, torch.zeros_like(ended), self.right & ended)
 
     def get_state(self) -> State:
-        return {"number": self.number, "turn": self.turn, "right": self.right}
+        return {"number": self.number, "turn": self.turn, "right": self.right, "shown": self.shown}
 
     def set_state(self, state: State) -> Obs:
-        self.number, self.turn, self.right = (state[k].clone() for k in ("number", "turn", "right"))
+        self.number, self.turn, self.right, self.shown = (state[k].clone() for k in ("number", "turn", "right", "shown"))
         return self._obs()
 
     def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
