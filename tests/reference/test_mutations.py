@@ -102,6 +102,18 @@ MUTATIONS = [
     Mutation(REWARD_STD, "series[rollout.valid & torch.isfinite(series)]", "series[torch.isfinite(series)]",
              "test_credit:test_the_running_reward_scale_skips_decisions_after_the_end_of_an_episode"),
     Mutation(FIT, "1 - float", "float", "test_credit:test_explained_variance_by_hand"),
+    # credit of units, further baselines, outcomes
+    Mutation("embodied_rl.advantage:unit_gae", "delta + step * lam * ahead", "delta + lam * ahead", "test_unit_credit:test_token_level_gae_across_two_replies"),
+    Mutation("embodied_rl.advantage:unit_gae", "ahead * goes_on[t]", "ahead", "test_unit_credit:test_nothing_flows_back_over_the_end_of_an_episode"),
+    Mutation("embodied_rl.advantage:unit_gae", "step = torch.where(acts[t, :, a], one, step)", "pass", "test_unit_credit:test_token_level_gae_across_two_replies"),
+    Mutation("embodied_rl.advantage:unit_gae", "acts[..., 0] |= ~mask.any(-1)", "pass", "test_unit_credit:test_a_reply_without_own_tokens_passes_reward_and_time_on"),
+    Mutation("embodied_rl.credit:other_half", "(1 - between) * own", "own", "test_credit:test_canon_by_hand"),
+    Mutation("embodied_rl.credit:CreditChain._by_unit", "paid = on_last_unit(reward + penalty.sum(-1), mask) - penalty", "paid = on_last_unit(reward, mask) - penalty",
+             "test_unit_credit:test_the_return_to_go_of_a_token_holds_the_penalties_of_itself_and_all_later_ones"),
+    Mutation("embodied_rl.credit:CreditChain.__call__", "counts = counts & ~rollout.greedy", "pass", "test_credit:test_a_greedy_copy_is_the_baseline_of_its_group_and_leaves"),
+    Mutation("embodied_rl.outcome:against_others", "(total - own) / (count - 1)", "total / count", "test_outcome:test_scores_are_compared_with_the_others_of_the_group"),
+    Mutation("embodied_rl.update:Updater._reset_reference", "moment.zero_()", "pass", "tests.unit.test_reference_policy:test_every_so_many_updates_the_policy_becomes_its_own_reference"),
+    Mutation(SURROGATE, "bounded * advantage * (ratio / ratio.detach())", "bounded * advantage * ratio", "test_surrogate:test_as_a_weight_the_ratio_is_bounded_and_no_gradient_is_cut_off"),
     # the trust region
     Mutation(SURROGATE, "clipped, bounded, plain", "clipped, plain, bounded", "test_surrogate:test_clip_of_good_and_bad_actions_on_both_sides"),
     Mutation(SURROGATE, "1 - config.clip_low, 1 + config.clip_high", "1 - config.clip_high, 1 + config.clip_low",
