@@ -1,9 +1,7 @@
-"""Credit assignment as a chain of small pure functions: shape, returns, baseline, scale, post-process.
+"""Steps of credit assignment as pure functions: returns, baseline, scale, post-process (`credit.py` chains them).
 
-Published methods are choices along the chain (`Credit`), not functions of their own. All tensors are [T, B].
-
-Rewards are never patched to bootstrap a time limit: `next_value` is the value of the state that really followed, and
-delta = r + discount (1 - terminated) v' - v is cut at `terminated | truncated`.
+All tensors are [T, B]. Rewards are never patched to bootstrap a time limit: `next_value` is the value of the state that
+really followed, and delta = r + discount (1 - terminated) v' - v is cut at `terminated | truncated`.
 """
 
 from __future__ import annotations
@@ -11,77 +9,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from embodied_rl.errors import CapabilityError, ShapeError
-from embodied_rl.section import Section
-from embodied_rl.selection import until_success
-from embodied_rl.types import Advantage, Rollout, State
 
-Baseline = Literal["none", "critic", "batch_mean", "group_mean", "leave_one_out"]
+Baseline = Literal[
+    "none", "constant", "critic", "batch_mean", "group_mean", "leave_one_out", "other_half", "greedy"
+]  # fmt: skip
 Scale = Literal["none", "batch_std", "group_std", "group_mean"]
-
-
-class Credit(Section):
-    """How rewards become advantages."""
-
-    gamma: float = Field(0.99, ge=0, le=1)
-    """Discount per control step; a decision of k executed steps is discounted by gamma ** k."""
-    returns: Literal["gae", "return_to_go", "trajectory"] = "gae"
-    """gae: needs a critic; return_to_go: discounted sum from the decision on; trajectory: one number per episode."""
-    lam: float = Field(0.95, ge=0, le=1)
-    """GAE's lambda: 0 is the one-step error (low variance), 1 the discounted return minus the value."""
-    mask_after_success: bool = False
-    """For envs that go on after success: learn nothing from decisions that begin after the goal has first held in their
-    episode, and end its return there. The decision in which the goal is reached counts whole."""
-    reward_scale: Literal["none", "running_return_std"] = "none"
-    """Divide rewards by the running standard deviation of the discounted return before anything else."""
-    baseline: Baseline = "critic"
-    """What is subtracted; critic comes with gae, the group ones compare copies that share one start."""
-    scale: Scale = "none"
-    """What the centred score is divided by."""
-    scale_floor: float = Field(1e-3, gt=0)
-    """Smallest divisor; scores that are all equal give an advantage of exactly 0 whatever the floor."""
-    whiten: bool = False
-    """Finally bring the advantages of the whole rollout to mean 0 and standard deviation 1."""
-    clip: float | None = Field(None, gt=0)
-    """Finally clamp advantages to +-clip; null for no clamp."""
-    positive_weight: float = Field(1.0, ge=0)
-    """Finally multiply positive advantages (0 learns from failures only)."""
-    negative_weight: float = Field(1.0, ge=0)
-    """Finally multiply negative advantages (0 learns from successes only)."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Credit:
-        if (self.returns == "gae") != (self.baseline == "critic"):
-            raise ValueError(
-                f"returns ({self.returns}) and baseline ({self.baseline}) do not fit: gae goes with critic, "
-                "return_to_go and trajectory with none, batch_mean, group_mean or leave_one_out"
-            )
-        if self.returns == "gae" and self.scale != "none":
-            raise ValueError(f"scale ({self.scale}) does nothing with returns gae: set scale: none (and whiten: true)")
-        if self.returns != "gae" and self.lam != type(self).model_fields["lam"].default:
-            raise ValueError(f"lam ({self.lam}) does nothing with returns ({self.returns}): remove it, or use gae")
-        centred_in_group = self.baseline in ("group_mean", "leave_one_out")
-        if self.scale != "none" and not (
-            centred_in_group or (self.scale, self.baseline) == ("batch_std", "batch_mean")
-        ):
-            raise ValueError(
-                f"scale ({self.scale}) with baseline ({self.baseline}) would blow up scores that are all equal: "
-                "use baseline group_mean or leave_one_out (or batch_mean with batch_std), or scale: none"
-            )
-        return self
-
-    @property
-    def needs_critic(self) -> bool:
-        """Whether the policy must have a value head."""
-        return self.returns == "gae"
-
-    @property
-    def needs_groups(self) -> bool:
-        """Whether copies must share starts."""
-        return self.baseline in ("group_mean", "leave_one_out") or self.scale in ("group_std", "group_mean")
 
 
 def gae(
@@ -131,6 +66,85 @@ def gae(
     for t in range(len(delta) - 1, -1, -1):
         ahead = torch.addcmul(delta[t], carry[t], ahead, out=advantage[t])
     return advantage
+
+
+def on_last_unit(x: Tensor, mask: Tensor) -> Tensor:
+    """Give each decision's number to the last of its units that count; the others get 0.
+
+    Args:
+        x: [T, B].
+        mask: [T, B, A] bool.
+
+    Returns:
+        spread: [T, B, A]; a decision without any counting unit keeps its number on its first one.
+    """
+    last = mask.flip(-1).to(torch.int8).argmax(-1, keepdim=True)
+    index = torch.where(mask.any(-1, keepdim=True), mask.shape[-1] - 1 - last, 0)
+    return x.new_zeros(mask.shape).scatter_(-1, index, x.unsqueeze(-1))
+
+
+def unit_gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    mask: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    discount: Tensor | float,
+    lam: float,
+) -> Tensor:
+    """`gae` over the units of an episode, one after the other through all its decisions.
+
+    A unit's successor is the next one that counts, in this decision or in a later one of the episode; what lies
+    between (another speaker's tokens, padding) neither discounts nor resets anything. No time passes within a decision,
+    so `discount` acts on the step from a decision's last unit only; lam acts on every step.
+
+    Args:
+        reward: [T, B, A] reward of each unit (`on_last_unit` for one that a whole decision earned).
+        value: [T, B, A] value of what each unit was chosen in; may be anything, NaN included, where masked, except on
+            the first unit of a decision that emitted nothing: there it is that of the state.
+        next_value: [T, B] value of the state that really followed the decision, as in `gae`.
+        mask: [T, B, A] bool, units that count.
+        terminated: [T, B] bool.
+        truncated: [T, B] bool.
+        discount: [T, B] or a number.
+        lam: In [0, 1].
+
+    Returns:
+        advantage: [T, B, A], 0 where masked. With values of 0 and lam 1 it is the return to go.
+
+    Raises:
+        ShapeError: reward, value and mask do not share one [T, B, A].
+
+    Source: Schulman et al. 2016, eq. 16 (arXiv:1506.02438), one unit as one time step. Differs: the paper has no
+        decisions.
+    """
+    if len({tuple(x.shape) for x in (reward, value, mask)}) != 1 or reward.ndim != 3:
+        raise ShapeError(
+            f"unit_gae: reward, value and mask must share one [T, B, A], got {list(reward.shape)}, "
+            f"{list(value.shape)}, {list(mask.shape)}: the policy must value each unit"
+        )
+    zero = torch.zeros((), dtype=value.dtype, device=value.device)
+    one = torch.ones_like(zero)
+    # A decision that emitted nothing still passes reward and time on.
+    acts = mask.clone()
+    acts[..., 0] |= ~mask.any(-1)
+    value = torch.where(acts, value, zero)
+    follows = torch.where(terminated, zero, next_value)
+    goes_on = (~(terminated | truncated)).to(value.dtype)
+    advantage = torch.zeros_like(value)
+    ahead = torch.zeros_like(follows[0])
+    for t in range(len(reward) - 1, -1, -1):
+        after, ahead = follows[t], ahead * goes_on[t]
+        step = (discount[t] if isinstance(discount, Tensor) else discount) * one
+        for a in range(reward.shape[2] - 1, -1, -1):
+            delta = reward[t, :, a] + step * after - value[t, :, a]
+            ahead = torch.where(acts[t, :, a], delta + step * lam * ahead, ahead)
+            after = torch.where(acts[t, :, a], value[t, :, a], after)
+            step = torch.where(acts[t, :, a], one, step)
+            advantage[t, :, a] = ahead
+    return torch.where(mask, advantage, zero)
 
 
 def return_to_go(reward: Tensor, done: Tensor, *, discount: Tensor | float) -> Tensor:
@@ -223,6 +237,55 @@ def subtract_baseline(score: Tensor, group: Tensor, valid: Tensor, kind: Baselin
     return torch.where(equal_in_group(score, group, member), torch.zeros_like(score), centred)
 
 
+def other_half(score: Tensor, metric: Tensor, group: Tensor, valid: Tensor, between: float) -> Tensor:
+    """Compare each score with the two halves that a metric splits its group into.
+
+    A_i = between (s_i - mean of the other half) + (1 - between)(s_i - mean of the own half), where the halves are those
+    of the smaller and of the larger metric (equal ones by their order; of an odd number the larger half has one more).
+
+    Args:
+        score: [T, B].
+        metric: [B] what the group is split by.
+        group: [B] int64.
+        valid: [B] bool, copies that are compared.
+        between: mu in [0, 1].
+
+    Returns:
+        centred: [T, B], exactly 0 for groups whose scores are all equal, and for copies without company.
+
+    Source: Chen et al. 2025 (CANON, arXiv:2509.23962). Differs: no direction is preferred (their alpha is 1).
+    """
+    centred = torch.zeros_like(score)
+    for name in group[valid].unique():
+        members = (valid & (group == name)).nonzero().squeeze(-1)
+        ranked = members[metric[members].argsort(stable=True)]
+        if len(ranked) < 2:
+            continue
+        halves = ranked[: len(ranked) // 2], ranked[len(ranked) // 2 :]
+        means = [score[:, half].mean(1, keepdim=True) for half in halves]
+        for half, own, other in ((halves[0], *means), (halves[1], *reversed(means))):
+            centred[:, half] = score[:, half] - between * other - (1 - between) * own
+    return torch.where(equal_in_group(score, group, valid), torch.zeros_like(score), centred)
+
+
+def greedy_score(score: Tensor, group: Tensor, greedy: Tensor) -> Tensor:
+    """Score of the greedy copy of each copy's group.
+
+    Args:
+        score: [B].
+        group: [B] int64.
+        greedy: [B] bool, exactly one copy of each group.
+
+    Returns:
+        baseline: [B].
+
+    Source: Li et al. 2024 (ReMax, arXiv:2310.10505).
+    """
+    same = group.unsqueeze(1) == group[greedy].unsqueeze(0)
+    assert bool((same.sum(1) == 1).all()), "one greedy copy per group"
+    return score[greedy][same.to(torch.int8).argmax(1)]
+
+
 def scale(centred: Tensor, score: Tensor, group: Tensor, valid: Tensor, kind: Scale, floor: float) -> Tensor:
     """Divide centred scores; zero stays exactly zero.
 
@@ -270,147 +333,3 @@ def whiten(x: Tensor, valid: Tensor, floor: float = 1e-8) -> Tensor:
         return torch.zeros_like(x)
     std, mean = torch.std_mean(chosen)
     return torch.where(valid, (x - mean) / std.clamp(min=floor), torch.zeros_like(x))
-
-
-class CreditChain:
-    """`Credit` with the little memory it needs (the running scale of rewards); part of a checkpoint."""
-
-    def __init__(self, config: Credit, *, drop_equal_groups: bool = False) -> None:
-        """Start with an empty memory.
-
-        Args:
-            config: The recipe's credit section.
-            drop_equal_groups: Groups whose returns are all equal leave before the update, so that no mean over the
-                batch counts them; otherwise they stay, with an advantage of 0.
-        """
-        self.config, self.drop_equal_groups = config, drop_equal_groups
-        self._running: Tensor | None = None
-        self._count, self._mean, self._m2 = 0.0, 0.0, 0.0
-
-    def __call__(self, rollout: Rollout) -> Advantage:
-        """Run the chain.
-
-        Args:
-            rollout: A finished rollout; group methods need one episode per copy (`collect.mode: episodes`).
-
-        Returns:
-            advantage: `.advantage` [T, B], and `.target` [T, B] = unprocessed advantage + value with a critic.
-        """
-        c = self.config
-        metrics: dict[str, tuple[float, float]] = {}
-        if c.mask_after_success:
-            made, rollout = float(rollout.valid.sum()), until_success(rollout)
-            metrics["rollout/after_success_rate"] = (made - float(rollout.valid.sum()), made)
-        reward, discount = self._reward_and_discount(rollout)
-        if c.reward_scale != "none":
-            reward = reward / self._reward_std(reward, rollout, discount)
-        target, counts = None, rollout.valid
-        if c.returns == "gae":
-            assert rollout.value is not None and rollout.next_value is not None
-            value = torch.where(rollout.valid, rollout.value, torch.zeros_like(reward))
-            next_value = torch.where(rollout.valid, rollout.next_value, torch.zeros_like(reward))
-            raw = gae(
-                reward, value, next_value, rollout.terminated, rollout.truncated | ~rollout.valid,
-                discount=discount, lam=c.lam,
-            )  # fmt: skip
-            target = raw + value
-            metrics |= fit_metrics(value, target, rollout.valid)
-        else:
-            score, group = return_to_go(reward, rollout.done, discount=discount), rollout.group[0]
-            if c.needs_groups:
-                member = rollout.valid[0]
-                equal = equal_in_group(score[:1], group, member)[0]
-                metrics["rollout/zero_advantage_groups"] = (float(equal[member].sum()), float(member.sum()))
-                if self.drop_equal_groups:
-                    counts = counts & ~equal
-            counted = counts
-            if c.returns == "trajectory":
-                # One row: an episode counts once in a mean over the batch, however many decisions it took.
-                score, counted = score[:1], counted[:1]
-            raw = subtract_baseline(score, group, counted, c.baseline)
-            raw = scale(raw, score, group, counted, c.scale, c.scale_floor).expand_as(reward)
-        return Advantage(self._post(raw, counts), target, metrics, counts)
-
-    def contrast(self, rollout: Rollout) -> Tensor:
-        """[B] bool, True for copies of groups whose returns differ: only these tell good from bad."""
-        if self.config.mask_after_success:
-            rollout = until_success(rollout)
-        reward, discount = self._reward_and_discount(rollout)
-        score = return_to_go(reward, rollout.done, discount=discount)
-        return ~equal_in_group(score[:1], rollout.group[0], rollout.valid[0])[0]
-
-    def _reward_and_discount(self, rollout: Rollout) -> tuple[Tensor, Tensor | float]:
-        # An infinite or NaN number in a masked decision must not reach the sums.
-        reward = torch.where(rollout.valid, rollout.reward, torch.zeros_like(rollout.reward))
-        gamma = self.config.gamma
-        return reward, gamma if rollout.chunk == 1 else gamma ** rollout.steps.to(reward.dtype)
-
-    def _post(self, x: Tensor, valid: Tensor) -> Tensor:
-        c = self.config
-        if c.whiten:
-            x = whiten(x, valid)
-        if c.clip is not None:
-            x = x.clamp(-c.clip, c.clip)
-        if c.positive_weight != 1 or c.negative_weight != 1:
-            x = torch.where(x > 0, c.positive_weight * x, c.negative_weight * x)
-        return torch.where(valid, x, torch.zeros_like(x))
-
-    def _reward_std(self, reward: Tensor, rollout: Rollout, discount: Tensor | float) -> float:
-        """Standard deviation of the running discounted return R <- discount R + r over all decisions seen so far.
-
-        Source: Engstrom et al. 2020, appendix A.2 (arXiv:2005.12729); R is not reset at rollout borders, only at
-        the end of an episode.
-        """
-        # A NaN would stay in the statistics for good; the update that it belongs to is skipped anyway.
-        reward = torch.where(torch.isfinite(reward), reward, torch.zeros_like(reward))
-        # Where every episode ended with its rollout nothing runs on, and the next one may have other copies.
-        running = torch.zeros_like(reward[0])
-        if self._running is not None and bool(self._running.any()):
-            running = self._running.to(reward.device)
-        series = torch.empty_like(reward)
-        for t in range(len(reward)):
-            d = discount[t] if isinstance(discount, Tensor) else discount
-            running = running * d + reward[t]
-            series[t] = running
-            running = torch.where(rollout.done[t] | ~torch.isfinite(running), torch.zeros_like(running), running)
-        self._running = running
-        series = series[rollout.valid & torch.isfinite(series)].double()
-        if series.numel():
-            n, mean = float(series.numel()), float(series.mean())
-            m2 = float(series.var(unbiased=False)) * n
-            total = self._count + n
-            delta = mean - self._mean
-            self._m2 += m2 + delta**2 * self._count * n / total
-            self._mean += delta * n / total
-            self._count = total
-        return max((self._m2 / self._count) ** 0.5, 1e-4) if self._count else 1.0
-
-    def state_dict(self) -> State:
-        """What a checkpoint keeps of it."""
-        return {"running": self._running, "count": self._count, "mean": self._mean, "m2": self._m2}
-
-    def load_state_dict(self, state: State) -> None:
-        """Restore `state_dict`."""
-        self._running, self._count, self._mean, self._m2 = state["running"], state["count"], state["mean"], state["m2"]
-
-
-def fit_metrics(value: Tensor, target: Tensor, valid: Tensor) -> dict[str, tuple[float, float]]:
-    """How well the critic predicts its targets: explained variance 1 - Var(y - v) / Var(y), and both means.
-
-    Args:
-        value: [T, B].
-        target: [T, B].
-        valid: [T, B] bool.
-
-    Returns:
-        metrics: name -> (sum, count); explained_variance is absent when the targets do not vary.
-    """
-    v, y = (value, target) if bool(valid.all()) else (value[valid], target[valid])
-    if v.numel() < 2:
-        return {}
-    n = float(v.numel())
-    metrics = {"critic/value_mean": (float(v.mean()) * n, n), "critic/target_mean": (float(y.mean()) * n, n)}
-    variance = float(y.var())
-    if variance > 0:
-        metrics["critic/explained_variance"] = (1 - float((y - v).var()) / variance, 1.0)
-    return metrics

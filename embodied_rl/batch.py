@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embodied_rl.cells import cell_weights
 from embodied_rl.loss import LossFunction
 from embodied_rl.types import FEATURES, Advantage, Batch, Obs, Rollout
 
@@ -64,12 +65,13 @@ class Flat:
         return {**self.obs, **{k: v.index_select(0, self.episode) for k, v in self.constants.items()}}
 
 
-def flatten(rollout: Rollout, advantage: Advantage) -> Flat:
+def flatten(rollout: Rollout, advantage: Advantage, *, groups: bool = False) -> Flat:
     """Turn the decisions that are learned from into rows, copy by copy within each decision index.
 
     Args:
         rollout: [T, B].
-        advantage: [T, B].
+        advantage: [T, B] or [T, B, A].
+        groups: Tell the group of each row.
 
     Returns:
         flat: N = number of decisions that count. The mask is left out when every unit counts. Where the policy gave
@@ -87,6 +89,8 @@ def flatten(rollout: Rollout, advantage: Advantage) -> Flat:
         columns["target"] = rows(advantage.target)
     if rollout.value is not None:
         columns["value"] = rows(rollout.value)
+    if groups:
+        columns["group"] = rows(rollout.group)
     mask = rows(rollout.mask)
     if not bool(mask.all()):
         columns["mask"] = mask
@@ -133,7 +137,8 @@ def minibatches(flat: Flat, count: int, loss: LossFunction, generator: torch.Gen
     Yields:
         batch: With weights that add up to 1 over the batch.
     """
-    order, borders = _shuffle(flat.episode, count, loss.whole_trajectories, generator)
+    whole = loss.whole_trajectories or loss.whole_groups
+    order, borders = _shuffle(flat.rows["group"] if loss.whole_groups else flat.episode, count, whole, generator)
     lazy = sum(v.nbytes for v in flat.obs.values()) > LAZY_BYTES
     sizes = [stop - start for start, stop in zip(borders[:-1], borders[1:], strict=True)]
     parts = (flat.take(rows) for rows in order.split(sizes)) if lazy else flat.take(order).split(sizes)
@@ -145,17 +150,20 @@ def as_batch(part: Flat, loss: LossFunction) -> Batch:
     """The rows of one optimizer step with their weights, counted over exactly these rows."""
     r = part.rows
     n = len(part)
-    weight = loss.weights(r.get("mask"), part.episode, r["logp"].shape[1])
-    row_weight = torch.full((n,), 1.0 / n, device=part.episode.device)
+    weight = loss.weights(r.get("mask"), part.episode, r["logp"].shape[1], r["advantage"])
+    if "target" in r and r["target"].ndim == 2:
+        row_weight = cell_weights(r.get("mask"), part.episode, r["logp"].shape[1], loss.chunk, "unit", "unit_mean")
+    else:
+        row_weight = torch.full((n,), 1.0 / n, device=part.episode.device)
     return Batch(
         part.full_obs(), r["units"], r["logp"], r.get("mask"), r["advantage"], r.get("target"), r.get("value"),
-        weight, row_weight, part.episode, r.get("logp_ref"), r.get("correction"),
+        weight, row_weight, part.episode, r.get("logp_ref"), r.get("group"), r.get("correction"),
     )  # fmt: skip
 
 
 def with_signal(batch: Batch) -> Batch:
     """The rows whose advantage is not exactly 0, with the weights they had among all rows of the optimizer step."""
-    rows = (batch.advantage != 0).nonzero().squeeze(-1)
+    rows = (batch.advantage.view(len(batch), -1) != 0).any(1).nonzero().squeeze(-1)
     if len(rows) == len(batch):
         return batch
     fields = {k: (v[rows] if isinstance(v, Tensor) else v) for k, v in vars(batch).items() if k != "obs"}
@@ -168,7 +176,8 @@ def micro_batches(batch: Batch, size: int | None, whole_trajectories: bool) -> I
     Args:
         batch: The step.
         size: Rows per piece; None for one piece.
-        whole_trajectories: Cut only between trajectories, so a piece may be larger than `size`.
+        whole_trajectories: Cut only between trajectories (groups, where the batch has them), so a piece may be larger
+            than `size`.
 
     Yields:
         piece: Consecutive rows.
@@ -178,7 +187,8 @@ def micro_batches(batch: Batch, size: int | None, whole_trajectories: bool) -> I
         return
     borders = list(range(0, len(batch), size)) + [len(batch)]
     if whole_trajectories:
-        starts = [0, *((batch.trajectory.diff() != 0).nonzero().squeeze(-1) + 1).tolist()]
+        together = batch.trajectory if batch.group is None else batch.group
+        starts = [0, *((together.diff() != 0).nonzero().squeeze(-1) + 1).tolist()]
         chosen = [0]
         for start in starts:
             if start - chosen[-1] >= size:
@@ -191,16 +201,16 @@ def micro_batches(batch: Batch, size: int | None, whole_trajectories: bool) -> I
 
 
 def _shuffle(
-    episode: Tensor, count: int, whole_trajectories: bool, generator: torch.Generator
+    together: Tensor, count: int, whole: bool, generator: torch.Generator
 ) -> tuple[Tensor, list[int]]:
-    """Order of the rows [N] and the borders of the minibatches [count + 1]."""
-    n = len(episode)
-    if not whole_trajectories:
+    """Order of the rows [N] and the borders of the minibatches [count + 1]; `whole` keeps equal ids [N] `together`."""
+    n = len(together)
+    if not whole:
         count = min(count, n)
-        order = torch.randperm(n, generator=generator).to(episode.device)
+        order = torch.randperm(n, generator=generator).to(together.device)
         return order, [round(i * n / count) for i in range(count + 1)]
-    ids, inverse = torch.unique(episode, return_inverse=True)
-    rank = torch.randperm(len(ids), generator=generator).to(episode.device)
+    ids, inverse = torch.unique(together, return_inverse=True)
+    rank = torch.randperm(len(ids), generator=generator).to(together.device)
     order = torch.argsort(rank[inverse], stable=True)
     lengths = torch.bincount(rank[inverse], minlength=len(ids)).cumsum(0).tolist()
     count = min(count, len(ids))

@@ -125,7 +125,8 @@ def _check_value(case: PolicyCase, value: Tensor | None, rows: int) -> None:
     has = case.policy.has_critic
     expect((value is not None) == has, f"value is {'None' if value is None else 'given'}, but has_critic is {has}")
     if value is not None:
-        check_tensor(value, (rows,), value.dtype, case.device, "value")
+        shape = (rows, case.policy.num_units) if getattr(case.policy, "value_per_unit", False) else (rows,)
+        check_tensor(value, shape, value.dtype, case.device, "value")
         expect(bool(torch.isfinite(value).all()), "value is not finite")
 
 
@@ -224,7 +225,8 @@ def values_agree(case: PolicyCase) -> None:
     expect(not value.requires_grad, "value() must not record gradients")
     evaluated = p.evaluate(obs, out.units).value
     for name, other in (("act", out.value), ("evaluate", evaluated)):
-        gap = float("inf") if other is None else _far(value, other.detach())
+        first = other[:, 0] if other is not None and other.ndim == 2 else other
+        gap = float("inf") if first is None else _far(value, first.detach())
         expect(gap < 1e-4, f"value and {name} differ by {gap:.2g}")
 
 

@@ -15,17 +15,19 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from embodied_rl.curriculum import Curriculum, TaskSampler
+from embodied_rl.decide import decide, decide_mixed
 from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
 from embodied_rl.observation import check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed, start_seeds
-from embodied_rl.types import Env, EnvSpec, Obs, Policy, PolicyOutput, Rollout, State
+from embodied_rl.selection import columns
+from embodied_rl.types import Env, EnvSpec, Hinting, Obs, Policy, Rollout, State
 
 log = logging.getLogger(__name__)
 
@@ -143,37 +145,6 @@ class Part:
         return pending()
 
 
-def decide(
-    policy: Policy, obs: Obs, active: Tensor | None, *, generator: torch.Generator | None, greedy: bool = False
-) -> PolicyOutput:
-    """Ask the policy for the active copies only: those that wait cost no inference and can leak nothing into the env.
-
-    Args:
-        policy: Decides.
-        obs: [b, ...] of all copies.
-        active: [b] bool with at least one True; None for all, which saves the gather.
-        generator: See `Policy.act`; how much is drawn from it depends on how many are active.
-        greedy: See `Policy.act`.
-
-    Returns:
-        output: [b, ...] for all copies, zeros for those that wait.
-    """
-    if active is None:
-        return policy.act(obs, generator=generator, greedy=greedy)
-    rows = active.nonzero().squeeze(-1)
-    out = policy.act(_rows(obs, rows), generator=generator, greedy=greedy)
-
-    def spread(x: Tensor) -> Tensor:
-        return x.new_zeros((len(active), *x.shape[1:])).index_copy_(0, rows, x)
-
-    rest = (None if x is None else spread(x) for x in (out.value, out.mask, out.features))
-    return PolicyOutput(spread(out.units), spread(out.logp), spread(out.action), *rest)
-
-
-def _rows(obs: Obs, rows: Tensor) -> Obs:
-    return {k: v.index_select(0, rows) for k, v in obs.items()}
-
-
 def _where(mask: Tensor, new: Obs, old: Obs) -> Obs:
     """New observations for the masked copies, old ones for the others."""
     if bool(mask.all()):
@@ -198,6 +169,7 @@ class Collector:
         self, envs: Sequence[Env], policy: Policy, *, decisions: int, mode: Literal["stream", "episodes"] = "stream",
         group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
         generator: torch.Generator | None = None, keep_final_obs: bool = False, keep_actions: bool = False,
+        greedy_baseline: bool = False,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -212,6 +184,7 @@ class Collector:
             generator: Of the policy's samples, on the policy's device.
             keep_final_obs: Fill `Rollout.final_obs`, which reward models and self-imitation read.
             keep_actions: Fill `Rollout.action`, which self-imitation reads.
+            greedy_baseline: The first copy of each group takes the policy's mode.
 
         Raises:
             CapabilityError: Groups on an env that cannot be seeded, or a curriculum without tasks or success.
@@ -235,6 +208,8 @@ class Collector:
         self.num_envs, self.device = start, envs[0].device
         b = self.num_envs
         self.group_of = torch.arange(b) // group_size
+        first = (torch.arange(b) % group_size == 0).to(self.device)
+        self.greedy = first if greedy_baseline else None
         self.starts = torch.zeros(b, dtype=torch.int64)
         self.seed = torch.zeros(b, dtype=torch.int64)
         self.task = torch.zeros(b, dtype=torch.int64)
@@ -261,14 +236,35 @@ class Collector:
             self._blame_observation(error)
             raise
 
-    def _collect(self, record: Record) -> Rollout:
-        if self.mode == "episodes" or not self._begun:
-            self._restart(torch.ones(self.num_envs, dtype=torch.bool), record)
+    def again(self, copies: Tensor, hint: float) -> Rollout:
+        """Play the last starts of some copies once more, with a hint; nobody else moves, and no statistic counts it.
+
+        Args:
+            copies: [B] bool on the CPU, with at least one True; `mode: episodes` only.
+            hint: Share of the solution that the env shows (`types.Hinting`).
+
+        Returns:
+            rollout: [T, b] of these copies alone, without `finished`.
+        """
+        for part in self.parts:
+            cast(Hinting, part.env).hint(hint)
+        rollout = self._collect(Record(self, copies.to(self.device)), copies)
+        for part in self.parts:
+            cast(Hinting, part.env).hint(0.0)
+        return columns(rollout, copies.nonzero().squeeze(-1).to(self.device))
+
+    def _collect(self, record: Record, again: Tensor | None = None) -> Rollout:
+        everyone = torch.ones(self.num_envs, dtype=torch.bool)
+        if again is not None:
+            self._reset(again, record)
+        elif self.mode == "episodes" or not self._begun:
+            self._restart(everyone, record)
             self._begun = True
         record.open()
-        active = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        active = (everyone if again is None else again.clone()).to(self.device)
         for part in self.parts:
-            self._decide(part, 0, active, record)
+            if bool(active[part.columns].any()):
+                self._decide(part, 0, active, record)
         for t in range(self.decisions):
             for part in self.parts:
                 self._receive(part, t, active, record)
@@ -277,13 +273,18 @@ class Collector:
             if not bool(active.any()):
                 break
         rollout = record.close(t + 1, active)
-        self.sampler.observe(rollout.finished)
+        if again is None:
+            self.sampler.observe(rollout.finished)
         return rollout
 
     def _decide(self, part: Part, t: int, active: Tensor, record: Record) -> None:
         here = active[part.columns]
         some = None if self.mode == "stream" or bool(here.all()) else here
-        output = decide(self.policy, part.obs, some, generator=self.generator)
+        if self.greedy is None:
+            output = decide(self.policy, part.obs, some, generator=self.generator)
+        else:
+            modes = self.greedy[part.columns]
+            output = decide_mixed(self.policy, part.obs, here, modes, generator=self.generator)
         record.decision(t, part, output)
         part.start(output.action, some)
 
@@ -310,11 +311,14 @@ class Collector:
         self.seed[where] = start_seeds(self.run_seed, "train", group, index)
         self.task[where] = self.sampler.choose(group, index, self.seed[where])
         self.starts[where] += 1
+        self._reset(mask, record, parts)
+
+    def _reset(self, mask: Tensor, record: Record, parts: Sequence[Part] | None = None) -> None:
         for part in parts or self.parts:
             here, seeds, tasks = (x[part.columns].to(self.device) for x in (mask, self.seed, self.task))
             part.obs = part.env.reset(here, seeds, tasks)
             check_observation(part.obs, part.env.spec, start=True)
-        record.begin_episodes(where)
+        record.begin_episodes(mask.nonzero().squeeze(-1))
 
     def _blame_observation(self, error: ShapeError) -> None:
         """Name the observation behind a refused action, when there is one: the policy is not to blame for it."""

@@ -19,7 +19,8 @@ from embodied_rl.errors import CapabilityError, NotFoundError
 from embodied_rl.recipe import HELDOUT, Recipe
 from embodied_rl.results import EvaluationResult
 from embodied_rl.runfolder import Difference, SuiteResult
-from embodied_rl.session import build_env, build_policy, choose_device, load_weights, stored_weights
+from embodied_rl.saved import load_weights, stored_weights
+from embodied_rl.session import build_env, build_policy, choose_device
 from embodied_rl.stats import Interval, bootstrap, mcnemar, paired_difference, wilson
 from embodied_rl.suites import suites_of
 from embodied_rl.types import Env, Policy

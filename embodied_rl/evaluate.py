@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embodied_rl.collect import decide, execute
+from embodied_rl.collect import execute
+from embodied_rl.decide import decide
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.observation import check_observation
 from embodied_rl.results import EvaluationResult

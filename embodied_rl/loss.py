@@ -8,7 +8,8 @@ the step was split.
 
 Source of the formulas: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ye et al. 2020 (dual clip, arXiv:1912.09729);
 Yu et al. 2025 (asymmetric clip, DAPO, arXiv:2503.14476); Xie et al. 2024 (quadratic trust region, SPO,
-arXiv:2401.16025); Zheng et al. 2025 (trajectory ratio, GSPO, arXiv:2507.18071);
+arXiv:2401.16025); Zheng et al. 2025 (trajectory ratio, GSPO, arXiv:2507.18071); Chen et al. 2025 (ratio as a weight,
+CISPO, arXiv:2506.13585);
 Schulman 2020 (KL estimators, joschu.net/blog/kl-approx.html); Farebrother et al. 2024 (HL-Gauss, arXiv:2403.03950).
 """
 
@@ -21,57 +22,70 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from embodied_rl.cells import Aggregate, Level, by_cell, cell_weights, weighted_sum
+from embodied_rl.outcome import Outcome, balanced, outcome_objective
 from embodied_rl.section import Section
 from embodied_rl.types import Batch, Evaluation
-
-Level = Literal["unit", "action", "decision", "trajectory"]
-Aggregate = Literal["unit_mean", "decision_mean", "trajectory_mean", "constant"]
+from embodied_rl.value_loss import ValueLoss, value_clipped, value_loss
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before exp: beyond it the clip has long decided, and exp would overflow."""
 
 
-class ValueLoss(Section):
-    """How the critic is fitted."""
-
-    kind: Literal["mse", "clipped", "hl_gauss"] = "mse"
-    """mse; clipped: the larger of the errors with and without the step clipped; hl_gauss: classification over bins."""
-    coef: float = Field(0.5, ge=0)
-    """Weight of the value loss; mse and clipped carry no factor 1/2 of their own."""
-    clip: float = Field(0.2, gt=0)
-    """Largest move of a value per update for `clipped`, in the critic's units."""
-
-
 class Kl(Section):
-    """Penalty that keeps the policy near a frozen reference (the weights the run started from)."""
+    """Penalty that keeps the policy near a reference (the weights the run started from, or those of the last reset).
+
+    Source: Schulman 2020 (estimators); Hu et al. 2025 (k1 in the reward, k2 in the loss, arXiv:2501.03262); Liu et al.
+    2025 (resets, ProRL, arXiv:2505.24864).
+    """
 
     kind: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of KL(current || reference) from d = logp - logp_ref: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1."""
     coef: float = Field(0.0, ge=0)
     """Weight; 0 builds no reference policy at all."""
+    where: Literal["loss", "reward"] = "loss"
+    """loss: added to the loss, per ratio cell; reward: subtracted from the reward of each unit before credit, where k1
+    has the gradient of the KL."""
+    reset_every: int | None = Field(None, ge=1)
+    """Updates after which the policy of the moment becomes the reference and Adam forgets its moments; null never."""
 
     @model_validator(mode="after")
-    def _k1_has_no_gradient(self) -> Kl:
-        if self.kind == "k1" and self.coef > 0:
+    def _fits(self) -> Kl:
+        if self.kind == "k1" and self.coef > 0 and self.where == "loss":
             raise ValueError(
                 f"kind k1 with coef {self.coef} has zero expected gradient as a loss; "
-                "choose k2 (gradient of the reverse KL) or k3"
+                "choose k2 (gradient of the reverse KL) or k3, or set where: reward"
             )
+        for name in ("where", "reset_every"):
+            if self.coef == 0 and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) does nothing with coef 0.0: remove it, or set coef above 0"
+                )
         return self
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the loss has a term for it."""
+        return self.coef > 0 and self.where == "loss"
 
 
 class Loss(Section):
     """The loss of one optimizer step."""
 
+    objective: Literal["ratio", "outcome"] = "ratio"
+    """ratio: ratio times advantage within a trust region; outcome: the likelihood of each episode's return of 0 to 1,
+    as its log-ratio against the others of its group predicts it (PACS)."""
+    outcome: Outcome = Outcome()
     ratio: Level = "decision"
     """What one importance ratio covers."""
     reduce: Literal["sum", "mean"] = "sum"
     """Sum (joint probability) or mean (geometric mean) of log-ratios over the units of a cell."""
-    trust: Literal["clip", "quadratic", "none"] = "clip"
-    """clip: PPO's pessimistic clip, which lets go of a ratio once it has left the region; quadratic: a penalty that
-    pulls it back (SPO, width clip_low); none: the plain importance-weighted objective."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """The ratio stops helping below 1 - clip_low."""
+    trust: Literal["clip", "weight", "quadratic", "none"] = "clip"
+    """clip: PPO's pessimistic clip, which lets go of a ratio once it has left the region; weight: the ratio, kept in
+    the region, only weighs the gradient of log pi, so that none is cut off (CISPO); quadratic: a penalty that pulls it
+    back (SPO, width clip_low); none: the plain importance-weighted objective."""
+    clip_low: float = Field(0.2, gt=0, le=1)
+    """The ratio stops helping below 1 - clip_low; 1 sets no lower end."""
     clip_high: float = Field(0.2, gt=0)
     """The ratio stops helping above 1 + clip_high; larger than clip_low lets rare actions grow (DAPO)."""
     dual_clip: float | None = Field(None, gt=1)
@@ -95,6 +109,20 @@ class Loss(Section):
         return self
 
     @model_validator(mode="after")
+    def _outcome_is_of_episodes(self) -> Loss:
+        form = (self.ratio, self.reduce, self.trust, self.aggregate)
+        if self.objective == "outcome" and form != ("trajectory", "sum", "none", "trajectory_mean"):
+            raise ValueError(
+                f"objective (outcome) scores whole episodes, and ratio, reduce, trust, aggregate are "
+                f"{', '.join(form)}: set ratio: trajectory, reduce: sum, trust: none and aggregate: trajectory_mean"
+            )
+        if self.objective != "outcome" and self.outcome != Outcome():
+            raise ValueError(
+                f"outcome does nothing with objective ({self.objective}): remove it, or set objective: outcome"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _nothing_idle(self) -> Loss:
         if self.ratio == "unit" and self.reduce == "mean":
             raise ValueError(
@@ -102,7 +130,10 @@ class Loss(Section):
                 "set reduce: sum, or ratio: action, decision or trajectory"
             )
         fields = type(self).model_fields
-        used = {"clip": ("clip_low", "clip_high", "dual_clip"), "quadratic": ("clip_low",), "none": ()}
+        used = {
+            "clip": ("clip_low", "clip_high", "dual_clip"), "weight": ("clip_low", "clip_high"),
+            "quadratic": ("clip_low",), "none": (),
+        }  # fmt: skip
         for name in used["clip"]:
             if name not in used[self.trust] and getattr(self, name) != fields[name].default:
                 raise ValueError(
@@ -123,98 +154,11 @@ class LossResult(NamedTuple):
     """name -> (sum, count), or (max, nan) for names that end in _max; empty unless `diagnose`."""
 
 
-def by_cell(x: Tensor, mask: Tensor | None, level: Level, reduce: str, chunk: int, trajectory: Tensor) -> Tensor:
-    """Bring a per-unit quantity to the cells of a ratio level.
-
-    Args:
-        x: [N, A] quantity per unit.
-        mask: [N, A] bool, units that count; None for all. Masked entries may hold anything, NaN included.
-        level: unit gives [N, A], action [N, C], decision and trajectory [N, 1].
-        reduce: "sum" or "mean" over the counting units of the cell.
-        chunk: C; units of a decision are ordered control step by control step.
-        trajectory: [N] int64 trajectory of each row; rows of one trajectory must all be present.
-
-    Returns:
-        cells: [N, L]; at trajectory level every row of a trajectory carries the trajectory's number.
-    """
-    if mask is not None:
-        x = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    if level == "unit":
-        return x
-    n, a = x.shape
-    shape = (n, chunk, a // chunk) if level == "action" else (n, 1, a)
-    total = x.view(shape).sum(-1)
-    count: Tensor | float = float(shape[-1])
-    if mask is not None and reduce == "mean":
-        count = mask.view(shape).sum(-1).to(x.dtype)
-    if level == "trajectory":
-        ids, rows = torch.unique(trajectory, return_inverse=True)
-        total = total.new_zeros(len(ids), 1).index_add(0, rows, total)[rows]
-        if reduce == "mean":
-            per_row = count if isinstance(count, Tensor) else x.new_full((n, 1), count)
-            count = per_row.new_zeros(len(ids), 1).index_add(0, rows, per_row)[rows]
-    if reduce == "mean":
-        total = total / (count.clamp(min=1) if isinstance(count, Tensor) else count)
-    return total
-
-
-def cell_weights(
-    mask: Tensor | None,
-    trajectory: Tensor,
-    num_units: int,
-    chunk: int,
-    level: Level,
-    aggregate: Aggregate,
-    constant_units: int | None = None,
-) -> Tensor:
-    """Weight of each cell, counted over the whole optimizer step.
-
-    The weight of one unit is
-        unit_mean        1 / U                        U units of the step that count
-        decision_mean    1 / (U_row n)                U_row units of the decision, n decisions that have any
-        trajectory_mean  1 / (U_traj m)               U_traj units of the trajectory, m trajectories that have any
-        constant         1 / (constant_units m)
-    and a cell weighs as much as its units together, so all weights of a step add up to 1 (except with `constant`).
-
-    Args:
-        mask: [N, A] bool over ALL rows of the step; None when every unit counts.
-        trajectory: [N] int64.
-        num_units: A.
-        chunk: C.
-        level: Ratio level that decides the shape of the result.
-        aggregate: Which mean.
-        constant_units: Denominator of `constant`.
-
-    Returns:
-        weight: [N, L] float32 with L as in `by_cell`; 0 for cells without a counting unit.
-    """
-    n = len(trajectory)
-    device = trajectory.device
-    if mask is None and aggregate in ("unit_mean", "decision_mean"):
-        # Every unit counts, so all cells weigh the same.
-        cells = {"unit": num_units, "action": chunk}.get(level, 1)
-        return torch.full((n, cells), 1.0 / (n * cells), device=device)
-    counts = torch.ones(n, num_units, device=device) if mask is None else mask.to(torch.float32)
-    per_row = counts.sum(-1, keepdim=True)
-    if aggregate == "unit_mean":
-        unit = counts / per_row.sum().clamp(min=1)
-    elif aggregate == "decision_mean":
-        unit = counts / (per_row.clamp(min=1) * (per_row > 0).sum().clamp(min=1))
-    else:
-        ids, rows = torch.unique(trajectory, return_inverse=True)
-        per_trajectory = per_row.new_zeros(len(ids), 1).index_add(0, rows, per_row)
-        present = (per_trajectory > 0).sum().clamp(min=1)
-        length = per_trajectory[rows].clamp(min=1) if aggregate == "trajectory_mean" else float(constant_units or 1)
-        unit = counts / (length * present)
-    if level == "unit":
-        return unit
-    return unit.view(n, chunk if level == "action" else 1, -1).sum(-1)
-
-
 def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, Tensor]:
     """Objective of each cell, to be maximised.
 
     clip:  min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and for A < 0 with dual_clip c: max(that, c A)
+    weight:  sg(clip(r, 1 - clip_low, 1 + clip_high)) A, with the gradient of log pi times that
     quadratic:  r A - |A| (r - 1)^2 / (2 clip_low), largest at r = 1 + clip_low sign(A)
     none:  r A
 
@@ -225,7 +169,7 @@ def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, T
 
     Returns:
         objective: [N, L].
-        clipped: [N, L] bool, cells whose gradient the trust region removed (quadratic: turned round).
+        clipped: [N, L] bool, cells whose gradient the trust region removed (weight: bounded; quadratic: turned round).
     """
     plain = ratio * advantage
     if config.trust == "none":
@@ -233,6 +177,10 @@ def surrogate(ratio: Tensor, advantage: Tensor, config: Loss) -> tuple[Tensor, T
     if config.trust == "quadratic":
         beyond = (ratio - 1) * advantage.sign() > config.clip_low
         return plain - advantage.abs() * (ratio - 1).square() / (2 * config.clip_low), beyond
+    if config.trust == "weight":
+        bounded = ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high)
+        # A ratio over its own value is 1 and has the gradient of log pi.
+        return bounded * advantage * (ratio / ratio.detach()), bounded != ratio.detach()
     # No gradient flows through a clipped ratio, so none of it needs a backward pass.
     bounded = ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high) * advantage
     clipped = bounded < plain
@@ -262,68 +210,6 @@ def kl_estimate(d: Tensor, kind: str) -> Tensor:
     return torch.expm1(-d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + d
 
 
-def hl_gauss_targets(target: Tensor, low: float, high: float, bins: int, sigma_bins: float = 0.75) -> Tensor:
-    """Histogram of a Gaussian around each target: the soft labels of a classifying critic.
-
-    p_i is proportional to Phi((e_{i+1} - y) / sigma) - Phi((e_i - y) / sigma) over edges e of `bins` equal bins.
-
-    Args:
-        target: [N] regression targets; values outside [low, high] are moved to the border.
-        low: Lower edge of the first bin.
-        high: Upper edge of the last bin.
-        bins: Number of bins.
-        sigma_bins: Standard deviation in widths of a bin.
-
-    Returns:
-        probabilities: [N, bins], rows add up to 1.
-
-    Source: Farebrother et al. 2024, section 3.1 (arXiv:2403.03950).
-    """
-    width = (high - low) / bins
-    edges = torch.linspace(low, high, bins + 1, dtype=target.dtype, device=target.device)
-    z = (edges - target.clamp(low, high).unsqueeze(-1)) / (sigma_bins * width * 2**0.5)
-    cdf = torch.erf(z)
-    return cdf.diff(dim=-1) / (cdf[:, -1:] - cdf[:, :1])
-
-
-def value_loss(
-    evaluation: Evaluation, batch: Batch, config: ValueLoss, value_range: tuple[float, float] | None
-) -> Tensor:
-    """Per-decision critic loss.
-
-    mse: (v - y)^2;  clipped: max((v - y)^2, (v_old + clip(v - v_old, +-c) - y)^2);  hl_gauss: cross-entropy.
-
-    Args:
-        evaluation: With `value` [N], and `value_logits` [N, bins] for hl_gauss.
-        batch: With `target` [N] and `value` [N].
-        config: The switches.
-        value_range: (low, high) of the classifying critic's bins; None for a scalar critic.
-
-    Returns:
-        loss: [N], without `coef` and without weights.
-    """
-    assert evaluation.value is not None and batch.target is not None
-    if config.kind == "hl_gauss":
-        assert evaluation.value_logits is not None and value_range is not None
-        logits = evaluation.value_logits
-        labels = hl_gauss_targets(batch.target, *value_range, bins=logits.shape[-1])
-        return -(labels * torch.log_softmax(logits, dim=-1)).sum(-1)
-    error = (evaluation.value - batch.target).square()
-    if config.kind == "clipped":
-        assert batch.value is not None
-        near = batch.value + (evaluation.value - batch.value).clamp(-config.clip, config.clip)
-        error = torch.maximum(error, (near - batch.target).square())
-    return error
-
-
-def value_clipped(evaluation: Evaluation, batch: Batch, clip: float) -> Tensor:
-    """[N] bool, decisions to which the clipped value loss gives no gradient: the clipped error is the larger one."""
-    assert evaluation.value is not None and batch.value is not None and batch.target is not None
-    move = evaluation.value - batch.value
-    near = batch.value + move.clamp(-clip, clip)
-    return (move.abs() > clip) & ((near - batch.target).abs() > (evaluation.value - batch.target).abs())
-
-
 @dataclass(frozen=True)
 class LossFunction:
     """The loss of a recipe, ready to be called on micro-batches."""
@@ -343,7 +229,7 @@ class LossFunction:
         A regulariser or a critic learns from it all the same, and a ratio over the trajectory contains it.
         """
         c = self.config
-        learns = c.entropy_coef or c.kl.coef or (c.value.coef and batch.target is not None)
+        learns = c.entropy_coef or c.kl.in_loss or (c.value.coef and batch.target is not None)
         return not learns and c.ratio != "trajectory"
 
     @property
@@ -354,10 +240,20 @@ class LossFunction:
         """
         return self.config.ratio == "trajectory" or self.config.aggregate in ("trajectory_mean", "constant")
 
-    def weights(self, mask: Tensor | None, trajectory: Tensor, num_units: int) -> Tensor:
-        """`cell_weights` with this loss's level and aggregation."""
+    @property
+    def whole_groups(self) -> bool:
+        """Whether an optimizer step must hold its groups whole."""
+        return self.config.objective == "outcome"
+
+    def weights(
+        self, mask: Tensor | None, trajectory: Tensor, num_units: int, advantage: Tensor | None = None
+    ) -> Tensor:
+        """`cell_weights` with this loss's level and aggregation; the outcome objective balances them by `advantage`."""
         c = self.config
-        return cell_weights(mask, trajectory, num_units, self.chunk, c.ratio, c.aggregate, c.constant_units)
+        weight = cell_weights(mask, trajectory, num_units, self.chunk, c.ratio, c.aggregate, c.constant_units)
+        if c.objective == "outcome" and c.outcome.balance and advantage is not None:
+            return balanced(weight, advantage)
+        return weight
 
     def __call__(self, evaluation: Evaluation, batch: Batch, *, diagnose: bool = False) -> LossResult:
         """Weighted loss of one micro-batch.
@@ -377,8 +273,13 @@ class LossFunction:
         args = (batch.mask, c.ratio, c.reduce, self.chunk, batch.trajectory)
         log_ratio = by_cell(evaluation.logp - batch.logp, *args).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = log_ratio.exp()
-        advantage = batch.advantage.unsqueeze(-1)
-        objective, clipped = surrogate(ratio, advantage, c)
+        advantage = batch.advantage if batch.advantage.ndim == 2 else batch.advantage.unsqueeze(-1)
+        if c.objective == "outcome":
+            assert batch.group is not None
+            objective = outcome_objective(log_ratio, advantage, batch.trajectory, batch.group, c.outcome.beta)
+            clipped = torch.zeros_like(ratio, dtype=torch.bool)
+        else:
+            objective, clipped = surrogate(ratio, advantage, c)
         if batch.correction is not None:
             objective = objective * batch.correction
         weight, everywhere = batch.weight, batch.mask is None
@@ -390,7 +291,7 @@ class LossFunction:
             if c.entropy_coef:
                 total = torch.sub(total, entropy, alpha=c.entropy_coef)
         kl_ref = None
-        if c.kl.coef and batch.logp_ref is not None:
+        if c.kl.in_loss and batch.logp_ref is not None:
             d = by_cell(evaluation.logp - batch.logp_ref, *args)
             kl_ref = weighted_sum(kl_estimate(d, c.kl.kind), weight, everywhere=everywhere)
             total = torch.add(total, kl_ref, alpha=c.kl.coef)
@@ -426,19 +327,3 @@ class LossFunction:
                     cut = value_clipped(evaluation, batch, c.value.clip).to(weight.dtype)
                     metrics["critic/clip_fraction"] = (weighted_sum(cut, batch.row_weight), rows)
         return LossResult(total, k3, metrics)
-
-
-def weighted_sum(x: Tensor, weight: Tensor, *, everywhere: bool = False) -> Tensor:
-    """Sum of x times weight over cells with a weight; cells of weight 0 may hold anything, NaN included.
-
-    Args:
-        x: [N] or [N, L].
-        weight: Same shape, not negative.
-        everywhere: All weights are known to be positive, which saves looking.
-
-    Returns:
-        total: Scalar.
-    """
-    if not everywhere:
-        x = torch.where(weight > 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    return x.flatten().dot(weight.flatten().to(x.dtype))

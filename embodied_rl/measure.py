@@ -40,7 +40,8 @@ def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
     if n > 1:
         out.last("rollout/return_std", float(ended["return"].std()))
     out.add("rollout/length_mean", float(ended["length"].sum()), n)
-    out.add("rollout/truncated_rate", float((rollout.truncated & rollout.valid).sum()), n)
+    cut = rollout.truncated & rollout.valid
+    out.add("rollout/truncated_rate", float((cut if rollout.greedy is None else cut & ~rollout.greedy).sum()), n)
     out.last("rollout/episodes", float(n))
     for name, column in PER_TASK.items():
         if column not in ended:

@@ -77,6 +77,7 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("rollout/imitated_decisions", "decisions of solved episodes, which self-imitation draws from", "", "decisions",
      "higher", "last"),
     ("rollout/attempts", "rollouts that dynamic sampling collected for this update", "", "rollouts", "lower", "last"),
+    ("rollout/hinted_groups", "groups that nobody solved: played again with a hint", "", "1", "lower", "mean"),
     ("rollout/progress_at_failure_mean", "progress in the last state of failed episodes, by the reward model", "", "1",
      "higher", "mean"),
     ("rollout/progress_reward_mean", "what the reward model added to the env's reward, per decision", "", "task", "",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from embodied_rl.anneal import Anneal
 from embodied_rl.curriculum import Curriculum
 from embodied_rl.section import Section
 
@@ -29,6 +30,11 @@ class Collect(Section):
     max_attempts: int = Field(4, ge=2)
     """refill: most rollouts per update; whatever contrast there is then has to do."""
     curriculum: Curriculum = Curriculum()
+    hints: tuple[float, ...] = ()
+    """Shares of the solution, in (0, 1] and growing: starts that no copy of a group has solved are played again with
+    the first as a hint, then with the next. Empty for none. It needs an env that can show its solutions."""
+    anneal: Anneal | None = None
+    """Sampling temperature that falls within a decision; null samples at the policy's own temperature throughout."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Collect:
@@ -42,6 +48,15 @@ class Collect(Section):
             raise ValueError(
                 f"group_size ({self.group_size}) above 1 needs mode: episodes, so that a group ends together"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _hints_grow(self) -> Collect:
+        grows = all(a < b for a, b in zip((0.0, *self.hints), self.hints, strict=False))
+        if not grows or any(share > 1 for share in self.hints):
+            raise ValueError(f"hints ({list(self.hints)}) must grow and lie in (0, 1], for example [0.25, 0.5, 0.75]")
+        if self.hints and self.mode == "stream":
+            raise ValueError(f"hints ({list(self.hints)}) play whole episodes again: set mode: episodes")
         return self
 
     @model_validator(mode="after")

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 class Record:
     """The rollout while it is being written."""
 
-    def __init__(self, collector: Collector) -> None:
-        """Start empty; `open` allocates."""
-        self.c = collector
+    def __init__(self, collector: Collector, only: Tensor | None = None) -> None:
+        """Start empty; `open` allocates.
+
+        Args:
+            collector: Whose rollout it is.
+            only: [B] bool, copies that play; None for all.
+        """
+        self.c, self.only = collector, only
         spec = collector.spec
         self.constant_names = [n for n, s in spec.observation.items() if s.constant]
         self.bank: dict[str, list[Tensor]] = {n: [] for n in self.constant_names}
@@ -49,8 +54,6 @@ class Record:
             self.data[n] = torch.zeros((t, b), dtype=torch.bool, device=device)
         if c.spec.has_success:
             self.success = {n: torch.zeros((t, b), dtype=torch.bool, device=device) for n in ("once", "end")}
-        if c.policy.has_critic:
-            self.data["value"] = torch.zeros((t, b), device=device)
         for n in ("episode", "task", "group", "seed"):
             self.data[n] = torch.zeros((t, b), dtype=torch.int64, device=device)
 
@@ -84,6 +87,9 @@ class Record:
         if output.mask is not None:
             d["mask"][t, cols] = output.mask
         if output.value is not None:
+            if "value" not in d:
+                shape = (self.c.decisions, self.c.num_envs, *output.value.shape[1:])
+                d["value"] = torch.zeros(shape, device=self.c.device)
             d["value"][t, cols] = output.value
         for n, x in (("episode", self.current), ("task", self.c.task), ("seed", self.c.seed)):
             d[n][t, cols] = x[cols].to(self.c.device)
@@ -123,6 +129,8 @@ class Record:
             # Whoever has not finished after the last decision is cut there, like at a time limit.
             d["truncated"][t - 1] |= active
             d["valid"][1:] = ~(d["terminated"] | d["truncated"])[:-1].cummax(0).values
+            if self.only is not None:
+                d["valid"] &= self.only
             d["mask"] &= d["valid"].unsqueeze(-1)
         ended = (d["terminated"] | d["truncated"]) & d["valid"]
         self._void(d)
@@ -139,6 +147,7 @@ class Record:
             policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
             chunk=c.policy.chunk, finished=finished, metrics=self._sums(d["valid"]), solved=solved,
             features=d.get("features"), action=d.get("action"), final=final, final_obs=final_obs, invalid=d["invalid"],
+            greedy=None if c.greedy is None else c.greedy.expand(t, -1),
         )  # fmt: skip
 
     @staticmethod
@@ -161,8 +170,10 @@ class Record:
         `running` ones [B] stand.
         """
         c = self.c
-        out = torch.zeros_like(d["value"])
-        out[:-1] = d["value"][1:]
+        # A critic of units says with the first one what the state is worth.
+        value = d["value"] if d["value"].ndim == 2 else d["value"][..., 0]
+        out = torch.zeros_like(value)
+        out[:-1] = value[1:]
         pieces = list(self.finals)
         if bool(running.any()):
             last = self._now()
@@ -230,6 +241,9 @@ class Record:
         if not out or not len(out["copy"]):
             return {}
         when, copy = out.pop("when"), out["copy"]
+        if c.greedy is not None:
+            sampled = ~c.greedy.cpu()[copy]
+            when, copy, out = when[sampled], copy[sampled], {k: v[sampled] for k, v in out.items()}
         out["task"], out["seed"] = d["task"].cpu()[when, copy], d["seed"].cpu()[when, copy]
         if once is None:
             del out["success_once"]

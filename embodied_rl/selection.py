@@ -65,6 +65,64 @@ def refill(
     return join(rollouts), len(rollouts)
 
 
+def with_hints(
+    collect: Callable[[], Rollout], again: Callable[[Tensor, float], Rollout], shares: Sequence[float]
+) -> tuple[Rollout, float]:
+    """Collect, and play what no copy of a group has solved once more with a hint, then with a larger one.
+
+    What was tried before the last hint stays in the rollout: nobody in it succeeded, so that group-relative credit
+    makes nothing of it, and `dynamic_sampling: drop` takes it out.
+
+    Args:
+        collect: Makes one rollout of copies [B].
+        again: (copies [B] bool, share) -> rollout of these copies from the same starts (`Collector.again`).
+        shares: Of the solution, one after the other.
+
+    Returns:
+        rollout: Everything, side by side; `finished` tells the episodes without a hint only.
+        hinted: Share of the groups that were played again.
+
+    Source: Liu et al. 2025 (GHPO, arXiv:2507.10628).
+    """
+    rollouts = [collect()]
+    left = unsolved(rollouts[0]).cpu()
+    hinted = float(left.float().mean())
+    for share in shares:
+        if not bool(left.any()):
+            break
+        rollouts.append(replace(again(left, share), finished={}))
+        still = left.clone()
+        still[left] = unsolved(rollouts[-1]).cpu()
+        left = still
+    return join(rollouts), hinted
+
+
+def unsolved(rollout: Rollout) -> Tensor:
+    """[B] bool, copies in whose group the goal has held in no episode."""
+    assert rollout.solved is not None
+    success = ((rollout.solved > 0) & rollout.valid).any(0)
+    _, member = torch.unique(rollout.group[0], return_inverse=True)
+    total = torch.zeros(int(member.max()) + 1, device=member.device).index_add(0, member, success.float())
+    return (total == 0)[member]
+
+
+def columns(rollout: Rollout, copies: Tensor) -> Rollout:
+    """The rollout of some copies alone.
+
+    Args:
+        rollout: [T, B].
+        copies: [b] int64 indices.
+
+    Returns:
+        rollout: [T, b]; per-episode entries and `metrics` are those of all, `finished` is empty.
+    """
+    changed: dict[str, Any] = {"obs": {k: x[:, copies] for k, x in rollout.obs.items()}, "finished": {}}
+    for f in fields(Rollout):
+        if isinstance(x := getattr(rollout, f.name), Tensor):
+            changed[f.name] = x[:, copies]
+    return replace(rollout, **changed)
+
+
 def join(rollouts: Sequence[Rollout]) -> Rollout:
     """Put rollouts of whole episodes side by side, as if their copies had run at once.
 

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
 
-from embodied_rl import checkpoint, registry
-from embodied_rl.advantage import CreditChain
+from embodied_rl import registry
 from embodied_rl.algorithms import AlgorithmConfig
+from embodied_rl.anneal import Anneal
 from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
-from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, UserError
+from embodied_rl.credit import CreditChain
+from embodied_rl.errors import CapabilityError, NotFoundError
 from embodied_rl.loss import LossFunction
 from embodied_rl.measure import Clock, rollout_metrics
 from embodied_rl.metrics import Partials
 from embodied_rl.recipe import Recipe
 from embodied_rl.rewards import RewardConfig
-from embodied_rl.seeding import global_rng_state, seed_everything, set_global_rng_state
-from embodied_rl.selection import refill
+from embodied_rl.saved import Saved, load_weights, stored_weights
+from embodied_rl.seeding import seed_everything
+from embodied_rl.selection import refill, with_hints
 from embodied_rl.shaping import Shaping, check_reward
-from embodied_rl.types import Env, EnvSpec, Imitator, Policy, Rollout, Split, State
+from embodied_rl.types import Annealed, Env, EnvSpec, Hinting, Imitator, Policy, Rollout, Split, State
 from embodied_rl.update import Updater
-
-log = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
@@ -121,6 +118,17 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
             f"algorithm.credit.returns {credit.returns} needs a value head, and the policy has none: give the policy a "
             "critic, or use algorithm: grpo or reinforce"
         )
+    if credit.needs_critic and (credit.level == "unit") != getattr(policy, "value_per_unit", False):
+        found, wanted = ("decision", "unit") if credit.level == "unit" else ("unit", "decision")
+        raise CapabilityError(
+            f"algorithm.credit.level is {credit.level} and the policy's critic values every {found}: set "
+            f"algorithm.credit.level: {found}, or use a policy whose critic values every {wanted}"
+        )
+    if loss.objective == "outcome" and collect.group_size < 2:
+        raise CapabilityError(
+            "algorithm.loss.objective outcome compares the copies of one start, and collect.group_size is "
+            f"{collect.group_size}: set collect.group_size: 8 and collect.mode: episodes"
+        )
     if credit.needs_groups and collect.group_size < 2:
         raise CapabilityError(
             f"algorithm.credit compares copies of one start (baseline {credit.baseline}, scale {credit.scale}) but "
@@ -137,6 +145,11 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
             f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is "
             "stream: set collect.mode: episodes"
         )
+    if collect.anneal is not None and not isinstance(policy, Annealed):
+        raise CapabilityError(
+            "collect.anneal lowers the sampling temperature unit by unit, and this policy has no temperature: set "
+            "collect.anneal: null, or use a policy that samples tokens"
+        )
     if credit.mask_after_success and not env.has_success:
         raise CapabilityError(
             "algorithm.credit.mask_after_success masks what follows success, and the env does not tell success: "
@@ -146,7 +159,8 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
         lacking = "the policy has no imitation_loss" if env.has_success else "the env does not tell success"
         raise CapabilityError(
             f"algorithm.self_imitation.coef ({algorithm.self_imitation.coef:g}) imitates solved episodes, and "
-            f"{lacking}: remove it, or choose an env that tells success and one of tiny_vla_tokens, tiny_vla_flow, hf_vla and pi0"
+            f"{lacking}: remove it, or choose an env that tells success and one of the policies tiny_vla_tokens, "
+            "tiny_vla_flow, hf_vla and pi0"
         )
     if algorithm.update.critic_lr and not (policy.has_critic and loss.value.coef):
         raise CapabilityError(
@@ -159,65 +173,6 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
             f"algorithm.loss.value.kind is {loss.value.kind} but the policy's critic is "
             f"{'a classifier' if classifies else 'scalar'}: set both to hl_gauss (policy.critic.kind) or neither"
         )
-
-
-class Saved:
-    """Saving and restoring a session around its own parts."""
-
-    policy: Policy
-    device: torch.device
-    _COUNTERS: ClassVar[tuple[str, ...]] = ()
-
-    def common_state(self) -> State:
-        """Weights, counters and what the last bits of a result depend on."""
-        return {
-            "policy": dict(cast(nn.Module, self.policy).state_dict()),
-            "counters": {name: getattr(self, name) for name in self._COUNTERS},
-            "rng": global_rng_state(),
-            "machine": self._machine(),
-        }
-
-    def _machine(self) -> dict[str, str]:
-        return {"device": self.device.type, "torch": str(torch.__version__), "threads": str(torch.get_num_threads())}
-
-    def _restore_parts(self, state: State) -> bool:
-        """Restore what `state_dict` adds to `common_state`; False when the run will not continue bit for bit."""
-        raise NotImplementedError
-
-    def load_state_dict(self, state: State, where: str) -> bool:
-        """Restore `state_dict`.
-
-        Args:
-            state: From a checkpoint.
-            where: Its path, for messages.
-
-        Returns:
-            exact: Whether the run continues bit for bit; where not, the log says why.
-
-        Raises:
-            CheckpointError: Weights of another shape, or a state that does not fit this recipe.
-        """
-        try:
-            return self._restore(state, where)
-        except UserError as error:
-            raise type(error)(str(error) if where in str(error) else f"checkpoint {where}: {error}") from error
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"checkpoint {where} does not fit this run ({type(error).__name__}: {error}); use one that this recipe "
-                "wrote with this version, or start the run again under another name"
-            ) from error
-
-    def _restore(self, state: State, where: str) -> bool:
-        load_weights(self.policy, state["policy"], where)
-        exact = self._restore_parts(state)
-        for name in self._COUNTERS:
-            setattr(self, name, state["counters"][name])
-        set_global_rng_state(state["rng"])
-        before, now = state["machine"], self._machine()
-        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-        if changed:
-            log.warning("not the machine of before (%s): results may differ in the last bits", ", ".join(changed))
-        return exact and not changed
 
 
 @dataclass
@@ -261,6 +216,11 @@ class Session(Saved):
                 envs.append(build_env(recipe, num_envs=c.copies // c.pipeline, device=device, split="train", part=part))
             policy = build_policy(recipe, env=envs[0].spec, device=device)
             check_fit(recipe, policy, envs[0].spec)
+            if c.hints and not (isinstance(envs[0], Hinting) and envs[0].spec.has_success):
+                raise CapabilityError(
+                    f"collect.hints ({list(c.hints)}) shows parts of solutions where none was found, and this env "
+                    "has no hints or does not tell success: set collect.hints: []"
+                )
             shaping = build_shaping(recipe, env=envs[0].spec, device=device)
             if fresh and recipe.start_from:
                 load_weights(policy, stored_weights(recipe.start_from), recipe.start_from, fresh_critic=True)
@@ -274,6 +234,7 @@ class Session(Saved):
                 envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, curriculum=c.curriculum,
                 run_seed=recipe.seed, generator=torch.Generator(device).manual_seed(recipe.seed),
                 keep_final_obs=shaping is not None or own, keep_actions=own,
+                greedy_baseline=algorithm.credit.baseline == "greedy",
             )  # fmt: skip
         except BaseException:
             for env in envs:
@@ -311,14 +272,17 @@ class Session(Saved):
         Returns:
             metrics: Of this iteration.
         """
+        self._anneal(self.recipe.collect.anneal)
         with clock.phase("rollout"):
             rollout, gathered = self._collect()
         with clock.phase("advantage"):
-            advantage = self.credit(rollout)
+            penalty, penalised = self.updater.penalty(rollout)
+            advantage = self.credit(rollout, penalty)
         with clock.phase("update"):
             metrics = self.updater.update(rollout, advantage, progress=self.progress)
             if (seen := observed(rollout)) is not None:
                 self.policy.observe(seen)
+        self._anneal(None)
         self.collector.version = self.update
 
         steps, decisions = int(rollout.steps[rollout.valid].sum()), int(rollout.valid.sum())
@@ -327,6 +291,7 @@ class Session(Saved):
         self.episodes += len(rollout.finished.get("return", ()))
         metrics.merge(rollout_metrics(rollout, self.collector.spec.tasks))
         metrics.merge(gathered)
+        metrics.merge(penalised)
         metrics.merge(self.collector.sampler.metrics())
         metrics.merge_pairs(advantage.metrics)
         busy = sum(clock.seconds.values())
@@ -334,19 +299,37 @@ class Session(Saved):
         metrics.last("perf/decisions_per_s", decisions / busy)
         return metrics
 
+    def _anneal(self, anneal: Anneal | None) -> None:
+        """Set the temperatures of this iteration, also of the reference, which is compared unit by unit."""
+        if self.recipe.collect.anneal is None:
+            return
+        temperature = anneal and anneal.temperatures(self.policy.num_units, self.update).to(self.device)
+        for policy in (self.policy, self.updater.reference):
+            if policy is not None:
+                cast(Annealed, policy).anneal(temperature)
+
     def _collect(self) -> tuple[Rollout, Partials]:
         """One rollout with what the reward model pays, or as many as dynamic sampling needs, side by side."""
         metrics = Partials()
 
-        def one() -> Rollout:
-            rollout = self.collector.collect()
+        c = self.recipe.collect
+
+        def judged(rollout: Rollout) -> Rollout:
             if self.shaping is None:
                 return rollout
-            rollout, judged = self.shaping(rollout)
-            metrics.merge_pairs(judged)
+            rollout, pairs = self.shaping(rollout)
+            metrics.merge_pairs(pairs)
             return rollout
 
-        c = self.recipe.collect
+        def one() -> Rollout:
+            if not c.hints:
+                return judged(self.collector.collect())
+            rollout, hinted = with_hints(
+                lambda: judged(self.collector.collect()), lambda *x: judged(self.collector.again(*x)), c.hints
+            )
+            metrics.add("rollout/hinted_groups", hinted)
+            return rollout
+
         if c.dynamic_sampling != "refill":
             return one(), metrics
         rollout, attempts = refill(
@@ -387,56 +370,3 @@ class Session(Saved):
     def close(self) -> None:
         """Close the env parts and their threads."""
         self.collector.close()
-
-
-def stored_weights(path: str | Path) -> dict[str, Tensor]:
-    """The policy's weights of a run or checkpoint.
-
-    Args:
-        path: A run folder (its newest checkpoint is taken) or one of its checkpoints.
-
-    Raises:
-        UserError: There is no intact checkpoint, or it holds no policy.
-    """
-    found = checkpoint.resolve(Path(path))
-    weights = checkpoint.load(found).get("policy")
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"checkpoint {found} holds no policy; use one that `embodied-rl train` wrote")
-    return cast(dict[str, Tensor], weights)
-
-
-def load_weights(policy: Policy, weights: dict[str, Tensor], where: str, *, fresh_critic: bool = False) -> None:
-    """Copy weights into a policy after comparing names and shapes.
-
-    Args:
-        policy: Receives them.
-        weights: Name -> tensor.
-        where: They come from, for messages.
-        fresh_critic: A critic that they do not have keeps its first weights, which is said: a policy that has only
-            imitated knows no rewards.
-
-    Raises:
-        CheckpointError: Names what is missing, left over or of another shape.
-    """
-    module = cast(nn.Module, policy)
-    own = module.state_dict()
-    missing = [n for n in own if n not in weights]
-    if fresh_critic and missing and all(n.startswith("critic") for n in missing):
-        if not any(n.startswith("critic") for n in weights):
-            log.info("%s has no critic: a new one begins", where)
-            weights = weights | {n: own[n] for n in missing}
-            missing = []
-    problems = [f"{n} is missing" for n in missing]
-    problems += [f"{n} is not part of this policy" for n in weights if n not in own]
-    problems += [
-        f"{n} is {list(weights[n].shape)}, the policy has {list(x.shape)}"
-        for n, x in own.items()
-        if n in weights and weights[n].shape != x.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(
-            f"checkpoint {where} holds another policy: {'; '.join(problems[:4])}{more}. Use the recipe it was trained "
-            "with (recipe.yaml in its run folder)"
-        )
-    module.load_state_dict(weights)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from embodied_rl.advantage import Credit
+from embodied_rl.credit import Credit
 from embodied_rl.errors import CapabilityError, ShapeError
 from embodied_rl.recipe import Collect
 from embodied_rl.rewards import Episode, RewardConfig, RewardModel

@@ -25,10 +25,12 @@ __all__ = [
     "PAD",
     "ActionSpec",
     "Advantage",
+    "Annealed",
     "Batch",
     "Env",
     "EnvSpec",
     "Evaluation",
+    "Hinting",
     "Imitator",
     "Obs",
     "Policy",
@@ -152,7 +154,9 @@ class PolicyOutput:
     action: Tensor
     """[B, C, *action.shape] what the env executes, in order."""
     value: Tensor | None = None
-    """[B] critic's estimate for the observation, in the critic's (scaled) reward units; None without a critic."""
+    """[B] critic's estimate for the observation, in the critic's (scaled) reward units; None without a critic. A policy
+    whose attribute `value_per_unit` is True gives [B, A] instead: the estimate before each unit, the first of which is
+    that of the observation (for `credit.level: unit`)."""
     mask: Tensor | None = None
     """[B, A] bool, units that count; None when all do."""
     features: Tensor | None = None
@@ -169,9 +173,9 @@ class Evaluation:
     entropy: Tensor | None = None
     """[N, A] entropy of each unit's distribution (an estimate where there is no closed form); None if it has none."""
     value: Tensor | None = None
-    """[N] expectation of the critic; None without a critic."""
+    """[N], or [N, A] with `value_per_unit`, expectation of the critic; None without a critic."""
     value_logits: Tensor | None = None
-    """[N, bins] when the critic is a classifier over return bins (HL-Gauss)."""
+    """[N, bins], or [N, A, bins], when the critic is a classifier over return bins (HL-Gauss)."""
 
 
 class Policy(Protocol):
@@ -217,6 +221,15 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class Hinting(Protocol):
+    """What an env offers beside `Env` when it can make its tasks easier by showing a part of the solution."""
+
+    def hint(self, share: float) -> None:
+        """Show the first `share` of the solution, 0 to 1, in the episodes that the next resets begin."""
+        ...
+
+
+@runtime_checkable
 class Imitator(Protocol):
     """What a policy offers beside `Policy` when it can learn from demonstrations."""
 
@@ -241,6 +254,18 @@ class Imitator(Protocol):
 
         Returns:
             loss: [N, C]
+        """
+        ...
+
+
+@runtime_checkable
+class Annealed(Protocol):
+    """What a policy offers beside `Policy` when its sampling temperature can be given unit by unit."""
+
+    def anneal(self, temperature: Tensor | None) -> None:
+        """Divide the logits of each unit by `temperature` [A], in `act` and `evaluate`, until the next call.
+
+        It comes in place of the policy's own temperature; None returns to that. Greedy decisions do not depend on it.
         """
         ...
 
@@ -278,7 +303,7 @@ class Rollout:
     truncated: Tensor
     """[T, B] bool"""
     value: Tensor | None
-    """[T, B]"""
+    """[T, B], or [T, B, A] of a critic that values every unit."""
     next_value: Tensor | None
     """[T, B] value of the state that really followed, before any reset; unused (0) where terminated."""
     group: Tensor
@@ -302,6 +327,9 @@ class Rollout:
     """[T, B, ...] what `PolicyOutput.features` gave, for `Policy.evaluate`; None where it reads `obs`."""
     action: Tensor | None = None
     """[T, B, C, ...] what the env was asked to execute; kept for self-imitation only."""
+    greedy: Tensor | None = None
+    """[T, B] bool, decisions of the copies that take the policy's mode, as a baseline for their group; None when all
+    sample. They are in no batch and no metric."""
     final_obs: Obs = field(default_factory=dict)
     """name -> [F, ...] states that no decision here was taken in: where an episode ended, or where it stands when the
     rollout is over. Kept for reward models only."""
@@ -335,9 +363,9 @@ class Advantage:
     """
 
     advantage: Tensor
-    """[T, B]; exactly 0 where the decision carries no signal."""
+    """[T, B], or [T, B, A] with `credit.level: unit`; exactly 0 where the decision (the unit) carries no signal."""
     target: Tensor | None = None
-    """[T, B] regression target of the critic, in the critic's units; None without a critic."""
+    """Of the same shape: regression target of the critic, in the critic's units; None without a critic."""
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     """name -> (sum, count)"""
     counts: Tensor | None = None
@@ -358,19 +386,21 @@ class Batch:
     mask: Tensor | None
     """[N, A] bool; None when every unit counts (saves the masking)."""
     advantage: Tensor
-    """[N]"""
+    """[N], or [N, A] with `credit.level: unit`."""
     target: Tensor | None
-    """[N]"""
+    """[N] or [N, A]"""
     value: Tensor | None
-    """[N] at sampling time."""
+    """[N] or [N, A] at sampling time."""
     weight: Tensor
     """[N, L] share of each cell in the loss: rows of the whole optimizer step add up to 1 (see `loss.cell_weights`)."""
     row_weight: Tensor
-    """[N] share of each decision in per-decision terms (value loss): adds up to 1 over the optimizer step."""
+    """[N] share of each decision in the value loss, or [N, A] of each unit: adds up to 1 over the optimizer step."""
     trajectory: Tensor
     """[N] int64 trajectory of each row, consecutive rows of one trajectory when the ratio needs it."""
     logp_ref: Tensor | None = None
     """[N, A] of the reference policy."""
+    group: Tensor | None = None
+    """[N] int64 group of each row, where the loss compares the members of a group; None otherwise."""
     correction: Tensor | None = None
     """[N, L] factor of each cell's objective, where another policy sampled than `logp` is of; None for 1."""
 

@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from embodied_rl.batch import Flat, flatten, micro_batches, minibatches, with_signal
+from embodied_rl.cells import by_cell
 from embodied_rl.errors import DivergenceError
-from embodied_rl.loss import LossFunction, by_cell
+from embodied_rl.loss import LossFunction, kl_estimate
 from embodied_rl.metrics import Partials
 from embodied_rl.section import Section
 from embodied_rl.self_imitation import SelfImitation, Successes
@@ -216,7 +217,7 @@ class Updater:
             self.lr = c.lr * rise * (1 - progress if c.lr_schedule == "linear" else 1.0)
         metrics = Partials()
         metrics.maximum("sync/policy_lag_max", float(self.version - rollout.policy_version.min()))
-        flat = flatten(rollout, advantage)
+        flat = flatten(rollout, advantage, groups=self.loss.whole_groups)
         if len(flat) == 0:
             # Every group was dropped: an update without anything to learn from, and no sign of divergence.
             if not bool(rollout.valid.any()):
@@ -225,7 +226,7 @@ class Updater:
             return metrics
         if self.version < c.critic_warmup:
             flat.rows["advantage"] = torch.zeros_like(flat.rows["advantage"])
-        if self.reference is not None:
+        if self.reference is not None and self.loss.config.kl.in_loss:
             flat.rows["logp_ref"] = self._logp(self.reference, flat)
         if c.logp_gap.do != "nothing":
             metrics.merge(self._mend(flat))
@@ -248,7 +249,39 @@ class Updater:
         metrics.last("actor/lr", self.lr)
         self._count_bad()
         self.version += 1
+        self._reset_reference()
         return metrics
+
+    def penalty(self, rollout: Rollout) -> tuple[Tensor | None, Partials]:
+        """What `kl.where: reward` takes from the reward of each unit.
+
+        coef k(d) with d = logp at sampling - logp of the reference, by the estimator k of the recipe.
+
+        Args:
+            rollout: Collected by the current weights.
+
+        Returns:
+            penalty: [T, B, A], 0 where masked; None when nothing is subtracted.
+            metrics: The mean KL per unit.
+        """
+        kl, metrics = self.loss.config.kl, Partials()
+        if self.reference is None or kl.where != "reward":
+            return None, metrics
+        flat = flatten(rollout, Advantage(torch.zeros_like(rollout.reward)))
+        d = torch.zeros_like(rollout.logp)
+        d[rollout.valid] = flat.rows["logp"] - self._logp(self.reference, flat)
+        counts = rollout.mask & rollout.valid.unsqueeze(-1)
+        k = torch.where(counts, kl_estimate(d, kl.kind), torch.zeros_like(d))
+        metrics.add("actor/kl_to_reference", float(k.sum()), float(counts.sum()))
+        return kl.coef * k, metrics
+
+    def _reset_reference(self) -> None:
+        """Every `kl.reset_every` updates begin anew from where the policy stands."""
+        every = self.loss.config.kl.reset_every
+        if self.reference is not None and every is not None and self.version % every == 0:
+            cast(nn.Module, self.reference).load_state_dict(cast(nn.Module, self.policy).state_dict())
+            for moment in self.optimizer.moments.values():
+                moment.zero_()
 
     def _epoch(self, flat: Flat, diagnose: bool) -> tuple[Partials, float | None]:
         metrics = Partials()

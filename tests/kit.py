@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from embodied_rl import registry
-from embodied_rl.advantage import CreditChain
 from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
+from embodied_rl.credit import CreditChain
 from embodied_rl.loss import LossFunction
 from embodied_rl.metrics import Partials
 from embodied_rl.types import ActionSpec, Batch, EnvSpec, Evaluation, Obs, PolicyOutput, Rollout, TensorSpec
@@ -90,7 +90,7 @@ class Run:
     def iterate(self) -> tuple[Rollout, Partials]:
         """Collect, credit, update, observe."""
         rollout = self.collector.collect()
-        metrics = self.updater.update(rollout, self.credit(rollout), progress=0.0)
+        metrics = self.updater.update(rollout, self.credit(rollout, self.updater.penalty(rollout)[0]), progress=0.0)
         seen = observed(rollout)
         if seen is not None:
             self.policy.observe(seen)
@@ -106,7 +106,7 @@ def wire(
     updater = Updater(policy, loss, method.update, seed=seed, max_bad_updates=1)
     collector = Collector(
         envs, policy, decisions=decisions, mode=mode, group_size=group_size, run_seed=seed,  # type: ignore[arg-type]
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed), greedy_baseline=method.credit.baseline == "greedy",
     )  # fmt: skip
     return Run(policy, collector, CreditChain(method.credit), updater)
 

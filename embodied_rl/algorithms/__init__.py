@@ -1,6 +1,6 @@
 """One file per method: a `Config` that chooses its defaults over the shared blocks.
 
-A method is three sections: `credit` (embodied_rl/advantage.py), `loss` (embodied_rl/loss.py) and `update`
+A method is three sections: `credit` (embodied_rl/credit.py), `loss` (embodied_rl/loss.py) and `update`
 (embodied_rl/update.py). A new one usually needs no code, only other defaults: subclass `AlgorithmConfig` in one file,
 here or in a file of your own.
 """
@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from embodied_rl.advantage import Credit
+from embodied_rl.credit import Credit
 from embodied_rl.loss import Loss
 from embodied_rl.section import Section
 from embodied_rl.self_imitation import SelfImitation
@@ -26,6 +26,28 @@ class AlgorithmConfig(Section):
     loss: Loss = Loss()
     update: Update = Update()
     self_imitation: SelfImitation = SelfImitation()
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> AlgorithmConfig:
+        if self.credit.level == "unit" and self.loss.ratio != "unit":
+            raise ValueError(
+                f"credit.level (unit) gives every unit an advantage of its own and loss.ratio "
+                f"({self.loss.ratio}) takes several units together: set loss.ratio: unit, or credit.level: decision"
+            )
+        credit = (self.credit.returns, self.credit.baseline, self.credit.whiten)
+        if self.loss.objective == "outcome" and credit != ("trajectory", "none", False):
+            raise ValueError(
+                f"loss.objective (outcome) predicts plain returns, and credit has returns {credit[0]}, baseline "
+                f"{credit[1]}, whiten {str(credit[2]).lower()}: set returns: trajectory, baseline: none, scale: none "
+                "and whiten: false"
+            )
+        if self.loss.kl.where == "reward" and self.credit.scale in ("group_std", "group_mean"):
+            raise ValueError(
+                f"loss.kl.where (reward) makes the rewards of a group differ a little even when all succeed or all "
+                f"fail, and credit.scale ({self.credit.scale}) would blow that up: set credit.scale: none or "
+                "batch_std, or loss.kl.where: loss"
+            )
+        return self
 
     @model_validator(mode="after")
     def _critic_is_trained(self) -> AlgorithmConfig:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from embodied_rl.advantage import Credit
 from embodied_rl.algorithms import AlgorithmConfig
+from embodied_rl.credit import Credit
 
 
 class Config(AlgorithmConfig):

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from embodied_rl.advantage import Credit
 from embodied_rl.algorithms import AlgorithmConfig
-from embodied_rl.loss import Loss, ValueLoss
+from embodied_rl.credit import Credit
+from embodied_rl.loss import Loss
 from embodied_rl.update import Update
+from embodied_rl.value_loss import ValueLoss
 
 
 class Config(AlgorithmConfig):

@@ -140,7 +140,7 @@ def test_every_part_fits_under_a_recipe(part, tmp_path):
 
 def test_there_are_recipes_and_parts():
     assert "tabletop_demo" in recipe_names()
-    assert {part.parent.name for part in PARTS} == {"env", "policy", "algorithm"}
+    assert {part.parent.name for part in PARTS} == {"env", "policy", "algorithm", "method"}
 
 
 def test_generated_pages_are_current():

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rl.advantage import Credit, CreditChain
 from embodied_rl.batch import as_batch, flatten, micro_batches, minibatches, with_signal
+from embodied_rl.credit import Credit, CreditChain
 from embodied_rl.loss import Kl, Loss, LossFunction, ValueLoss
 from embodied_rl.types import ActionSpec, Advantage, Evaluation, TensorSpec
 from embodied_rl.update import Update, Updater

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embodied_rl import advantage
-from embodied_rl.advantage import Credit, CreditChain
+from embodied_rl.credit import Credit, CreditChain
 from tests.kit import rollout_of
 
 F64 = torch.float64

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from embodied_rl.advantage import Credit
 from embodied_rl.collect import Collector
+from embodied_rl.credit import Credit
 from embodied_rl.rewards import RewardConfig, RewardModel
 from embodied_rl.shaping import Shaping, episodes
 from tests.kit import Scripted, toy

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embodied_rl.advantage import Credit, CreditChain
 from embodied_rl.batch import as_batch, flatten
+from embodied_rl.credit import Credit, CreditChain
 from embodied_rl.loss import Kl, Loss, LossFunction, ValueLoss
 from embodied_rl.types import ActionSpec, TensorSpec
 from tests.kit import batch_of, evaluation_of, mlp, rollout_of, spec

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embodied_rl import advantage
-from embodied_rl.advantage import Credit
+from embodied_rl.credit import Credit, CreditChain, fit_metrics
 from embodied_rl.errors import CapabilityError
 from tests.kit import rollout_of
 
@@ -136,7 +136,7 @@ def test_whitening_of_equal_or_single_numbers_is_exactly_zero():
 def test_explained_variance_by_hand():
     # targets 1, 2, 3, 6 (variance 14/3), residuals 0, 1, 0, 1 (mean 1/2, variance 1/3): 1 - (1/3) / (14/3) = 13/14
     value = torch.tensor([[1.0, 1.0, 3.0, 5.0]], dtype=F64)
-    metrics = advantage.fit_metrics(value, SCORES, VALID)
+    metrics = fit_metrics(value, SCORES, VALID)
     total, count = metrics["critic/explained_variance"]
     assert total / count == pytest.approx(13 / 14, abs=1e-12)
     assert metrics["critic/value_mean"][0] / metrics["critic/value_mean"][1] == pytest.approx(2.5)
@@ -144,11 +144,11 @@ def test_explained_variance_by_hand():
 
 
 def test_explained_variance_of_constant_targets_is_absent():
-    assert "critic/explained_variance" not in advantage.fit_metrics(SCORES, torch.ones_like(SCORES), VALID)
+    assert "critic/explained_variance" not in fit_metrics(SCORES, torch.ones_like(SCORES), VALID)
 
 
 def chain(rollout, **credit):
-    return advantage.CreditChain(Credit(**credit))(rollout)
+    return CreditChain(Credit(**credit))(rollout)
 
 
 def test_trajectory_scores_do_not_weigh_long_episodes_more():
@@ -214,7 +214,7 @@ def test_the_running_reward_scale_is_the_deviation_of_all_discounted_returns_so_
     rewards = [5 * torch.randn(6, 3, generator=g, dtype=F64) + 2 for _ in range(4)]
     dones = [torch.rand(6, 3, generator=g) < 0.2 for _ in range(4)]
     zero = torch.zeros(6, 3, dtype=F64)
-    credit = advantage.CreditChain(Credit(gamma=0.9, lam=0.0, reward_scale="running_return_std"))
+    credit = CreditChain(Credit(gamma=0.9, lam=0.0, reward_scale="running_return_std"))
     for i in range(4):
         rollout = rollout_of(rewards[i], terminated=dones[i], value=zero, next_value=zero)
         expected = rewards[i] / running_returns(rewards[: i + 1], dones[: i + 1], 0.9).std(unbiased=False)
@@ -226,7 +226,7 @@ def test_the_memory_of_the_reward_scale_survives_a_save():
     zero = torch.zeros(5, 2)
     rollouts = [rollout_of(torch.randn(5, 2, generator=g), value=zero, next_value=zero) for _ in range(3)]
     config = Credit(reward_scale="running_return_std")
-    whole, first, second = (advantage.CreditChain(config) for _ in range(3))
+    whole, first, second = (CreditChain(config) for _ in range(3))
     expected = [whole(r).advantage for r in rollouts]
     first(rollouts[0])
     second.load_state_dict(first.state_dict())
@@ -253,3 +253,65 @@ def test_the_running_reward_scale_skips_decisions_after_the_end_of_an_episode():
     rollout = rollout_of(reward, valid=valid, terminated=valid, value=zero, next_value=zero)
     out = chain(rollout, reward_scale="running_return_std", lam=0.0).advantage
     close(out, [2.0, 4.0, 0.0, 0.0, 0.0, 0.0])
+
+
+def group_rollout(reward, **given):
+    """One decision of one group of copies."""
+    n = len(reward)
+    ends, group = torch.ones(1, n, dtype=torch.bool), torch.zeros(1, n, dtype=torch.int64)
+    return rollout_of(torch.tensor([reward], dtype=F64), terminated=ends, group=group, **given)
+
+
+def test_a_made_up_best_member_makes_a_group_that_failed_learn():
+    # NGRPO: (0, 0, 0 | 1) has mean 1/4 and deviation 1/2, so every member gets -1/2; (1, 1, 1 | 1) nothing
+    ngrpo = {"gamma": 1.0, "returns": "trajectory", "baseline": "group_mean", "scale": "group_std", "virtual_return": 1.0}
+    close(chain(group_rollout([0.0, 0.0, 0.0]), **ngrpo).advantage, [-0.5] * 3)
+    close(chain(group_rollout([1.0, 1.0, 1.0]), **ngrpo).advantage, [0.0] * 3)
+    # (1, 0 | 1): mean 2/3, deviation 1/sqrt(3)
+    close(chain(group_rollout([1.0, 0.0]), **ngrpo).advantage, [1 / math.sqrt(3), -2 / math.sqrt(3)])
+    credit = CreditChain(Credit(**ngrpo))
+    assert credit.contrast(group_rollout([0.0, 0.0])).tolist() == [True, True]
+    assert credit.contrast(group_rollout([1.0, 1.0])).tolist() == [False, False]
+
+
+def test_canon_by_hand():
+    # Lengths 1, 3, 2, 3 of returns 1, 0, 0.5, 1
+    mask = torch.arange(3) < torch.tensor([1, 3, 2, 3]).view(1, 4, 1)
+    rollout = group_rollout([1.0, 0.0, 0.5, 1.0], mask=mask, num_units=3)
+    # short half {0, 2}: mean 0.75;  long half {1, 3}: mean 0.5
+    canon = {"gamma": 1.0, "returns": "trajectory", "baseline": "other_half"}
+    close(chain(rollout, **canon, between=1.0).advantage, [0.5, -0.75, 0.0, 0.25])
+    close(chain(rollout, **canon, between=0.0).advantage, [0.25, -0.5, -0.25, 0.5])
+    close(chain(rollout, **canon, between=0.25).advantage, [0.3125, -0.5625, -0.1875, 0.4375])
+
+
+def test_canon_by_surprise():
+    # Mean -log pi per unit 2, 1, 3, 1.5: halves {1, 3} and {0, 2}
+    logp = -torch.tensor([[[2.0, 9.0], [0.5, 1.5], [3.0, 9.0], [1.0, 2.0]]], dtype=F64)
+    mask = torch.tensor([[[True, False], [True, True], [True, False], [True, True]]])
+    rollout = group_rollout([1.0, 0.0, 0.5, 1.0], logp=logp, mask=mask, num_units=2)
+    found = chain(rollout, gamma=1.0, returns="trajectory", baseline="other_half", between=1.0, split_by="surprise")
+    close(found.advantage, [0.5, -0.75, 0.0, 0.25])
+
+
+def test_a_greedy_copy_is_the_baseline_of_its_group_and_leaves():
+    greedy = torch.tensor([[True, False, False]])
+    out = chain(group_rollout([0.4, 1.0, 0.0], greedy=greedy), gamma=1.0, returns="trajectory", baseline="greedy", whiten=True)
+    assert out.counts.tolist() == [[False, True, True]]
+    close(out.advantage, [0.0, math.sqrt(0.5), -math.sqrt(0.5)])
+    out = chain(group_rollout([0.4, 1.0, 0.0], greedy=greedy), gamma=1.0, returns="return_to_go", baseline="greedy")
+    close(out.advantage, [0.0, 0.6, -0.4])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"constant": 0.5}, {"between": 0.7}, {"split_by": "surprise"}, {"baseline": "none", "virtual_return": 1.0}],
+)
+def test_settings_of_another_baseline_are_refused(given):
+    with pytest.raises(ValueError, match="does nothing with baseline"):
+        Credit(**({"returns": "trajectory", "baseline": "group_mean"} | given))
+
+
+def test_a_constant_baseline_needs_its_constant():
+    with pytest.raises(ValueError, match="constant is null"):
+        Credit(returns="trajectory", baseline="constant")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from embodied_rl.advantage import Credit, CreditChain
 from embodied_rl.collect import Collector
+from embodied_rl.credit import Credit, CreditChain
 from tests.kit import Scripted, toy
 
 CREDITS = {

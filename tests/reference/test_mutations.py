@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from embodied_rl.advantage import Credit
+from embodied_rl.credit import Credit
 
 FUTURE_ANNOTATIONS = 0x1000000
 """Compiler flag of `from __future__ import annotations`, which the mutated modules use."""
@@ -33,11 +33,10 @@ class Mutation:
 
 GAE, RETURN = "embodied_rl.advantage:gae", "embodied_rl.advantage:return_to_go"
 BASELINE, SCALE, WHITEN = (f"embodied_rl.advantage:{n}" for n in ("subtract_baseline", "scale", "whiten"))
-CHAIN, REWARD_STD = "embodied_rl.advantage:CreditChain.__call__", "embodied_rl.advantage:CreditChain._reward_std"
-POST, FIT = "embodied_rl.advantage:CreditChain._post", "embodied_rl.advantage:fit_metrics"
-SURROGATE, CELL, WEIGHTS, KL, BINS, VALUE = (
-    f"embodied_rl.loss:{n}" for n in ("surrogate", "by_cell", "cell_weights", "kl_estimate", "hl_gauss_targets", "value_loss")
-)
+CHAIN, REWARD_STD = "embodied_rl.credit:CreditChain.__call__", "embodied_rl.credit:CreditChain._reward_std"
+POST, FIT = "embodied_rl.credit:CreditChain._post", "embodied_rl.credit:fit_metrics"
+SURROGATE, CELL, WEIGHTS, KL = (f"embodied_rl.loss:{n}" for n in ("surrogate", "by_cell", "cell_weights", "kl_estimate"))
+BINS, VALUE = "embodied_rl.value_loss:hl_gauss_targets", "embodied_rl.loss:value_loss"
 LOSS = "embodied_rl.loss:LossFunction.__call__"
 FLATTEN, SHUFFLE = "embodied_rl.batch:flatten", "embodied_rl.batch:_shuffle"
 MLP = "embodied_rl.policies.mlp:MlpPolicy"
@@ -62,7 +61,7 @@ MUTATIONS = [
     Mutation(RETURN, "(~done)", "torch.ones_like(done)", "test_credit:test_return_to_go_discounts_backwards_and_stops_at_the_end_of_an_episode"),
     Mutation(RETURN, "discount * (~done)", "(~done)", "test_credit:test_return_to_go_takes_a_discount_per_decision"),
     Mutation(BASELINE, "(total - score) / (count - 1)", "total / count", "test_credit:test_leave_one_out_subtracts_the_mean_of_the_others"),
-    Mutation(BASELINE, "(total - score) / (count - 1)", "(total - score) / count", "test_policy_gradient:test_rloo_is_unbiased", {"returns": "trajectory"}),
+    Mutation("embodied_rl.credit:subtract_baseline", "(total - score) / (count - 1)", "(total - score) / count", "test_policy_gradient:test_rloo_is_unbiased", {"returns": "trajectory"}),
     Mutation(BASELINE, "score - total / count", "score + total / count", "test_credit:test_group_mean_subtracts_the_mean"),
     Mutation(BASELINE, "score[valid]", "score.flatten()", "test_credit:test_batch_mean_subtracts_the_mean_of_everything_valid"),
     Mutation(BASELINE, "torch.where(equal_in_group(score, group, member), torch.zeros_like(score), centred)", "centred",
@@ -76,7 +75,7 @@ MUTATIONS = [
     Mutation(WHITEN, "(x - mean)", "x", "test_credit:test_whitening_brings_mean_0_and_unbiased_deviation_1"),
     Mutation(CHAIN, "score, counted = score[:1], counted[:1]", "score = score[:1].expand_as(score)",
              "test_credit:test_trajectory_scores_do_not_weigh_long_episodes_more"),
-    Mutation("embodied_rl.advantage:CreditChain._reward_and_discount", "gamma ** rollout.steps.to(reward.dtype)", "gamma",
+    Mutation("embodied_rl.credit:CreditChain._reward_and_discount", "gamma ** rollout.steps.to(reward.dtype)", "gamma",
              "test_credit:test_a_chunk_is_discounted_by_the_steps_it_really_executed"),
     Mutation(CHAIN, "target = raw + value", "target = raw", "test_credit:test_the_critic_target_is_the_unprocessed_advantage_plus_the_value"),
     Mutation(CHAIN, "counts = counts & ~equal", "pass", SELECTION + "test_groups_without_contrast_leave_the_denominators"),
@@ -84,8 +83,8 @@ MUTATIONS = [
              {"name": "whiten"}),
     Mutation(CHAIN, "scale(raw, score, group, counted", "scale(raw, score, group, rollout.valid[: len(score)]",
              SELECTION + "test_what_is_learned_from_does_not_know_what_was_dropped", {"name": "batch_std"}),
-    Mutation("embodied_rl.advantage:until_success", "rollout.solved < 2", "rollout.solved < 1", SELECTION + "test_returns_end_with_the_decision_that_succeeds"),
-    Mutation("embodied_rl.advantage:until_success", "rollout.terminated | (rollout.solved == 1)", "rollout.terminated",
+    Mutation("embodied_rl.credit:until_success", "rollout.solved < 2", "rollout.solved < 1", SELECTION + "test_returns_end_with_the_decision_that_succeeds"),
+    Mutation("embodied_rl.credit:until_success", "rollout.terminated | (rollout.solved == 1)", "rollout.terminated",
              SELECTION + "test_the_critic_learns_that_nothing_follows_success"),
     Mutation("embodied_rl.record:Record._solved", " & ~(d", " & (d", SELECTION + "test_success_is_remembered_across_rollouts_until_the_episode_ends"),
     Mutation("embodied_rl.record:Record._solved", "self.c.episode_success.to(self.c.device)", "torch.zeros_like(self.c.episode_success)",
@@ -103,6 +102,18 @@ MUTATIONS = [
     Mutation(REWARD_STD, "series[rollout.valid & torch.isfinite(series)]", "series[torch.isfinite(series)]",
              "test_credit:test_the_running_reward_scale_skips_decisions_after_the_end_of_an_episode"),
     Mutation(FIT, "1 - float", "float", "test_credit:test_explained_variance_by_hand"),
+    # credit of units, further baselines, outcomes
+    Mutation("embodied_rl.advantage:unit_gae", "delta + step * lam * ahead", "delta + lam * ahead", "test_unit_credit:test_token_level_gae_across_two_replies"),
+    Mutation("embodied_rl.advantage:unit_gae", "ahead * goes_on[t]", "ahead", "test_unit_credit:test_nothing_flows_back_over_the_end_of_an_episode"),
+    Mutation("embodied_rl.advantage:unit_gae", "step = torch.where(acts[t, :, a], one, step)", "pass", "test_unit_credit:test_token_level_gae_across_two_replies"),
+    Mutation("embodied_rl.advantage:unit_gae", "acts[..., 0] |= ~mask.any(-1)", "pass", "test_unit_credit:test_a_reply_without_own_tokens_passes_reward_and_time_on"),
+    Mutation("embodied_rl.credit:other_half", "(1 - between) * own", "own", "test_credit:test_canon_by_hand"),
+    Mutation("embodied_rl.credit:CreditChain._by_unit", "paid = on_last_unit(reward + penalty.sum(-1), mask) - penalty", "paid = on_last_unit(reward, mask) - penalty",
+             "test_unit_credit:test_the_return_to_go_of_a_token_holds_the_penalties_of_itself_and_all_later_ones"),
+    Mutation("embodied_rl.credit:CreditChain.__call__", "counts = counts & ~rollout.greedy", "pass", "test_credit:test_a_greedy_copy_is_the_baseline_of_its_group_and_leaves"),
+    Mutation("embodied_rl.outcome:against_others", "(total - own) / (count - 1)", "total / count", "test_outcome:test_scores_are_compared_with_the_others_of_the_group"),
+    Mutation("embodied_rl.update:Updater._reset_reference", "moment.zero_()", "pass", "tests.unit.test_reference_policy:test_every_so_many_updates_the_policy_becomes_its_own_reference"),
+    Mutation(SURROGATE, "bounded * advantage * (ratio / ratio.detach())", "bounded * advantage * ratio", "test_surrogate:test_as_a_weight_the_ratio_is_bounded_and_no_gradient_is_cut_off"),
     # the trust region
     Mutation(SURROGATE, "clipped, bounded, plain", "clipped, plain, bounded", "test_surrogate:test_clip_of_good_and_bad_actions_on_both_sides"),
     Mutation(SURROGATE, "1 - config.clip_low, 1 + config.clip_high", "1 - config.clip_high, 1 + config.clip_low",

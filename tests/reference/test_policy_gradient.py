@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from embodied_rl.advantage import Credit, CreditChain
 from embodied_rl.batch import as_batch, flatten
 from embodied_rl.collect import Collector
+from embodied_rl.credit import Credit, CreditChain
 from embodied_rl.loss import Loss, LossFunction, ValueLoss
 from embodied_rl.types import Evaluation, Rollout, TensorSpec
 from tests.kit import Scripted, toy

@@ -70,8 +70,16 @@ def test_the_quadratic_trust_region_peaks_at_its_edge_and_pulls_back_beyond_it()
     assert objective_and_slope(1.3, -1.0, trust="quadratic") == (pytest.approx(-1.525), pytest.approx(-2.5), False)
 
 
+def test_as_a_weight_the_ratio_is_bounded_and_no_gradient_is_cut_off():
+    # A = 2: value 2 clip(r, 0.8, 1.2), slope by log r the same, so by r it is divided by r
+    for ratio, advantage, bounded in ((0.5, 2.0, 0.8), (1.1, 2.0, 1.1), (1.5, 2.0, 1.2), (0.5, -2.0, 0.8), (1.5, -2.0, 1.2)):
+        found = objective_and_slope(ratio, advantage, trust="weight")
+        assert found == (pytest.approx(bounded * advantage), pytest.approx(bounded * advantage / ratio), bounded != ratio)
+    assert objective_and_slope(0.01, 1.0, trust="weight", clip_low=1.0)[0] == pytest.approx(0.01)
+
+
 def test_at_ratio_1_every_trust_region_has_the_slope_of_the_policy_gradient():
-    for switches in ({}, {"trust": "none"}, {"dual_clip": 2.0}, {"clip_low": 0.01, "clip_high": 0.01}, {"trust": "quadratic"}):
+    for switches in ({}, {"trust": "none"}, {"dual_clip": 2.0}, {"clip_low": 0.01, "clip_high": 0.01}, {"trust": "quadratic"}, {"trust": "weight"}):
         for advantage in (1.5, -0.5):
             assert objective_and_slope(1.0, advantage, **switches)[1] == pytest.approx(advantage)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from embodied_rl import loss
-from embodied_rl.loss import Loss, LossFunction, ValueLoss
+from embodied_rl.loss import Loss, LossFunction
+from embodied_rl.value_loss import ValueLoss, hl_gauss_targets, value_loss
 from tests.kit import batch_of, evaluation_of, number
 
 F64 = torch.float64
@@ -17,7 +17,7 @@ def per_row(kind, value, target, old=None, clip=0.2, **given):
     to = lambda x: None if x is None else torch.tensor(x, dtype=F64)  # noqa: E731
     batch = batch_of(torch.zeros(n, 1, dtype=F64), function, target=to(target), value=to(old))
     evaluation = evaluation_of(batch.logp, value=to(value), value_logits=given.get("logits"))
-    return loss.value_loss(evaluation, batch, ValueLoss(kind=kind, clip=clip), given.get("value_range"))
+    return value_loss(evaluation, batch, ValueLoss(kind=kind, clip=clip), given.get("value_range"))
 
 
 def test_squared_error_has_no_factor_of_its_own():
@@ -36,7 +36,7 @@ def test_a_value_that_was_clipped_on_its_way_to_the_target_has_no_gradient():
     function = LossFunction(Loss(), 1)
     target, old = torch.tensor([2.0, -1.0], dtype=F64), torch.zeros(2, dtype=F64)
     batch = batch_of(torch.zeros(2, 1, dtype=F64), function, target=target, value=old)
-    loss.value_loss(evaluation_of(batch.logp, value=value), batch, ValueLoss(kind="clipped"), None).sum().backward()
+    value_loss(evaluation_of(batch.logp, value=value), batch, ValueLoss(kind="clipped"), None).sum().backward()
     assert value.grad.tolist() == [0.0, 4.0]  # 2 (1 - -1)
 
 
@@ -51,14 +51,14 @@ def histogram(y, low, high, bins, sigma_bins=0.75):
 @pytest.mark.parametrize("support", [(-1.0, 2.0, 7), (-10.0, 10.0, 51)])
 def test_hl_gauss_labels_are_the_normal_distribution_over_the_bins(y, support):
     low, high, bins = support
-    labels = loss.hl_gauss_targets(torch.tensor([y], dtype=F64), low, high, bins)
+    labels = hl_gauss_targets(torch.tensor([y], dtype=F64), low, high, bins)
     torch.testing.assert_close(labels[0], torch.tensor(histogram(y, low, high, bins), dtype=F64), rtol=0, atol=1e-12)
     assert float(labels.sum()) == pytest.approx(1.0)
 
 
 def test_the_mean_of_the_labels_is_the_target_in_the_middle_of_the_support():
     target = torch.linspace(-4, 4, 33, dtype=F64)
-    labels = loss.hl_gauss_targets(target, -10.0, 10.0, 101)
+    labels = hl_gauss_targets(target, -10.0, 10.0, 101)
     centres = -10.0 + 20.0 / 101 * (torch.arange(101, dtype=F64) + 0.5)
     torch.testing.assert_close(labels @ centres, target, rtol=0, atol=1e-3)
 

@@ -77,6 +77,27 @@ RECIPES: dict[str, dict[str, Any]] = {
         "algorithm": {"type": "reinforce", "update": {"logp_gap": {"do": "correct", "cap": 1.1}}},
         "collect": {"mode": "episodes"},
     },
+    "units": {
+        "env": {"type": str(TOYS / "words.py"), "turns": 2, "partial": True},
+        "policy": {"type": str(TOYS / "table.py"), "critic": "unit", "spread": 0.3},
+        "algorithm": {
+            "credit": {"level": "unit", "gamma": 1.0},
+            "loss": {"ratio": "unit", "kl": {"kind": "k1", "coef": 0.1, "where": "reward", "reset_every": 2}},
+        },
+        "collect": {"mode": "episodes", "decisions": 2},
+    },
+    "greedy baseline": {
+        "env": {"type": str(TOYS / "words.py"), "turns": 2},
+        "policy": {"type": str(TOYS / "table.py"), "spread": 0.3},
+        "algorithm": {"type": "reinforce", "credit": {"baseline": "greedy", "whiten": False}},
+        "collect": {"mode": "episodes", "decisions": 2, "group_size": 4},
+    },
+    "hints": {
+        "env": {"type": str(TOYS / "words.py")},
+        "policy": {"type": str(TOYS / "table.py"), "spread": 0.3},
+        "algorithm": {"type": "grpo"},
+        "collect": {"mode": "episodes", "decisions": 1, "group_size": 4, "hints": [0.3, 0.7], "dynamic_sampling": "drop"},
+    },
     "pendulum": {
         "env": {"type": "gymnasium", "id": "Pendulum-v1", "max_steps": 23},
         "algorithm": {"credit": {"reward_scale": "running_return_std"}},

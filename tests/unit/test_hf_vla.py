@@ -11,7 +11,7 @@ from embodied_rl import checkpoint, registry
 from embodied_rl.check import check_policy
 from embodied_rl.errors import CapabilityError, CheckpointError, ConfigError, NotFoundError
 from embodied_rl.evaluate import evaluate
-from embodied_rl.session import load_weights
+from embodied_rl.saved import load_weights
 from embodied_rl.train import build_session
 from embodied_rl.types import ActionSpec, TensorSpec
 from tests.kit import CPU, spec

@@ -16,7 +16,8 @@ from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError
 from embodied_rl.imitate import ImitationSession
 from embodied_rl.measure import Clock
 from embodied_rl.record_demos import collect_demonstrations
-from embodied_rl.session import Session, load_weights, stored_weights
+from embodied_rl.saved import load_weights, stored_weights
+from embodied_rl.session import Session
 from embodied_rl.train import build_session, run
 from tests.resume import lab
 

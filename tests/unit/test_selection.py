@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from embodied_rl.advantage import Credit, CreditChain
 from embodied_rl.batch import as_batch, flatten, observed
 from embodied_rl.collect import Collector
+from embodied_rl.credit import Credit, CreditChain
 from embodied_rl.loss import Loss, LossFunction, ValueLoss
 from embodied_rl.measure import Clock
 from embodied_rl.selection import join, refill
