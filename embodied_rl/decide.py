@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ def decide(
 def _each(change: Callable[..., Tensor], *outputs: PolicyOutput) -> PolicyOutput:
     """Apply a function to every tensor of decisions of equal form."""
     columns = {f.name: [getattr(out, f.name) for out in outputs] for f in fields(PolicyOutput)}
-    return PolicyOutput(**{name: None if x[0] is None else change(*x) for name, x in columns.items()})
+    changed: dict[str, Any] = {name: None if x[0] is None else change(*x) for name, x in columns.items()}
+    return PolicyOutput(**changed)
 
 
 def decide_mixed(

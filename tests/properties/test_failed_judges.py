@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embodied_rl.advantage import Credit, CreditChain
 from embodied_rl.batch import flatten
 from embodied_rl.collect import Collector
 from embodied_rl.compare import compare, print_evaluation
+from embodied_rl.credit import Credit, CreditChain
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.evaluate import choose, evaluate
 from embodied_rl.measure import rollout_metrics

@@ -9,8 +9,9 @@ from embodied_rl import registry
 from embodied_rl.config import build_recipe
 from embodied_rl.errors import CapabilityError
 from embodied_rl.measure import Clock
+from embodied_rl.saved import load_weights
 from embodied_rl.self_imitation import Successes
-from embodied_rl.session import Session, load_weights
+from embodied_rl.session import Session
 from embodied_rl.types import ActionSpec, Rollout, TensorSpec
 from tests.kit import CPU, TOYS, spec
 
