@@ -303,7 +303,9 @@ class Session(Saved):
         """Set the temperatures of this iteration, also of the reference, which is compared unit by unit."""
         if self.recipe.collect.anneal is None:
             return
-        temperature = None if anneal is None else anneal.temperatures(self.policy.num_units, self.update).to(self.device)
+        temperature = None
+        if anneal is not None:
+            temperature = anneal.temperatures(self.policy.num_units, self.update).to(self.device)
         for policy in (self.policy, self.updater.reference):
             if policy is not None:
                 cast(Annealed, policy).anneal(temperature)
