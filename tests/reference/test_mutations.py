@@ -81,7 +81,7 @@ MUTATIONS = [
     Mutation(CHAIN, "counts = counts & ~equal", "pass", SELECTION + "test_groups_without_contrast_leave_the_denominators"),
     Mutation(CHAIN, "self._post(raw, counts)", "self._post(raw, rollout.valid)", SELECTION + "test_what_is_learned_from_does_not_know_what_was_dropped",
              {"name": "whiten"}),
-    Mutation(CHAIN, "scale(raw, score, group, counted", "scale(raw, score, group, rollout.valid[: len(score)]",
+    Mutation("embodied_rl.credit:CreditChain._compare", "counted, c.scale, c.scale_floor)[:, :copies]", "rollout.valid[: len(score)], c.scale, c.scale_floor)",
              SELECTION + "test_what_is_learned_from_does_not_know_what_was_dropped", {"name": "batch_std"}),
     Mutation("embodied_rl.credit:until_success", "rollout.solved < 2", "rollout.solved < 1", SELECTION + "test_returns_end_with_the_decision_that_succeeds"),
     Mutation("embodied_rl.credit:until_success", "rollout.terminated | (rollout.solved == 1)", "rollout.terminated",
@@ -110,13 +110,13 @@ MUTATIONS = [
     Mutation("embodied_rl.credit:other_half", "(1 - between) * own", "own", "test_credit:test_canon_by_hand"),
     Mutation("embodied_rl.credit:CreditChain._by_unit", "paid = on_last_unit(reward + penalty.sum(-1), mask) - penalty", "paid = on_last_unit(reward, mask) - penalty",
              "test_unit_credit:test_the_return_to_go_of_a_token_holds_the_penalties_of_itself_and_all_later_ones"),
-    Mutation("embodied_rl.credit:CreditChain.__call__", "counts = counts & ~rollout.greedy", "pass", "test_credit:test_a_greedy_copy_is_the_baseline_of_its_group_and_leaves"),
+    Mutation("embodied_rl.credit:CreditChain.__call__", "counts & ~rollout.greedy & ", "counts & ", "test_credit:test_a_greedy_copy_is_the_baseline_of_its_group_and_leaves"),
     Mutation("embodied_rl.outcome:against_others", "(total - own) / (count - 1)", "total / count", "test_outcome:test_scores_are_compared_with_the_others_of_the_group"),
     Mutation("embodied_rl.update:Updater._reset_reference", "moment.zero_()", "pass", "tests.unit.test_reference_policy:test_every_so_many_updates_the_policy_becomes_its_own_reference"),
     Mutation(SURROGATE, "bounded * advantage * (ratio / ratio.detach())", "bounded * advantage * ratio", "test_surrogate:test_as_a_weight_the_ratio_is_bounded_and_no_gradient_is_cut_off"),
     # the trust region
     Mutation(SURROGATE, "clipped, bounded, plain", "clipped, plain, bounded", "test_surrogate:test_clip_of_good_and_bad_actions_on_both_sides"),
-    Mutation(SURROGATE, "1 - config.clip_low, 1 + config.clip_high", "1 - config.clip_high, 1 + config.clip_low",
+    Mutation(SURROGATE, "1 - config.clip_low, 1 + config.clip_high) * advantage", "1 - config.clip_high, 1 + config.clip_low) * advantage",
              "test_surrogate:test_a_higher_upper_clip_lets_good_actions_grow_further"),
     Mutation(SURROGATE, "(advantage < 0) & ", "", "test_surrogate:test_the_dual_clip_bounds_the_loss_of_bad_actions_only"),
     Mutation(SURROGATE, "torch.where(below, floor, objective)", "objective", "test_surrogate:test_the_dual_clip_bounds_the_loss_of_bad_actions_only"),
@@ -147,10 +147,10 @@ MUTATIONS = [
     Mutation(BINS, " * 2**0.5)", ")", "test_value_loss:test_hl_gauss_is_the_cross_entropy_of_the_labels"),
     Mutation(BINS, "target.clamp(low, high)", "target", "test_value_loss:test_hl_gauss_labels_are_the_normal_distribution_over_the_bins",
              {"y": 2.7, "support": (-1.0, 2.0, 7)}),
-    Mutation(BINS, " / (cdf[:, -1:] - cdf[:, :1])", " / 2", "test_value_loss:test_hl_gauss_labels_are_the_normal_distribution_over_the_bins",
+    Mutation(BINS, " / (cdf[..., -1:] - cdf[..., :1])", " / 2", "test_value_loss:test_hl_gauss_labels_are_the_normal_distribution_over_the_bins",
              {"y": 2.0, "support": (-1.0, 2.0, 7)}),
     Mutation(VALUE, "torch.maximum", "torch.minimum", "test_value_loss:test_the_clipped_loss_is_the_larger_of_two_errors"),
-    Mutation(VALUE, "batch.value + (evaluation.value - batch.value)", "(evaluation.value - batch.target)",
+    Mutation(VALUE, "batch.value + (value - batch.value)", "(value - batch.target)",
              "test_value_loss:test_the_clipped_loss_is_the_larger_of_two_errors"),
     Mutation(VALUE, "-(labels", "(labels", "test_value_loss:test_hl_gauss_is_the_cross_entropy_of_the_labels"),
     Mutation(LOSS, "policy = -weighted_sum", "policy = weighted_sum", "test_surrogate:test_the_loss_is_the_negative_mean_and_its_gradient_points_uphill"),
@@ -163,7 +163,7 @@ MUTATIONS = [
     # batches
     Mutation(FLATTEN, "masked_fill(~counts, 0)", "clone()",
              PROPERTIES + "test_nothing_leaks:test_decisions_after_the_end_and_masked_units_reach_no_weight_of_a_policy", {"level": "unit"}),
-    Mutation(SHUFFLE, "if not whole_trajectories:", "if True:",
+    Mutation(SHUFFLE, "if not whole:", "if True:",
              PROPERTIES + "test_batches:test_over_an_epoch_trajectory_mean_weighs_long_and_short_trajectories_alike", {"level": "unit"}),
     # collection
     Mutation("embodied_rl.record:Record._next_value", "out[step, copies] = x", "pass",
@@ -290,7 +290,7 @@ MUTATIONS = [
     # the optimizer
     Mutation("embodied_rl.update:Updater._adapt", "self.lr / 1.5", "self.lr * 1.5",
              "test_optimizer:test_the_adaptive_step_shrinks_when_the_policy_moves_too_far_and_grows_when_it_hardly_moves"),
-    Mutation("embodied_rl.update:Updater._step", "c.max_grad_norm / norm", "1 / norm",
+    Mutation("embodied_rl.update:Updater._move", "c.max_grad_norm / norm", "1 / norm",
              "test_optimizer:test_an_update_is_adamw_with_a_clipped_gradient_over_epochs_of_minibatches", {"max_grad_norm": 0.05, "weight_decay": 0.0}),
 ]  # fmt: skip
 
