@@ -182,14 +182,14 @@ def sample(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def generate(
-    hidden: Callable[[Tensor, Tensor, Prefill | Cache], Tensor], logits: Callable[[Tensor], Tensor], packed: Packed,
-    contexts: Tensor, group: Tensor, length: int, end: Tensor, uniform: Tensor | None, *, states: bool = False,
+    hidden: Callable[[Tensor, Tensor, Prefill | Cache], Tensor], logits: Callable[[Tensor, int], Tensor],
+    packed: Packed, contexts: Tensor, group: Tensor, length: int, end: Tensor, uniform: Tensor | None, *, states: bool = False,
 ) -> Written:  # fmt: skip
     """Continue contexts token after token.
 
     Args:
         hidden: Of ids [T], positions [T] and an attention: last hidden states [T, D].
-        logits: Of hidden states [n, D]: [n, V] float32, temperature included; may be overwritten.
+        logits: Of hidden states [n, D] and a token's place in the reply: [n, V] float32, temperature included.
         packed: The contexts alone, packed.
         contexts: [G, P] int64 with PAD.
         group: [B] int64, the context of each row.
@@ -209,7 +209,7 @@ def generate(
     logp = torch.zeros(b, length, device=device)
     kept = h.new_zeros(b, length, h.shape[1]) if states else None
     rows, alive = order, torch.ones(b, dtype=torch.bool, device=device)
-    z, h = logits(h)[cache.group], h[cache.group]
+    z, h = logits(h, 0)[cache.group], h[cache.group]
     for t in range(length):
         ids, of_ids = sample(z, None if uniform is None else uniform[rows, t])
         units[rows, t] = torch.where(alive, ids, PAD)
@@ -227,5 +227,5 @@ def generate(
         cache.make_room(length)
         h = hidden(ids, cache.contexts[cache.group] + t, cache)
         cache.written += 1
-        z = logits(h)
+        z = logits(h, t + 1)
     return Written(units, logp, kept)

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 
 def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    sliding_window: int | None = None, packing: Any = None, **others: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, sliding_window: int | None = None, packing: Any = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it, of one packed row: hand it to whoever knows what the row is made of.
 
@@ -74,8 +74,8 @@ def open_folder(name: str) -> tuple[Path, Any]:
             path = Path(snapshot_download(name, local_files_only=True))
         except Exception as error:
             raise NotFoundError(
-                f"{where}: there is no such folder, and no model of that name was downloaded before; give a folder that "
-                "holds config.json, safetensors weights and a tokenizer (scripts/get_smollm2.py makes one)"
+                f"{where}: there is no such folder, and no model of that name was downloaded before; give a folder "
+                "that holds config.json, safetensors weights and a tokenizer (scripts/get_smollm2.py makes one)"
             ) from error
     for file, what in (("config.json", "model"), ("tokenizer.json", "tokenizer")):
         if not (path / file).is_file():
@@ -201,7 +201,12 @@ def prove(name: str, model: Any) -> None:
         packed = pack(*distinct(context), units)
         layers: list[int] = []
         plain = packed.attend
-        packed.attend = lambda layer, *args: (layers.append(layer), plain(layer, *args))[1]  # type: ignore[method-assign]
+
+        def watched(layer: int, *args: Any) -> Tensor:
+            layers.append(layer)
+            return plain(layer, *args)
+
+        packed.attend = watched  # type: ignore[method-assign]
         h = run(model, packed.ids, packed.positions, packed)[packed.source[units != PAD]]
         z = (h.float() @ model.get_output_embeddings().weight.float().T).log_softmax(-1)
         gap = float((z.gather(1, units[units != PAD][:, None]).squeeze(1) - torch.cat(wanted)).abs().max())
@@ -211,8 +216,8 @@ def prove(name: str, model: Any) -> None:
         ) from error
     if layers != list(range(model.config.get_text_config().num_hidden_layers)):
         raise CapabilityError(
-            f"policy.model '{name}' is a {type(model).__name__}, whose layers {layers} alone have an attention that can be "
-            "replaced, and which would mix packed sequences in the others: it is not supported"
+            f"policy.model '{name}' is a {type(model).__name__}, of which only layers {layers} have an attention that "
+            "can be replaced, and which would mix packed sequences in the others: it is not supported"
         )
     exact = model.dtype == torch.float32
     if not gap < (TOLERANCE if exact else 0.25):

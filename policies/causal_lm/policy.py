@@ -44,6 +44,9 @@ class CausalLM(nn.Module):
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.chunk = self.actions_per_decision = 1
         self.has_critic = config.critic.kind != "none"
+        self.value_per_unit = self.has_critic and config.critic.level == "unit"
+        self.value_range: tuple[float, float] | None = None  # no classifier over returns
+        self._annealed: Tensor | None = None
         if self.has_critic:
             self.critic = nn.Linear(self.model.get_output_embeddings().weight.shape[1], 1, device=device)
             nn.init.zeros_(self.critic.weight), nn.init.zeros_(self.critic.bias)
@@ -109,7 +112,8 @@ class CausalLM(nn.Module):
         counts = units != PAD
         seen = hidden[packed.source[counts]].float()
         with torch.autocast(seen.device.type, enabled=False):
-            logp, spread = token_logp(seen / self.config.temperature, self._head(), units[counts], entropy=entropy)
+            cold = self._temperature().expand(units.shape)[counts].unsqueeze(-1)
+            logp, spread = token_logp(seen / cold, self._head(), units[counts], entropy=entropy)
 
         def lay(x: Tensor) -> Tensor:
             return x.new_zeros(units.shape).masked_scatter(counts, x)
@@ -130,6 +134,10 @@ class CausalLM(nn.Module):
     def observe(self, obs: Obs) -> None:
         """Nothing: a language model has no running statistics."""
 
+    def anneal(self, temperature: Tensor | None) -> None:
+        """Give every token of a reply a temperature [A] of its own, in place of the recipe's; None takes it back."""
+        self._annealed = None if temperature is None else temperature.to(self.device, torch.float32)
+
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _autocast(self) -> torch.autocast:
@@ -145,6 +153,12 @@ class CausalLM(nn.Module):
         weight: Tensor = self.model.get_output_embeddings().weight.float()
         return weight if len(weight) == self.vocabulary else weight[: self.vocabulary]
 
+    def _temperature(self) -> Tensor:
+        """[A] float32, of each token."""
+        if self._annealed is not None:
+            return self._annealed
+        return torch.full((self.num_units,), self.config.temperature, device=self.device)
+
     def _judge(self, hidden: Tensor) -> Tensor:
         """The critic's estimate of hidden states [..., D]."""
         hidden = hidden.float()
@@ -159,11 +173,11 @@ class CausalLM(nn.Module):
 
     def _write(self, context: Tensor, uniform: Tensor | None, states: bool) -> Written:
         """Generate for all rows, in batches that fit into memory."""
-        head, temperature = self._head(), self.config.temperature
+        head, temperature = self._head(), self._temperature()
 
-        def logits(h: Tensor) -> Tensor:
+        def logits(h: Tensor, t: int) -> Tensor:
             with torch.autocast(h.device.type, enabled=False):
-                return (h.float() / temperature) @ head.T
+                return (h.float() / temperature[t]) @ head.T
 
         def some(rows: slice) -> Written:
             contexts, group = distinct(context[rows])

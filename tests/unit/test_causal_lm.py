@@ -145,6 +145,20 @@ def test_what_the_decoder_saw_is_what_training_computes_up_to_rounding(dtype, mo
     assert (out.logp[~out.mask] == 0).all() and (judged[~out.mask] == 0).all()
 
 
+def test_an_annealed_temperature_is_that_of_each_token(llama):
+    policy, env = make(llama, logp="decoder", temperature=0.7)
+    obs = contexts(env)
+    hot = torch.linspace(2.0, 0.5, 6)
+    policy.anneal(hot)
+    out = policy.act(obs, generator=torch.Generator().manual_seed(0))
+    plain = unchanged(policy, llama)
+    wanted = torch.stack([by_transformers(plain, obs["context"], out.units, float(t))[0][:, i] for i, t in enumerate(hot)], 1)
+    torch.testing.assert_close(out.logp, wanted, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.evaluate(obs, out.units).logp, wanted, atol=2e-5, rtol=1e-5)
+    policy.anneal(None)
+    torch.testing.assert_close(policy.evaluate(obs, out.units).logp, by_transformers(plain, obs["context"], out.units, 0.7)[0])
+
+
 def test_samples_follow_the_models_distribution(llama):
     policy, env = make(llama, length=1, temperature=0.5)
     obs = {k: v[:1].expand(4000, -1) for k, v in contexts(env).items()}
@@ -302,5 +316,5 @@ def test_a_model_whose_attention_is_of_another_kind_is_refused(tmp_path):
     size = len(transformers.AutoTokenizer.from_pretrained(folder))
     config = transformers.BloomConfig(vocab_size=size, hidden_size=32, n_layer=1, n_head=2, initializer_range=0.5)
     transformers.BloomForCausalLM(config).save_pretrained(folder)
-    with pytest.raises(CapabilityError, match="is a BloomForCausalLM, whose layers"):
+    with pytest.raises(CapabilityError, match="is a BloomForCausalLM, of which only layers"):
         make(folder)
