@@ -28,6 +28,31 @@ class Critic(Section):
         return self
 
 
+class Vllm(Section):
+    """Who writes the replies."""
+
+    kind: Literal["builtin", "vllm"] = "builtin"
+    """builtin: the decoder of this package, on the policy's own weights; vllm: vLLM in a process of its own, which gets
+    the weights after every update. Its log-probabilities differ a little (sync/logp_gap_mean), so set
+    update.logp_gap.do: recompute or correct; a resumed run is not bit-identical."""
+    python: str = ""
+    """vllm: interpreter of the environment that has vLLM, for example ~/vllm/bin/python."""
+    rows: int = Field(256, ge=1)
+    """vllm: replies written at once (max_num_seqs)."""
+    options: dict[str, int | float | str | bool] = {}
+    """vllm: further arguments of vllm.LLM, for example {gpu_memory_utilization: 0.4}."""
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Vllm:
+        if self.kind == "vllm" and not self.python:
+            raise ValueError("kind (vllm) needs python (found nothing): the interpreter of an environment with vLLM")
+        for name in ("python", "rows", "options"):
+            value = getattr(self, name)
+            if self.kind == "builtin" and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} ({value}) does nothing with kind (builtin): set kind: vllm, or remove it")
+        return self
+
+
 class Config(Section):
     """Settings of the language model and of how it writes."""
 
@@ -54,3 +79,15 @@ class Config(Section):
     rows: int | None = Field(None, ge=1)
     """Replies written at once; null: all. Less saves memory."""
     critic: Critic = Critic()
+    generator: Vllm = Vllm()
+
+    @model_validator(mode="after")
+    def _of_the_generator(self) -> Config:
+        if self.generator.kind == "vllm" and self.lora:
+            raise ValueError(
+                f"lora ({self.lora}) does not work with generator.kind (vllm), which takes whole weights: set lora: 0, "
+                "or generator.kind: builtin"
+            )
+        if self.generator.kind == "vllm" and self.rows is not None:
+            raise ValueError(f"rows ({self.rows}) is of the built-in generator: set generator.rows")
+        return self

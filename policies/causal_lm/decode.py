@@ -183,7 +183,8 @@ def sample(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def generate(
     hidden: Callable[[Tensor, Tensor, Prefill | Cache], Tensor], logits: Callable[[Tensor, int], Tensor],
-    packed: Packed, contexts: Tensor, group: Tensor, length: int, end: Tensor, uniform: Tensor | None, *, states: bool = False,
+    packed: Packed, contexts: Tensor, group: Tensor, length: int, end: Tensor, uniform: Tensor | None, *,
+    states: bool = False,
 ) -> Written:  # fmt: skip
     """Continue contexts token after token.
 

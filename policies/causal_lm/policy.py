@@ -15,6 +15,7 @@ from embodied_rl.policies.causal_lm.decode import Written, generate
 from embodied_rl.policies.causal_lm.head import token_logp
 from embodied_rl.policies.causal_lm.model import add_adapters, load, open_folder, prove, run, same_language
 from embodied_rl.policies.causal_lm.pack import distinct, pack
+from embodied_rl.policies.causal_lm.vllm import VllmGenerator
 from embodied_rl.types import PAD, EnvSpec, Evaluation, Obs, PolicyOutput
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ class CausalLM(nn.Module):
         if self.has_critic:
             self.critic = nn.Linear(self.model.get_output_embeddings().weight.shape[1], 1, device=device)
             nn.init.zeros_(self.critic.weight), nn.init.zeros_(self.critic.bias)
+        # In a list, because it is no module and must not become part of the weights.
+        self._vllm = []
+        if config.generator.kind == "vllm":
+            self._vllm.append(VllmGenerator(config.generator, path, dtype=config.dtype, longest=self.longest))
         self.train(False)
 
     def _fit(self, env: EnvSpec) -> None:
@@ -89,6 +94,8 @@ class CausalLM(nn.Module):
         context = obs[self.entry]
         b, length = len(context), self.num_units
         uniform = None
+        if self._vllm:
+            return self._act_elsewhere(obs, generator, greedy)
         if not greedy:
             # One number per token, drawn ahead: what a row says does not depend on how long the others talk.
             uniform = torch.rand(b, length, generator=generator, dtype=torch.float64, device=context.device)
@@ -102,6 +109,26 @@ class CausalLM(nn.Module):
                 logp, value = judged.logp, judged.value
             elif states:
                 value = self._value(written.hidden, units)
+        return PolicyOutput(units, logp, units.unsqueeze(1), value, units != PAD)
+
+    def _act_elsewhere(self, obs: Obs, generator: torch.Generator | None, greedy: bool) -> PolicyOutput:
+        """`act` by vLLM."""
+        context, (vllm,) = obs[self.entry], self._vllm
+        if self._annealed is not None:
+            raise CapabilityError("policy.generator.kind vllm has one temperature for all tokens: set it to builtin")
+        seeds = None
+        if not greedy:
+            seeds = torch.randint(2**31, (len(context),), generator=generator, device=context.device)
+        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+        weights = {n: p for n, p in self.model.state_dict().items() if not (tied and n == "lm_head.weight")}
+        vllm.sync(weights)
+        written = vllm.write(context, seeds, self.num_units, self.end, self.config.temperature)
+        units, logp, value = written.units, written.logp, None
+        if self.has_critic or self.config.logp == "evaluate":
+            with torch.no_grad():
+                judged = self.evaluate(obs, units, entropy=False)
+            value = judged.value
+            logp = judged.logp if self.config.logp == "evaluate" else logp
         return PolicyOutput(units, logp, units.unsqueeze(1), value, units != PAD)
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
