@@ -15,7 +15,7 @@ from embodied_rl.policies.causal_lm.decode import Written, generate
 from embodied_rl.policies.causal_lm.head import token_logp
 from embodied_rl.policies.causal_lm.model import add_adapters, load, open_folder, prove, run, same_language
 from embodied_rl.policies.causal_lm.pack import distinct, pack
-from embodied_rl.policies.causal_lm.vllm import VllmGenerator
+from embodied_rl.policies.causal_lm.vllm_client import VllmGenerator
 from embodied_rl.types import PAD, EnvSpec, Evaluation, Obs, PolicyOutput
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Runs inside the Python that has vLLM and nothing of ours: takes weights and contexts, gives tokens.
 
-One JSON object per line, in and out. Weights come as a safetensors file. Started by vllm.py with `python FILE`.
+One JSON object per line, in and out. Weights come as a safetensors file. Started by vllm_client.py with `python FILE`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 def main() -> None:
     """Answer requests until the input ends."""
+    # Python puts the folder of this file first, whose modules must not be taken for others of their names.
+    sys.path.pop(0)
     # vLLM prints to the standard output, which is ours to answer on.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""A tiny language model learns to repeat a question, from scratch, through the whole engine; and resumes bit for bit."""
+"""A tiny language model learns to repeat a question, from scratch, through the whole engine."""
 
 import statistics
 
@@ -32,20 +32,19 @@ def run_of(model, seed, update=None, **policy):
 @pytest.mark.parametrize(
     ("policy", "update"),
     [
-        ({}, {}),
         ({"logp": "decoder"}, {"micro_units": 50, "logp_gap": {"do": "recompute", "above": 0.0}}),
-        ({"dtype": "bfloat16", "temperature": 1.2, "checkpoint_gradients": True}, {}),
+        pytest.param({}, {}, marks=pytest.mark.slow),
+        pytest.param({"dtype": "bfloat16", "temperature": 1.2, "checkpoint_gradients": True}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_two_digits_are_repeated_in_their_order(model, policy, update):
-    # Observed with seeds 0 to 7: see the commit; an untrained model scores 0.00.
+    # Observed: 0.26, 0.68, 0.98 (float32, both ways), 0.92, 0.65, 0.98 (bfloat16); an untrained model scores 0.
     scores = []
     for seed in (0, 1, 2):
         run = run_of(model, seed, update, **policy)
         last = []
         for _ in range(60):
-            rollout, metrics = run.iterate()
+            rollout, _ = run.iterate()
             last.append(float(rollout.finished["success_at_end"].double().mean()))
         scores.append(statistics.mean(last[-10:]))
-    print(scores)
     assert statistics.median(scores) >= 0.5, scores
