@@ -95,8 +95,10 @@ def flatten(rollout: Rollout, advantage: Advantage, *, groups: bool = False) -> 
     if not bool(mask.all()):
         columns["mask"] = mask
         # A policy's own backward pass would spread a NaN left in a masked unit to all its weights.
-        counts = mask.view(*mask.shape, *[1] * (columns["units"].ndim - 2))
-        columns["units"] = columns["units"].masked_fill(~counts, 0)
+        # Integers cannot be NaN, and their PAD tells where a row ends.
+        if columns["units"].is_floating_point():
+            counts = mask.view(*mask.shape, *[1] * (columns["units"].ndim - 2))
+            columns["units"] = columns["units"].masked_fill(~counts, 0)
     if rollout.features is not None:
         return Flat({FEATURES: rows(rollout.features)}, {}, rows(rollout.episode), columns)
     return Flat({k: rows(v) for k, v in rollout.obs.items()}, rollout.constants, rows(rollout.episode), columns)
@@ -125,7 +127,9 @@ def observed(rollout: Rollout) -> Obs | None:
     return {k: v[keep] for k, v in rows.items()} if bool(keep.any()) else None
 
 
-def minibatches(flat: Flat, count: int, loss: LossFunction, generator: torch.Generator) -> Iterator[Batch]:
+def minibatches(
+    flat: Flat, count: int, loss: LossFunction, generator: torch.Generator, *, in_order: bool = False
+) -> Iterator[Batch]:
     """One epoch: every row exactly once, in `count` optimizer steps of nearly equal size.
 
     Args:
@@ -133,14 +137,22 @@ def minibatches(flat: Flat, count: int, loss: LossFunction, generator: torch.Gen
         count: Optimizer steps per epoch; fewer when there are fewer rows or trajectories.
         loss: Decides whether trajectories stay whole, and the weights.
         generator: CPU generator of the shuffle.
+        in_order: Lay the rows of a step in the order of collection, in which copies that saw the same are neighbours:
+            where the step is cut into pieces, a policy can then compute what they share once.
 
     Yields:
         batch: With weights that add up to 1 over the batch.
     """
     whole = loss.whole_trajectories or loss.whole_groups
-    order, borders = _shuffle(flat.rows["group"] if loss.whole_groups else flat.episode, count, whole, generator)
+    together = flat.rows["group"] if loss.whole_groups else flat.episode
+    order, borders = _shuffle(together, count, whole, generator)
     lazy = sum(v.nbytes for v in flat.obs.values()) > LAZY_BYTES
     sizes = [stop - start for start, stop in zip(borders[:-1], borders[1:], strict=True)]
+    if in_order:
+        steps = [rows.sort().values for rows in order.split(sizes)]
+        if whole:
+            steps = [rows[together[rows].argsort(stable=True)] for rows in steps]
+        order = torch.cat(steps)
     parts = (flat.take(rows) for rows in order.split(sizes)) if lazy else flat.take(order).split(sizes)
     for part in parts:
         yield as_batch(part, loss)
@@ -170,7 +182,9 @@ def with_signal(batch: Batch) -> Batch:
     return Batch(obs={k: v.index_select(0, rows) for k, v in batch.obs.items()}, **fields)
 
 
-def micro_batches(batch: Batch, size: int | None, whole_trajectories: bool) -> Iterator[Batch]:
+def micro_batches(
+    batch: Batch, size: int | None, whole_trajectories: bool, units: int | None = None
+) -> Iterator[Batch]:
     """Cut an optimizer step into pieces that fit in memory; the weights stay those of the whole step.
 
     Args:
@@ -178,26 +192,54 @@ def micro_batches(batch: Batch, size: int | None, whole_trajectories: bool) -> I
         size: Rows per piece; None for one piece.
         whole_trajectories: Cut only between trajectories (groups, where the batch has them), so a piece may be larger
             than `size`.
+        units: Units that count per piece, in place of `size`; a single row may have more.
 
     Yields:
         piece: Consecutive rows.
     """
-    if size is None or size >= len(batch):
-        yield batch
-        return
-    borders = list(range(0, len(batch), size)) + [len(batch)]
+    starts = None
     if whole_trajectories:
         together = batch.trajectory if batch.group is None else batch.group
         starts = [0, *((together.diff() != 0).nonzero().squeeze(-1) + 1).tolist()]
-        chosen = [0]
-        for start in starts:
-            if start - chosen[-1] >= size:
-                chosen.append(start)
-        borders = [*chosen, len(batch)]
+    borders = cuts(batch.mask, len(batch), batch.logp.shape[1], size, units, starts)
+    if len(borders) == 2:
+        yield batch
+        return
     for a, b in zip(borders[:-1], borders[1:], strict=True):
         cut = slice(a, b)
         fields = {k: (v[cut] if isinstance(v, Tensor) else v) for k, v in vars(batch).items() if k != "obs"}
         yield Batch(obs={k: v[cut] for k, v in batch.obs.items()}, **fields)
+
+
+def cuts(
+    mask: Tensor | None, rows: int, num_units: int, size: int | None, units: int | None, starts: list[int] | None = None
+) -> list[int]:
+    """Borders of pieces of consecutive rows within a budget.
+
+    Args:
+        mask: [N, A] bool, units that count; None for all.
+        rows: N.
+        num_units: A.
+        size: Budget in rows.
+        units: Budget in units that count, in place of `size`.
+        starts: Rows where a cut is allowed, beginning with 0; None for all.
+
+    Returns:
+        borders: 0, ..., N. A piece holds as much as fits, and at least what lies between two allowed cuts.
+    """
+    budget = units if units is not None else size
+    if budget is None:
+        return [0, rows]
+    cost = [1] * rows if units is None else [num_units] * rows if mask is None else mask.sum(1).tolist()
+    allowed = list(range(rows)) if starts is None else starts
+    borders, used = [0], 0
+    for a, b in zip(allowed, [*allowed[1:], rows], strict=True):
+        more = sum(cost[a:b])
+        if a > borders[-1] and used + more > budget:
+            borders.append(a)
+            used = 0
+        used += more
+    return [*borders, rows]
 
 
 def _shuffle(

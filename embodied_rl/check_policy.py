@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl.check_tools import (
+    Broken,
     Finding,
     NotTried,
     attempt,
@@ -20,8 +21,8 @@ from embodied_rl.check_tools import (
     expect,
     identical,
 )
-from embodied_rl.errors import CapabilityError
-from embodied_rl.types import FEATURES, ActionSpec, EnvSpec, Obs, Policy, PolicyOutput, TensorSpec
+from embodied_rl.errors import CapabilityError, ShapeError
+from embodied_rl.types import FEATURES, PAD, ActionSpec, EnvSpec, Obs, Policy, PolicyOutput, TensorSpec
 
 ROWS = 64
 
@@ -68,7 +69,11 @@ class PolicyCase:
                 out[name] = x.clamp(low, high).to(o.dtype)
             else:
                 top = int(o.high if o.high is not None else 1) + 1
-                out[name] = torch.randint(int(o.low or 0), top, (rows, *o.shape), generator=g).to(o.dtype)
+                x = torch.randint(max(int(o.low or 0), 0), top, (rows, *o.shape), generator=g).to(o.dtype)
+                if o.low == PAD:  # rows of tokens end early
+                    count = torch.randint(1, o.shape[-1] + 1, (rows, *o.shape[:-1], 1), generator=g)
+                    x = x.masked_fill(torch.arange(o.shape[-1]) >= count, PAD)
+                out[name] = x
         return {name: x.to(self.device) for name, x in out.items()}
 
     def act(self, obs: Obs, seed: int = 0, *, greedy: bool = False) -> PolicyOutput:
@@ -143,11 +148,11 @@ def decision_has_the_promised_form(case: PolicyCase) -> str:
         found, wanted = list(out.units.shape), [rows, p.num_units]
         expect(found[:2] == wanted, f"units are {found}, expected {wanted} and what a unit holds")
         check_tensor(out.action, (rows, p.chunk, *a.shape), a.dtype, case.device, "action")
-        if a.kind == "continuous":
-            expect(bool(torch.isfinite(out.action).all()), "an action is not finite")
-        else:
-            inside = (out.action >= 0) & (out.action < a.size)
-            expect(bool(inside.all()), f"an action lies outside 0 to {a.size - 1}")
+        for c in range(p.chunk):
+            try:
+                a.check(out.action[:, c], rows, case.device, "the policy's")
+            except ShapeError as error:
+                raise Broken(str(error)) from error
         if out.mask is not None:
             check_tensor(out.mask, (rows, p.num_units), torch.bool, case.device, "mask")
         _check_value(case, out.value, rows)

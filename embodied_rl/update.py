@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from embodied_rl.batch import Flat, flatten, micro_batches, minibatches, with_signal
+from embodied_rl.batch import Flat, cuts, flatten, micro_batches, minibatches, with_signal
 from embodied_rl.cells import by_cell
 from embodied_rl.errors import DivergenceError
 from embodied_rl.loss import LossFunction, kl_estimate
@@ -20,7 +20,7 @@ from embodied_rl.section import Section
 from embodied_rl.self_imitation import SelfImitation, Successes
 from embodied_rl.types import Advantage, Batch, Imitator, Policy, Rollout, State
 
-OF_EVERY_EPOCH = ("actor/skipped_updates", "sync/logp_gap_mean")
+OF_EVERY_EPOCH = ("actor/skipped_updates", "sync/logp_gap_mean", "sync/logp_mended_rate")
 """Metrics that are added up over the epochs of an update; the others are those of its last epoch."""
 
 
@@ -30,7 +30,8 @@ class LogpGap(Section):
     do: Literal["nothing", "recompute", "correct"] = "nothing"
     """recompute: ratios are against the log-probabilities of the training path, so that they start at 1; correct: the
     same, and the objective is weighted by min(pi_training / pi_sampler, cap), truncated importance sampling. Either
-    costs one forward pass over the rollout."""
+    costs one forward pass over the rollout, except that recompute costs nothing where a rollout serves for one
+    optimizer step and above is 0."""
     above: float = Field(0.05, ge=0)
     """Mean |gap| in nat per unit; up to this nothing is changed."""
     cap: float = Field(2.0, ge=1)
@@ -54,6 +55,8 @@ class Update(Section):
     """Optimizer steps per epoch."""
     micro_batch: int | None = Field(None, ge=1)
     """Rows per backward pass; saves memory and changes no gradient. null: the whole minibatch at once."""
+    micro_units: int | None = Field(None, ge=1)
+    """The same as a number of units that count, for rows of very different lengths. A row is never cut."""
     lr: float = Field(3e-4, gt=0)
     """Adam's step size."""
     critic_lr: float | None = Field(None, gt=0)
@@ -77,6 +80,26 @@ class Update(Section):
     """Updates at the start in which advantages count as 0, so that only the critic learns: it knows nothing yet of a
     policy that begins with skills."""
     logp_gap: LogpGap = LogpGap()
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Update:
+        if self.micro_batch is not None and self.micro_units is not None:
+            raise ValueError(
+                f"micro_batch ({self.micro_batch}) and micro_units ({self.micro_units}) are two budgets for one thing: "
+                "remove one"
+            )
+        return self
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether optimizer steps are cut."""
+        return self.micro_batch is not None or self.micro_units is not None
+
+    @property
+    def recomputes_as_it_goes(self) -> bool:
+        """Whether the only step of a rollout can take its own log-probabilities for those before the step."""
+        gap = self.logp_gap
+        return gap.do == "recompute" and gap.above == 0 and self.epochs == self.minibatches == 1
 
     @model_validator(mode="after")
     def _adaptive_needs_target(self) -> Update:
@@ -228,7 +251,7 @@ class Updater:
             flat.rows["advantage"] = torch.zeros_like(flat.rows["advantage"])
         if self.reference is not None and self.loss.config.kl.in_loss:
             flat.rows["logp_ref"] = self._logp(self.reference, flat)
-        if c.logp_gap.do != "nothing":
+        if c.logp_gap.do != "nothing" and not c.recomputes_as_it_goes:
             metrics.merge(self._mend(flat))
         if self.own is not None:
             self.successes = Successes.of(rollout)
@@ -285,7 +308,8 @@ class Updater:
 
     def _epoch(self, flat: Flat, diagnose: bool) -> tuple[Partials, float | None]:
         metrics = Partials()
-        for batch in minibatches(flat, self.config.minibatches, self.loss, self.generator):
+        c = self.config
+        for batch in minibatches(flat, c.minibatches, self.loss, self.generator, in_order=c.in_pieces):
             self._step(batch, metrics, diagnose)
         return metrics, metrics.value("actor/kl_k3") if diagnose else None
 
@@ -304,15 +328,20 @@ class Updater:
         loss = torch.zeros((), device=flat.grad.device)
         parts: list[dict[str, tuple[Tensor, Tensor | float]]] = []
         whole = self.loss.config.ratio == "trajectory"
-        measure = not self._moved and c.logp_gap.do == "nothing"
-        for piece in micro_batches(batch, c.micro_batch, whole):
+        measure = c.recomputes_as_it_goes or (not self._moved and c.logp_gap.do == "nothing")
+        for piece in micro_batches(batch, c.micro_batch, whole, c.micro_units):
             evaluation = self.policy.evaluate(piece.obs, piece.units, entropy=self.loss.reads_entropy or diagnose)
+            sampled = piece.logp
+            if c.recomputes_as_it_goes:
+                piece.logp = evaluation.logp.detach()
             result = self.loss(evaluation, piece, diagnose=diagnose)
             result.total.backward()
             loss = loss + result.total.detach()
             parts.append(result.metrics)
+            if c.recomputes_as_it_goes:
+                parts.append({"sync/logp_mended_rate": (torch.ones(()), 1.0)})
             if measure:  # the weights are still those that sampled
-                parts.append({"sync/logp_gap_mean": logp_gap(evaluation.logp.detach(), piece.logp, piece.mask)})
+                parts.append({"sync/logp_gap_mean": logp_gap(evaluation.logp.detach(), sampled, piece.mask)})
         if self.own is not None and self.successes:
             imitation = self.successes.loss(cast(Imitator, self.policy), self.own.rows, self.generator, self.noise)
             (self.own.coef * imitation).backward()
@@ -398,9 +427,11 @@ class Updater:
 
     def _logp(self, policy: Policy, flat: Flat) -> Tensor:
         """[N, A] a policy's log-probabilities of all rows, in pieces no larger than those of training."""
-        size = self.config.micro_batch or -(-len(flat) // self.config.minibatches)
+        c, units = self.config, flat.rows["logp"].shape[1]
+        size = c.micro_batch or -(-len(flat) // c.minibatches)
+        borders = cuts(flat.rows.get("mask"), len(flat), units, size, c.micro_units)
         with torch.no_grad():
-            parts: Iterable[Flat] = (flat.slice(i, min(i + size, len(flat))) for i in range(0, len(flat), size))
+            parts: Iterable[Flat] = (flat.slice(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True))
             return torch.cat([policy.evaluate(p.full_obs(), p.rows["units"], entropy=False).logp for p in parts])
 
     def _mend(self, flat: Flat) -> Partials:

@@ -1,11 +1,13 @@
 """The contract over every file in envs/ and policies/: a new file is tried without being named here."""
 
 import pytest
+import torch
 
 from embodied_rl import registry
 from embodied_rl.check import check_env, check_policy
 from embodied_rl.errors import MissingExtraError
 from tests.kit import TOYS
+from tests.toys import echo
 from tests.toys.tiny_lm import tiny_lm
 
 ENV_SETTINGS = {
@@ -26,6 +28,7 @@ POLICY_SETTINGS = {
         ["critic.share=nothing", "hidden=[16]"],
     ],
     "tiny_vla_flow": [[], ["likelihood=latent"]],
+    "causal_lm": [["model=TINY_LM", "temperature=0.8"], ["model=TINY_LM", "lora=2", "attention=eager"]],
 }
 """Variants worth trying; any other policy is tried as it comes."""
 
@@ -63,10 +66,16 @@ def test_every_env_keeps_the_contract(name, overrides, model):
     assert sum(f.ok is True for f in findings) >= 12
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_lm(tmp_path_factory.mktemp("model")))
+
+
 @pytest.mark.parametrize(("name", "overrides"), cases("policy", POLICY_SETTINGS), ids=label)
-def test_every_policy_keeps_the_contract(name, overrides):
+def test_every_policy_keeps_the_contract(name, overrides, model):
     load_or_skip("policy", name)
-    findings = check_policy(name, overrides)
+    env = echo.Echo(echo.Config(model=model), 64, torch.device("cpu")).spec if "model=TINY_LM" in overrides else None
+    findings = check_policy(name, [text.replace("TINY_LM", model) for text in overrides], env=env)
     assert broken(findings) == []
     assert sum(f.ok is True for f in findings) >= 10
 

@@ -268,3 +268,47 @@ def test_an_update_of_groups_without_contrast_evaluates_nothing_and_says_so():
     metrics = updater.update(rollout, Advantage(torch.zeros(4, 2)), progress=0.0).reduce()
     assert metrics["actor/skipped_rows_rate"] == 1.0 and "actor/kl_k3" not in metrics
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("level", ["unit", "trajectory"])
+@pytest.mark.parametrize("units", [1, 5, 9])
+def test_a_budget_of_units_cuts_where_it_is_spent_and_changes_no_gradient(level, units):
+    rollout, advantage = ragged(3)
+    found = []
+    for budget in (None, units):
+        net = policy()
+        config = Update(epochs=2, minibatches=2, micro_units=budget, lr=1e-3)
+        Updater(net, loss_of(level, **FULL_LOSS), config, seed=0, max_bad_updates=1).update(rollout, advantage, progress=0.0)
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+    whole = next(minibatches(flatten(rollout, advantage), 1, loss_of(level), torch.Generator().manual_seed(0)))
+    pieces = list(micro_batches(whole, None, level == "trajectory", units))
+    used = [int(p.mask.sum()) for p in pieces]
+    assert sum(used) == int(whole.mask.sum()) and sum(len(p) for p in pieces) == len(whole)
+    for piece, n in zip(pieces, used, strict=True):
+        assert n <= units or len(piece.trajectory.unique() if level == "trajectory" else piece) == 1
+    if level == "unit":
+        following = [int(p.mask[0].sum()) for p in pieces[1:]]
+        assert all(n + more > units for n, more in zip(used[:-1], following, strict=True)), "a row would have fitted"
+
+
+@pytest.mark.parametrize("level", ["unit", "trajectory"])
+def test_in_order_the_rows_of_a_step_are_as_they_were_collected(level):
+    rollout, advantage = ragged(4)
+    flat = flatten(rollout, advantage)
+    place = {key: i for i, key in enumerate(flat.rows["logp"][:, 0].tolist())}
+    steps = [
+        [set(b.logp[:, 0].tolist()) for b in minibatches(flat, 3, loss_of(level), torch.Generator().manual_seed(0), in_order=order)]
+        for order in (False, True)
+    ]
+    assert steps[0] == steps[1], "the same rows in each step"
+    for batch in minibatches(flat, 3, loss_of(level), torch.Generator().manual_seed(0), in_order=True):
+        rows = [place[key] for key in batch.logp[:, 0].tolist()]
+        key = (lambda i: (int(flat.episode[i]), i)) if level == "trajectory" else (lambda i: i)
+        assert rows == sorted(rows, key=key)
+
+
+def test_masked_integers_keep_what_they_are():
+    rollout, advantage = ragged(0)
+    rollout.units = torch.full_like(rollout.units, -1, dtype=torch.int64)
+    assert bool((flatten(rollout, advantage).rows["units"] == -1).all())

@@ -69,6 +69,26 @@ def test_the_gap_is_logged_by_the_first_minibatch_that_has_anything_to_learn_fro
 # ---- recomputed -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("micro", [{}, {"micro_batch": 5}, {"micro_units": 7}])
+def test_with_one_step_per_rollout_recomputing_costs_no_pass_of_its_own(micro, monkeypatch):
+    one = {"masked": True, "epochs": 1, "minibatches": 1} | micro
+    monkeypatch.setattr(Updater, "_logp", lambda *args: pytest.fail("an extra pass"))
+    honest, _ = learn(HONEST, **one)
+    mended, metrics = learn(0.2, LogpGap(do="recompute", above=0.0), **one)
+    left, plain = learn(0.2, **one)
+    torch.testing.assert_close(mended, honest, rtol=0, atol=1e-6)
+    assert (left - honest).norm() > 100 * (mended - honest).norm()
+    assert metrics["sync/logp_gap_mean"] == pytest.approx(plain["sync/logp_gap_mean"]) and metrics["sync/logp_gap_mean"] > 0.01
+    assert metrics["actor/ratio_max"] == 1.0 and metrics["sync/logp_mended_rate"] == 1.0
+
+
+def test_with_more_steps_or_a_threshold_the_pass_is_made(monkeypatch):
+    monkeypatch.setattr(Updater, "_logp", lambda *args: (_ for _ in ()).throw(RuntimeError("a pass")))
+    for gap, update in ((LogpGap(do="recompute", above=0.0), {"epochs": 2, "minibatches": 1}), (LogpGap(do="recompute"), {"epochs": 1, "minibatches": 1})):
+        with pytest.raises(RuntimeError, match="a pass"):
+            learn(0.2, gap, **update)
+
+
 @pytest.mark.parametrize("micro_batch", [None, 5])
 @pytest.mark.parametrize("masked", [False, True])
 def test_recomputing_gives_the_update_of_an_honest_sampler_bit_for_bit(masked, micro_batch):

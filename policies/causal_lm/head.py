@@ -1,0 +1,83 @@
+"""From hidden states to log-probabilities: the one place where logits are made in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEEP = 2**26
+"""Probabilities that are kept for the backward pass (256 MiB); more of them are computed a second time there."""
+AT_ONCE = 2**25
+"""Logits that exist at the same time where they are not kept."""
+
+
+class TokenLogp(torch.autograd.Function):
+    """Log-probability and entropy of tokens, never holding more than some rows of logits.
+
+    z = h W^T,  logp = z[id] - lse(z),  H = lse(z) - sum_v p_v z_v
+    d logp / dz_v = 1[v = id] - p_v,  dH / dz_v = -p_v (log p_v + H)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+        """See `token_logp`."""
+        rows = max(1, AT_ONCE // len(weight))
+        keep = len(hidden) * len(weight) <= KEEP
+        logp, spread, kept = [], [], []
+        for h, i in zip(hidden.split(rows), ids.split(rows), strict=True):
+            z = h @ weight.T
+            lse = z.logsumexp(-1, keepdim=True)
+            logp.append((z.gather(-1, i[:, None]) - lse).squeeze(-1))
+            if entropy:
+                p = (z - lse).exp_()
+                spread.append(lse.squeeze(-1) - z.mul_(p).sum(-1))
+            elif keep and ctx.needs_input_grad[0]:
+                p = z.sub_(lse).exp_()
+            if keep and ctx.needs_input_grad[0]:
+                kept.append(p)
+        out = torch.cat(logp)
+        h_out = torch.cat(spread) if entropy else out.new_zeros(())
+        ctx.save_for_backward(hidden, weight, ids, h_out, *kept)
+        ctx.rows, ctx.entropy = rows, entropy
+        return out, h_out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        """Gradients of the hidden states and, where they are trained, of the weights."""
+        hidden, weight, ids, spread, *kept = ctx.saved_tensors
+        of_logp, of_entropy = gradients
+        into_hidden = torch.empty_like(hidden)
+        into_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for n, start in enumerate(range(0, len(hidden), ctx.rows)):
+            cut = slice(start, start + ctx.rows)
+            h, g = hidden[cut], of_logp[cut, None]
+            p = kept[n].clone() if kept else torch.softmax(h @ weight.T, dim=-1)
+            if ctx.entropy:
+                e = of_entropy[cut, None]
+                dz = torch.xlogy(p, p).addcmul_(p, spread[cut, None]).mul_(-e).sub_(p.mul_(g))
+            else:
+                dz = p.mul_(-g)
+            dz.scatter_add_(-1, ids[cut, None], g)
+            torch.mm(dz, weight, out=into_hidden[cut])
+            if into_weight is not None:
+                into_weight.addmm_(dz.T, h)
+        return into_hidden, into_weight, None, None
+
+
+def token_logp(hidden: Tensor, weight: Tensor, ids: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of tokens under softmax(h W^T).
+
+    Args:
+        hidden: [M, D] float32, divided by the temperature already.
+        weight: [V, D] float32.
+        ids: [M] int64.
+        entropy: Whether to compute it.
+
+    Returns:
+        logp: [M].
+        entropy: [M], None when not asked for.
+    """
+    logp, spread = TokenLogp.apply(hidden, weight, ids, entropy)
+    return logp, spread if entropy else None

@@ -1,0 +1,274 @@
+"""The policy: generation, and log-probabilities of what was generated, over one model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embodied_rl.errors import CapabilityError, UserError
+from embodied_rl.policies.causal_lm.config import Config
+from embodied_rl.policies.causal_lm.decode import Written, generate
+from embodied_rl.policies.causal_lm.head import token_logp
+from embodied_rl.policies.causal_lm.model import add_adapters, load, open_folder, prove, run, same_language
+from embodied_rl.policies.causal_lm.pack import distinct, pack
+from embodied_rl.policies.causal_lm.vllm_client import VllmGenerator
+from embodied_rl.types import PAD, EnvSpec, Evaluation, Obs, PolicyOutput
+
+log = logging.getLogger(__name__)
+
+
+class CausalLM(nn.Module):
+    """See the package's docstring; follows `embodied_rl.types.Policy`."""
+
+    def __init__(self, env: EnvSpec, config: Config, device: torch.device) -> None:
+        """Load the model and fit it to an env.
+
+        Raises:
+            UserError: There is no such model, or it does not fit the env.
+        """
+        super().__init__()
+        self.config = config
+        self.entry = _conversation(env)
+        path, tokenizer = open_folder(config.model)
+        same_language(config.model, path, tokenizer, env)
+        precision = torch.float32 if config.dtype == "float32" or not config.lora else torch.bfloat16
+        self.model = load(config.model, path, precision).to(device)
+        self._fit(env)
+        prove(config.model, self.model)
+        if config.lora:
+            add_adapters(self.model, config.lora)
+        if config.checkpoint_gradients:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.chunk = self.actions_per_decision = 1
+        self.has_critic = config.critic.kind != "none"
+        self.value_per_unit = self.has_critic and config.critic.level == "unit"
+        self.value_range: tuple[float, float] | None = None  # no classifier over returns
+        self._annealed: Tensor | None = None
+        if self.has_critic:
+            self.critic = nn.Linear(self.model.get_output_embeddings().weight.shape[1], 1, device=device)
+            nn.init.zeros_(self.critic.weight), nn.init.zeros_(self.critic.bias)
+        # In a list, because it is no module and must not become part of the weights.
+        self._vllm = []
+        if config.generator.kind == "vllm":
+            self._vllm.append(VllmGenerator(config.generator, path, dtype=config.dtype, longest=self.longest))
+        self.train(False)
+
+    def _fit(self, env: EnvSpec) -> None:
+        """Compare the model's sizes with the env's."""
+        settings, name = self.model.config.get_text_config(), self.config.model
+        self.num_units, self.vocabulary = env.action.length, env.action.size
+        (context,) = env.observation[self.entry].shape
+        self.longest = context + self.num_units
+        have = len(self.model.get_output_embeddings().weight)
+        if have < self.vocabulary:
+            raise CapabilityError(
+                f"policy.model '{name}' knows {have} tokens and the env's vocabulary has {self.vocabulary}"
+            )
+        limit = getattr(settings, "max_position_embeddings", None)
+        if limit is not None and self.longest > limit:
+            raise CapabilityError(
+                f"policy.model '{name}' was made for {limit} tokens, and a conversation of this env may have {context} "
+                f"and {self.num_units} more in the reply: lower the env's max_context or length"
+            )
+        assert env.vocabulary is not None
+        self.register_buffer("end", torch.tensor(env.vocabulary.end, dtype=torch.int64), persistent=False)
+        self.end: Tensor = self.end.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.get_input_embeddings().weight.device
+
+    def train(self, mode: bool = True) -> CausalLM:
+        """Stay in evaluation mode, except that transformers checkpoints gradients in training mode only."""
+        return super().train(self.config.checkpoint_gradients)
+
+    # ---- the protocol -------------------------------------------------------------------------------------------
+
+    def act(self, obs: Obs, *, generator: torch.Generator | None, greedy: bool = False) -> PolicyOutput:
+        """Write (or with `greedy` take the likeliest tokens of) one reply per copy, at most A tokens."""
+        context = obs[self.entry]
+        b, length = len(context), self.num_units
+        uniform = None
+        if self._vllm:
+            return self._act_elsewhere(obs, generator, greedy)
+        if not greedy:
+            # One number per token, drawn ahead: what a row says does not depend on how long the others talk.
+            uniform = torch.rand(b, length, generator=generator, dtype=torch.float64, device=context.device)
+        exact = self.config.logp == "evaluate"
+        states = self.has_critic and not exact
+        with torch.no_grad():
+            written = self._write(context, uniform, states)
+            units, logp, value = written.units, written.logp, None
+            if exact:
+                judged = self.evaluate(obs, units, entropy=False)
+                logp, value = judged.logp, judged.value
+            elif states:
+                value = self._value(written.hidden, units)
+        return PolicyOutput(units, logp, units.unsqueeze(1), value, units != PAD)
+
+    def _act_elsewhere(self, obs: Obs, generator: torch.Generator | None, greedy: bool) -> PolicyOutput:
+        """`act` by vLLM."""
+        context, (vllm,) = obs[self.entry], self._vllm
+        if self._annealed is not None:
+            raise CapabilityError("policy.generator.kind vllm has one temperature for all tokens: set it to builtin")
+        seeds = None
+        if not greedy:
+            seeds = torch.randint(2**31, (len(context),), generator=generator, device=context.device)
+        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+        weights = {n: p for n, p in self.model.state_dict().items() if not (tied and n == "lm_head.weight")}
+        vllm.sync(weights)
+        written = vllm.write(context, seeds, self.num_units, self.end, self.config.temperature)
+        units, logp, value = written.units, written.logp, None
+        if self.has_critic or self.config.logp == "evaluate":
+            with torch.no_grad():
+                judged = self.evaluate(obs, units, entropy=False)
+            value = judged.value
+            logp = judged.logp if self.config.logp == "evaluate" else logp
+        return PolicyOutput(units, logp, units.unsqueeze(1), value, units != PAD)
+
+    def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
+        """Log-probabilities and entropies [N, A], 0 at PAD; values [N, A] or [N] (critic.level)."""
+        contexts, group = distinct(obs[self.entry])
+        packed = pack(contexts, group, units, self.config.attention)
+        hidden = self._hidden(packed.ids, packed.positions, packed)
+        counts = units != PAD
+        seen = hidden[packed.source[counts]].float()
+        with torch.autocast(seen.device.type, enabled=False):
+            cold = self._temperature().expand(units.shape)[counts].unsqueeze(-1)
+            logp, spread = token_logp(seen / cold, self._head(), units[counts], entropy=entropy)
+
+        def lay(x: Tensor) -> Tensor:
+            return x.new_zeros(units.shape).masked_scatter(counts, x)
+
+        value = None
+        if self.has_critic:
+            level = self.config.critic.level
+            value = lay(self._judge(seen)) if level == "unit" else self._judge(hidden[packed.last])[group]
+        return Evaluation(lay(logp), None if spread is None else lay(spread), value)
+
+    def value(self, obs: Obs) -> Tensor:
+        """[N] the critic's estimate before the first token of a reply."""
+        with torch.no_grad():
+            contexts, group = distinct(obs[self.entry])
+            packed = pack(contexts, group[:0], contexts.new_zeros(0, 0), self.config.attention)
+            return self._judge(self._hidden(packed.ids, packed.positions, packed)[packed.last])[group]
+
+    def observe(self, obs: Obs) -> None:
+        """Nothing: a language model has no running statistics."""
+
+    def anneal(self, temperature: Tensor | None) -> None:
+        """Give every token of a reply a temperature [A] of its own, in place of the recipe's; None takes it back."""
+        self._annealed = None if temperature is None else temperature.to(self.device, torch.float32)
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def _hidden(self, ids: Tensor, positions: Tensor, packing: Any) -> Tensor:
+        packing.longest = self.longest
+        with self._autocast():
+            return run(self.model, ids, positions, packing)
+
+    def _head(self) -> Tensor:
+        """[V, D] float32: the last product is the one whose rounding a log-probability shows directly."""
+        weight: Tensor = self.model.get_output_embeddings().weight.float()
+        return weight if len(weight) == self.vocabulary else weight[: self.vocabulary]
+
+    def _temperature(self) -> Tensor:
+        """[A] float32, of each token."""
+        if self._annealed is not None:
+            return self._annealed
+        return torch.full((self.num_units,), self.config.temperature, device=self.device)
+
+    def _judge(self, hidden: Tensor) -> Tensor:
+        """The critic's estimate of hidden states [..., D]."""
+        hidden = hidden.float()
+        value: Tensor = self.critic(hidden.detach() if self.config.critic.detach else hidden).squeeze(-1)
+        return value
+
+    def _value(self, states: Tensor | None, units: Tensor) -> Tensor:
+        assert states is not None
+        if self.config.critic.level == "decision":
+            return self._judge(states[:, 0])
+        return self._judge(states).masked_fill(units == PAD, 0.0)
+
+    def _write(self, context: Tensor, uniform: Tensor | None, states: bool) -> Written:
+        """Generate for all rows, in batches that fit into memory."""
+        head, temperature = self._head(), self._temperature()
+
+        def logits(h: Tensor, t: int) -> Tensor:
+            with torch.autocast(h.device.type, enabled=False):
+                return (h.float() / temperature[t]) @ head.T
+
+        def some(rows: slice) -> Written:
+            contexts, group = distinct(context[rows])
+            packed = pack(contexts, group[:0], contexts.new_zeros(0, 0), self.config.attention)
+            drawn = None if uniform is None else uniform[rows]
+            # One cast of every weight for all tokens: autocast forgets its casts when its outermost block ends.
+            with self._autocast():
+                return generate(
+                    self._hidden, logits, packed, contexts, group, self.num_units, self.end, drawn, states=states
+                )
+
+        return in_batches(some, len(context), self.config.rows)
+
+
+def in_batches(write: Callable[[slice], Written], rows: int, most: int | None) -> Written:
+    """Generate for rows in batches; where memory runs out, in batches of half the size.
+
+    Args:
+        write: Generates for some rows.
+        rows: B.
+        most: Rows at once; None for all.
+
+    Returns:
+        written: Of all rows.
+
+    Raises:
+        UserError: There is not enough memory for one row.
+    """
+    size, start, parts = min(most or rows, rows), 0, []
+    while start < rows:
+        try:
+            parts.append(write(slice(start, min(start + size, rows))))
+            start += size
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            if size == 1:
+                raise UserError(
+                    "not enough memory to write a single reply: lower the env's max_context or length, or take a "
+                    "smaller policy.model"
+                ) from error
+        else:
+            continue
+        size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning(
+            "not enough memory to write %d replies at once: going on with %d; set policy.rows: %d to begin with that",
+            size * 2, size, size,
+        )  # fmt: skip
+    columns = zip(*parts, strict=True)
+    return Written(*(None if x[0] is None else torch.cat(x) for x in columns))
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def _conversation(env: EnvSpec) -> str:
+    """Name of the env's one observation, a row of token ids."""
+    rows = [n for n, s in env.observation.items() if s.dtype == torch.int64 and len(s.shape) == 1]
+    if env.action.kind != "tokens" or len(rows) != 1 or len(env.observation) != 1:
+        raise CapabilityError(
+            f"policy causal_lm reads one row of tokens and writes another; this env shows {', '.join(env.observation)} "
+            f"and takes {env.action.kind} actions"
+        )
+    return rows[0]

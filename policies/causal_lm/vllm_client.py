@@ -1,0 +1,162 @@
+"""Generation by vLLM in a process, and usually in a virtual environment, of its own, since it pins other packages.
+
+The weights go there as a safetensors file whenever they have changed; nothing else of the engine is known there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from embodied_rl.errors import CapabilityError, MissingExtraError, NotFoundError
+from embodied_rl.policies.causal_lm.config import Vllm
+from embodied_rl.policies.causal_lm.decode import Written
+from embodied_rl.types import PAD
+
+OLDEST = (0, 32)
+"""First version of vLLM that this was tried with."""
+
+
+class VllmGenerator:
+    """A vLLM engine with a copy of the policy's weights; started when it is first asked."""
+
+    def __init__(self, config: Vllm, model: Path, *, dtype: str, longest: int) -> None:
+        """Remember what to start.
+
+        Args:
+            config: The recipe's generator section.
+            model: The model's folder.
+            dtype: "float32" or "bfloat16".
+            longest: Tokens of the longest conversation.
+
+        Raises:
+            NotFoundError: There is no such interpreter.
+        """
+        self.config, self.model, self.dtype, self.longest = config, model, dtype, longest
+        python = Path(config.python).expanduser()
+        if not python.is_file():
+            raise NotFoundError(
+                f"policy.generator.python '{config.python}': no such file; give the Python of an environment that has "
+                "vLLM (python -m venv vllm && vllm/bin/pip install vllm), or set policy.generator.kind: builtin"
+            )
+        self.process: subprocess.Popen[str] | None = None
+        self._mark: Tensor | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VllmGenerator:
+        """A copy has a process of its own, if it is ever asked to write."""
+        return VllmGenerator(self.config, self.model, dtype=self.dtype, longest=self.longest)
+
+    def _ask(self, do: str, **request: Any) -> dict[str, Any]:
+        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self.process.wait()
+            raise CapabilityError(f"vLLM ended with code {code} when asked for '{do}'; {self._last_words()}")
+        return cast(dict[str, Any], json.loads(line))
+
+    def _last_words(self) -> str:
+        assert self._folder is not None
+        lines = [x for x in (Path(self._folder.name) / "log").read_text(errors="replace").splitlines() if x.strip()]
+        return f"its last line was: {lines[-1].strip()}" if lines else "it said nothing"
+
+    def start(self) -> None:
+        """Start the process and let it load the model.
+
+        Raises:
+            MissingExtraError: That Python has no vLLM.
+            CapabilityError: It is too old, or it cannot load the model.
+        """
+        where = f"policy.generator.python '{self.config.python}'"
+        self._folder = tempfile.TemporaryDirectory(prefix="vllm_")
+        with (Path(self._folder.name) / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                [str(Path(self.config.python).expanduser()), str(Path(__file__).with_name("vllm_worker.py"))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+        atexit.register(self.close)
+        found = self._ask("version")
+        if "error" in found:
+            raise MissingExtraError(f"{where}: vLLM cannot be imported there ({found['error']}); install it, or set "
+                                    "policy.generator.kind: builtin")  # fmt: skip
+        version = str(found["version"])
+        if tuple(int(x) for x in version.split(".")[:2] if x.isdigit()) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise CapabilityError(f"{where} has vLLM {version}, and {oldest} or newer is needed; upgrade it there")
+        ready = self._ask(
+            "open", model=str(self.model), dtype=self.dtype, longest=self.longest, rows=self.config.rows,
+            options=self.config.options,
+        )  # fmt: skip
+        if "error" in ready:
+            raise CapabilityError(f"vLLM {version} cannot load '{self.model}': {ready['error']}")
+
+    def sync(self, weights: dict[str, Tensor]) -> None:
+        """Send the weights if they are not those that it has.
+
+        Args:
+            weights: Names of transformers -> tensors.
+        """
+        if self.process is None:
+            self.start()
+        mark = torch.stack([w.detach().double().sum() for w in weights.values()])
+        if self._mark is not None and torch.equal(mark, self._mark):
+            return
+        assert self._folder is not None
+        file = Path(self._folder.name) / "weights.safetensors"
+        save_file({k: w.detach().to("cpu", getattr(torch, self.dtype)).contiguous() for k, w in weights.items()}, file)
+        answer = self._ask("weights", file=str(file))
+        file.unlink()
+        if answer.get("loaded") != len(weights):
+            raise CapabilityError(f"vLLM did not take the weights: {answer.get('error', answer)}")
+        self._mark = mark
+
+    def write(self, context: Tensor, seeds: Tensor | None, length: int, end: Tensor, temperature: float) -> Written:
+        """Continue contexts.
+
+        Args:
+            context: [B, P] int64 with PAD.
+            seeds: [B] int64, of each row's samples; None takes the likeliest tokens.
+            length: Tokens after which a row is cut.
+            end: [E] int64, ids that end a row.
+            temperature: Of the samples.
+
+        Returns:
+            written: With vLLM's own log-probabilities.
+        """
+        b = len(context)
+        answer = self._ask(
+            "write", contexts=[[i for i in row if i != PAD] for row in context.tolist()], length=length,
+            seeds=[0] * b if seeds is None else seeds.tolist(), end=end.tolist(),
+            temperature=0.0 if seeds is None else temperature,
+        )  # fmt: skip
+        if "error" in answer:
+            raise CapabilityError(f"vLLM could not write: {answer['error']}")
+        units = torch.full((b, length), PAD, dtype=torch.int64)
+        logp = torch.zeros(b, length)
+        for i, (ids, values) in enumerate(zip(answer["ids"], answer["logp"], strict=True)):
+            units[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            logp[i, : len(ids)] = torch.tensor(values)
+        return Written(units.to(context.device), logp.to(context.device), None)
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process is not None and self.process.poll() is None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()

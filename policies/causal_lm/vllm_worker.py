@@ -1,0 +1,83 @@
+"""Runs inside the Python that has vLLM and nothing of ours: takes weights and contexts, gives tokens.
+
+One JSON object per line, in and out. Weights come as a safetensors file. Started by vllm_client.py with `python FILE`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    # Python puts the folder of this file first, whose modules must not be taken for others of their names.
+    sys.path.pop(0)
+    # vLLM prints to the standard output, which is ours to answer on.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are changed in this process
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    engine: Any = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["do"] == "version":
+                import vllm
+
+                answer: dict[str, Any] = {"version": vllm.__version__}
+            elif request["do"] == "open":
+                engine = open_engine(request)
+                answer = {"ready": True}
+            elif request["do"] == "weights":
+                answer = {"loaded": load(engine, request["file"])}
+            else:
+                answer = write(engine, request)
+        except BaseException as error:
+            answer = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+        answers.write(json.dumps(answer) + "\n")
+
+
+def open_engine(request: dict[str, Any]) -> Any:
+    """A vLLM engine whose log-probabilities are those after the temperature."""
+    from vllm import LLM
+
+    return LLM(
+        model=request["model"], dtype=request["dtype"], max_model_len=request["longest"], enforce_eager=True,
+        enable_prefix_caching=True, logprobs_mode="processed_logprobs", skip_tokenizer_init=True, seed=0,
+        generation_config="vllm", disable_log_stats=True, max_num_seqs=request["rows"], **request["options"],
+    )  # fmt: skip
+
+
+def load(engine: Any, file: str) -> int:
+    """Replace the engine's weights by those of a safetensors file and forget keys and values made by the old."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as weights:
+        pairs = [(name, weights.get_tensor(name)) for name in weights.keys()]  # noqa: SIM118
+    engine.apply_model(lambda model: model.load_weights(iter(pairs)) and None)
+    engine.reset_prefix_cache()
+    return len(pairs)
+
+
+def write(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Continue every context by its own seed."""
+    from vllm import SamplingParams
+
+    common = {
+        "max_tokens": request["length"], "stop_token_ids": request["end"], "ignore_eos": True, "logprobs": 0,
+        "temperature": request["temperature"], "top_p": 1.0, "top_k": 0, "detokenize": False,
+    }  # fmt: skip
+    settings = [SamplingParams(seed=seed, **common) for seed in request["seeds"]]
+    prompts = [{"prompt_token_ids": ids} for ids in request["contexts"]]
+    outputs = [done.outputs[0] for done in engine.generate(prompts, settings, use_tqdm=False)]
+    return {
+        "ids": [list(o.token_ids) for o in outputs],
+        "logp": [[step[i].logprob for i, step in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs],
+    }
+
+
+if __name__ == "__main__":
+    main()
