@@ -206,7 +206,7 @@ def prove(name: str, model: Any) -> None:
             layers.append(layer)
             return plain(layer, *args)
 
-        packed.attend = watched  # type: ignore[method-assign]
+        packed.attend = watched  # type: ignore[method-assign, assignment]
         h = run(model, packed.ids, packed.positions, packed)[packed.source[units != PAD]]
         z = (h.float() @ model.get_output_embeddings().weight.float().T).log_softmax(-1)
         gap = float((z.gather(1, units[units != PAD][:, None]).squeeze(1) - torch.cat(wanted)).abs().max())

@@ -255,8 +255,8 @@ def in_batches(write: Callable[[slice], Written], rows: int, most: int | None) -
             "not enough memory to write %d replies at once: going on with %d; set policy.rows: %d to begin with that",
             size * 2, size, size,
         )  # fmt: skip
-    columns = zip(*parts, strict=True)
-    return Written(*(None if x[0] is None else torch.cat(x) for x in columns))
+    columns: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)]
+    return Written(*columns)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -66,11 +66,6 @@ def test_every_env_keeps_the_contract(name, overrides, model):
     assert sum(f.ok is True for f in findings) >= 12
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(tiny_lm(tmp_path_factory.mktemp("model")))
-
-
 @pytest.mark.parametrize(("name", "overrides"), cases("policy", POLICY_SETTINGS), ids=label)
 def test_every_policy_keeps_the_contract(name, overrides, model):
     load_or_skip("policy", name)
