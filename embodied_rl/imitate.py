@@ -15,11 +15,11 @@ from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.measure import Clock
 from embodied_rl.metrics import Partials
+from embodied_rl.optimizer import Adam, FlatParameters
 from embodied_rl.recipe import Recipe
 from embodied_rl.saved import Saved, load_weights, stored_weights
 from embodied_rl.session import build_env, build_policy, choose_device
 from embodied_rl.types import EnvSpec, Imitator, Policy, State
-from embodied_rl.update import Adam, FlatParameters
 
 
 @dataclass

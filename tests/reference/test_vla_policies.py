@@ -334,7 +334,7 @@ def test_latent_noise_is_drawn_from_the_gaussian_it_is_scored_with():
 
 
 def test_with_latent_only_actor_and_critic_learn():
-    from embodied_rl.update import Adam, FlatParameters
+    from embodied_rl.optimizer import Adam, FlatParameters
 
     policy, obs = flow("latent"), look(20)
     units, _, _ = decide(policy, obs)
