@@ -1,5 +1,5 @@
 # make demo    set up .venv and train one policy for three tabletop tasks (under 15 minutes on 2 cores)
-# make demo-vla   demonstrations, imitation, then GRPO from pictures and words (about 25 minutes; see docs/vla.md)
+# make demo-vla   demonstrations, imitation, then PPO from pictures and words (about 25 minutes; see docs/vla.md)
 # make test    set up .venv with the test tools; lint, types and the default test suite
 # make bench   the benchmarks of scripts/, in their quick form, beside the peers they install
 # make docs    rewrite the generated pages in docs/
