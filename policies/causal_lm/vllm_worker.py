@@ -43,7 +43,15 @@ def main() -> None:
 def open_engine(request: dict[str, Any]) -> Any:
     """A vLLM engine whose log-probabilities are those after the temperature."""
     from vllm import LLM
+    from vllm.model_executor.layers import utils
 
+    # On a CPU vLLM repacks weights and throws the originals away, and what is loaded later changes nothing.
+    packing = utils.dispatch_cpu_unquantized_gemm
+
+    def keep(layer: Any, remove_weight: bool) -> None:
+        packing(layer, remove_weight=False)
+
+    utils.dispatch_cpu_unquantized_gemm = keep
     return LLM(
         model=request["model"], dtype=request["dtype"], max_model_len=request["longest"], enforce_eager=True,
         enable_prefix_caching=True, logprobs_mode="processed_logprobs", skip_tokenizer_init=True, seed=0,
@@ -54,10 +62,18 @@ def open_engine(request: dict[str, Any]) -> Any:
 def load(engine: Any, file: str) -> int:
     """Replace the engine's weights by those of a safetensors file and forget keys and values made by the old."""
     from safetensors import safe_open
+    from vllm.model_executor.layers import utils
 
     with safe_open(file, "pt") as weights:
         pairs = [(name, weights.get_tensor(name)) for name in weights.keys()]  # noqa: SIM118
-    engine.apply_model(lambda model: model.load_weights(iter(pairs)) and None)
+
+    def change(model: Any) -> None:
+        model.load_weights(iter(pairs))
+        for layer in model.modules():
+            if hasattr(layer, "cpu_linear"):
+                utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+    engine.apply_model(change)
     engine.reset_prefix_cache()
     return len(pairs)
 

@@ -2,12 +2,17 @@
 
 import json
 import os
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM
 
 __version__ = os.environ.get("STAND_IN_VERSION", "0.32.0")
+
+for name in ("model_executor", "model_executor.layers", "model_executor.layers.utils"):
+    sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
+sys.modules["vllm.model_executor.layers.utils"].dispatch_cpu_unquantized_gemm = None
 
 
 class SamplingParams(SimpleNamespace):
@@ -28,7 +33,7 @@ class LLM:
             assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys
             self.stale = True
 
-        change(SimpleNamespace(load_weights=load_weights))
+        change(SimpleNamespace(load_weights=load_weights, modules=list))
 
     def reset_prefix_cache(self):
         self.stale = False
