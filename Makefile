@@ -52,6 +52,7 @@ unit: $(VENV)/.ready-dev
 
 bench: $(VENV)/.ready-bench
 	for name in envs scaling ppo vla; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done
+	test ! -e models/smollm2/config.json || $(BIN)/python scripts/bench_grpo.py --quick
 
 docs: $(VENV)/.ready-dev
 	$(BIN)/python scripts/generate_docs.py
