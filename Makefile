@@ -1,5 +1,6 @@
 # make demo    set up .venv and train one policy for three tabletop tasks (under 15 minutes on 2 cores)
 # make demo-vla   demonstrations, imitation, then PPO from pictures and words (about 25 minutes; see docs/vla.md)
+# make demo-text  a real language model learns arithmetic and letter counting (under 30 minutes on 2 cores)
 # make test    set up .venv with the test tools; lint, types and the default test suite
 # make bench   the benchmarks of scripts/, in their quick form, beside the peers they install
 # make docs    rewrite the generated pages in docs/
@@ -13,7 +14,7 @@ BIN    := $(VENV)/bin
 PIP    := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-state demo-vla test bench lint types unit docs setup setup-dev clean
+.PHONY: demo demo-state demo-vla demo-text test bench lint types unit docs setup setup-dev clean
 
 # A run folder is never overwritten, so a second demo gets a name of its own.
 demo: $(VENV)/.ready
@@ -27,6 +28,13 @@ demo-vla: $(VENV)/.ready
 	@test -e runs/tabletop_vla_sft/summary.json || $(BIN)/embodied-rl train tabletop_vla_sft
 	@name=tabletop_vla; n=2; while test -e runs/$$name; do name=tabletop_vla-$$n; n=$$((n + 1)); done; \
 	$(BIN)/embodied-rl train tabletop_vla name=$$name
+
+demo-text: $(VENV)/.ready-text models/smollm2/config.json
+	@name=text_demo; n=2; while test -e runs/$$name; do name=text_demo-$$n; n=$$((n + 1)); done; \
+	$(BIN)/embodied-rl train text_demo name=$$name
+
+models/smollm2/config.json: | $(VENV)/.ready-text
+	$(BIN)/python scripts/get_smollm2.py --out models/smollm2
 
 test: lint types unit
 
@@ -44,6 +52,7 @@ unit: $(VENV)/.ready-dev
 
 bench: $(VENV)/.ready-bench
 	for name in envs scaling ppo vla; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done
+	test ! -e models/smollm2/config.json || $(BIN)/python scripts/bench_grpo.py --quick
 
 docs: $(VENV)/.ready-dev
 	$(BIN)/python scripts/generate_docs.py
@@ -64,6 +73,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "installing the test tools into $(VENV)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-text: $(VENV)/.ready
+	@echo "installing what language models and their tasks need into $(VENV)"
+	@$(PIP) -e '.[text,tasks]'
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready-dev

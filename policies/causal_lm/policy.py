@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 class CausalLM(nn.Module):
     """See the package's docstring; follows `embodied_rl.types.Policy`."""
 
+    pretrained = True
+
     def __init__(self, env: EnvSpec, config: Config, device: torch.device) -> None:
         """Load the model and fit it to an env.
 

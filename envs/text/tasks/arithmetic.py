@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import numpy as np
@@ -10,6 +11,9 @@ from pydantic import Field, model_validator
 from embodied_rl.envs.text.calculation import evaluate, written
 from embodied_rl.envs.text.task import Question, Task
 from embodied_rl.section import Section
+
+NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
+"""A number as models write it: 1,234 or -5 or 2.5; in "12-5" the minus belongs to what stands between."""
 
 
 class Config(Section):
@@ -21,6 +25,9 @@ class Config(Section):
     """Drawn for each place between two numbers; * binds before + and -."""
     terms: int = Field(2, ge=2, le=8)
     """Numbers in a sum."""
+    answer: Literal["reply", "last_number"] = "reply"
+    """What counts as the answer. reply: the number and nothing else; last_number: the last number of the reply, whatever
+    stands before it, for models that say "12 + 34 = 46" whatever they are asked."""
 
     @model_validator(mode="after")
     def _digits_in_order(self) -> Config:
@@ -31,7 +38,7 @@ class Config(Section):
 
 
 class Arithmetic(Task):
-    """See the module docstring; the answer must be the number and nothing else."""
+    """See the module docstring; `Config.answer` says where the answer stands in a reply."""
 
     isolated = False
 
@@ -46,6 +53,13 @@ class Arithmetic(Task):
         for _ in range(c.terms - 1):
             text += f" {c.operators[int(rng.integers(len(c.operators)))]} {number(rng, *c.digits)}"
         return Question(f"What is {text}? Answer with just the number.", written(evaluate(text)))
+
+    def score(self, question: Question, reply: str) -> float:
+        """1 for the right number, else 0."""
+        if self.config.answer == "reply":
+            return super().score(question, reply)
+        numbers = NUMBER.findall(reply)
+        return float(bool(numbers) and numbers[-1].replace(",", "") == question.answer)
 
 
 def number(rng: np.random.Generator, low: int, high: int) -> int:
