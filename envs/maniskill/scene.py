@@ -125,10 +125,14 @@ class Scene:
         with handed_in(drawing_device(self.device, self.where)):
             try:
                 return task.cls(**settings)
-            except KeyError as error:
-                # ManiSkill looks the controller up among those of the robot.
-                raise NotFoundError(f"{self.where}: there is no {error} in it; look at env.control") from error
             except (TypeError, ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
+                told = error.args[0] if error.args else None
+                if isinstance(error, AssertionError) and isinstance(told, tuple):
+                    # How ManiSkill says which controllers the robot has.
+                    hint = nearest(config.control, told[1])
+                    raise NotFoundError(
+                        f"{self.where}: controller '{config.control}' does not exist{hint}"
+                    ) from None
                 hint = "look at env.control and env.kwargs"
                 raise ConfigError(f"{self.where} cannot be made: {error}; {hint}") from error
 

@@ -12,7 +12,8 @@ from embodied_rl.envs.mixture import Config, build
 from embodied_rl.envs.target import Config as TargetConfig
 from embodied_rl.envs.target import build as build_target
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError
-from embodied_rl.session import build_session
+from embodied_rl.measure import rollout_metrics
+from embodied_rl.session import Session
 
 CPU = torch.device("cpu")
 TARGET = {"type": "target"}
@@ -39,7 +40,7 @@ def start(env, tasks, mask=None):
 
 
 def test_each_copy_moves_as_in_its_own_env_with_the_numbers_it_was_mapped_to():
-    env, alone = make(**TOY_AND_ARM), build_target(TargetConfig(), 4, CPU)
+    env, alone = make(**TOY_AND_ARM), build_target(TargetConfig(), num_envs=4, device=CPU, split="train", seed=0)
     seen = start(env, [0, 1, 0, 2])
     alone_seen = alone.reset(torch.ones(4, dtype=torch.bool), torch.arange(4) * 2 + 10, torch.zeros(4, dtype=torch.int64))
     action = torch.rand(4, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -117,21 +118,25 @@ def test_a_part_is_started_as_often_as_its_weight_says():
     assert harder.probabilities().tolist() == pytest.approx([0.3 / 0.45, 0.05 / 0.45, 0.1 / 0.45])
 
 
-def test_a_policy_trains_on_a_mixture_and_each_task_has_its_metrics(tmp_path):
+def test_groups_share_a_task_and_each_task_has_its_metrics(tmp_path):
+    parts = [{"name": f"of_{n}", "env": {"type": "gymnasium", "id": "CartPole-v1", "max_steps": n}} for n in (5, 7)]
     recipe = build_recipe(
         {
-            "env": {"type": "mixture", "parts": [{"env": TARGET}, {"name": "wide", "env": {"type": "target", "tolerance": 0.9}}]},
+            "env": {"type": "mixture", "parts": parts},
             "policy": {"type": "mlp", "hidden": [16], "attention_heads": 0},
             "algorithm": {"type": "grpo"},
-            "collect": {"copies": 8, "decisions": 24, "mode": "episodes", "group_size": 2},
+            "collect": {"copies": 8, "decisions": 8, "mode": "episodes", "group_size": 2},
             "evaluate": {"episodes": 0},
             "log": {"folder": str(tmp_path), "tensorboard": False, "progress": False},
         }
     )
-    session = build_session(recipe)
+    session = Session.build(recipe)
     try:
         rollout = session.collector.collect()
     finally:
-        session.collector.close()
-    assert sorted(set(rollout.task.flatten().tolist())) == [0, 1]
-    assert torch.equal(rollout.task[:, 0::2], rollout.task[:, 1::2])
+        session.close()
+    assert torch.equal(rollout.task[0], torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]))
+    metrics = rollout_metrics(rollout, session.collector.spec.tasks).means()
+    # A pole cannot fall within 7 steps, and each is worth 1.
+    assert metrics["rollout/return_mean/of_5.CartPole-v1"] == 5.0
+    assert metrics["rollout/return_mean/of_7.CartPole-v1"] == 7.0
