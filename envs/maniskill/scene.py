@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,13 +127,12 @@ class Scene:
             try:
                 return task.cls(**settings)
             except (TypeError, ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
-                told = error.args[0] if error.args else None
-                if isinstance(error, AssertionError) and isinstance(told, tuple):
-                    # How ManiSkill says which controllers the robot has.
-                    hint = nearest(config.control, told[1])
-                    raise NotFoundError(
-                        f"{self.where}: controller '{config.control}' does not exist{hint}"
-                    ) from None
+                # How ManiSkill says which controllers the robot has.
+                known = re.search(r"not in supported modes: \[(.*)\]", str(error))
+                if known:
+                    hint = nearest(config.control, re.findall(r"'(\w+)'", known[1]))
+                    message = f"{self.where}: controller '{config.control}' does not exist{hint}"
+                    raise NotFoundError(message) from None
                 hint = "look at env.control and env.kwargs"
                 raise ConfigError(f"{self.where} cannot be made: {error}; {hint}") from error
 

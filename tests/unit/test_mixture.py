@@ -136,7 +136,7 @@ def test_groups_share_a_task_and_each_task_has_its_metrics(tmp_path):
     finally:
         session.close()
     assert torch.equal(rollout.task[0], torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]))
-    metrics = rollout_metrics(rollout, session.collector.spec.tasks).means()
+    metrics = rollout_metrics(rollout, session.collector.spec.tasks).reduce()
     # A pole cannot fall within 7 steps, and each is worth 1.
     assert metrics["rollout/return_mean/of_5.CartPole-v1"] == 5.0
     assert metrics["rollout/return_mean/of_7.CartPole-v1"] == 7.0
