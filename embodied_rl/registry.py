@@ -34,8 +34,6 @@ PACKAGES: dict[Kind, str] = {
 PLURAL: dict[Kind, str] = {"env": "envs", "policy": "policies", "algorithm": "algorithms", "reward": "rewards"}
 EXTRAS = {
     "envpool": "envpool",
-    "mani_skill": "maniskill",
-    "sapien": "maniskill",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "transformers": "vla",

@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import mani_skill  # noqa: F401  only so that a missing package is told by its extra
 import torch
 from pydantic import Field, JsonValue, model_validator
 
-from embodied_rl.envs.maniskill.env import ManiSkillEnv
-from embodied_rl.envs.maniskill.scene import Scene, check_task
+from embodied_rl.errors import MissingExtraError
 from embodied_rl.section import Section
 from embodied_rl.types import Split
+
+if TYPE_CHECKING:
+    from embodied_rl.envs.maniskill.env import ManiSkillEnv
+    from embodied_rl.envs.maniskill.scene import Scene
 
 
 class Config(Section):
@@ -66,10 +68,20 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         seed: Not needed.
 
     Raises:
+        MissingExtraError: ManiSkill, or a system library that it loads, is not installed.
         NotFoundError: No such task or controller; names the nearest.
         CapabilityError: No Vulkan device, assets that are not on the disk, or a setting that cannot act here.
         ConfigError: ManiSkill refused a setting.
     """
+    # Imported here, so that its settings can be read, checked and documented where ManiSkill is not installed.
+    try:
+        from embodied_rl.envs.maniskill.env import ManiSkillEnv
+        from embodied_rl.envs.maniskill.scene import Scene, check_task
+    except ImportError as error:
+        raise MissingExtraError(
+            f"env 'maniskill' cannot be loaded ({error}); run: pip install 'embodied-rl[maniskill]', and where a system "
+            "library is missing: apt-get install libgl1 libvulkan1"
+        ) from error
     check_task(config, device)
     each = num_envs if device.type == "cuda" else 1
     scenes: list[Scene] = []

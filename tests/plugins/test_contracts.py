@@ -58,7 +58,10 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize(("name", "overrides"), cases("env", ENV_SETTINGS), ids=label)
 def test_every_env_keeps_the_contract(name, overrides, model):
     load_or_skip("env", name)
-    findings = check_env(name, [text.replace("TINY_LM", model) for text in overrides])
+    try:
+        findings = check_env(name, [text.replace("TINY_LM", model) for text in overrides])
+    except MissingExtraError as error:
+        pytest.skip(str(error))
     assert broken(findings) == []
     assert sum(f.ok is True for f in findings) >= 12
 
