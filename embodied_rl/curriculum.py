@@ -44,6 +44,8 @@ class TaskSampler:
             CapabilityError: A curriculum over one task, or without a notion of success.
         """
         self.config, self.tasks = config, env.tasks
+        self.in_turn = config.kind == "none" and env.task_weights is None
+        self.weights = torch.tensor(env.task_weights or (1.0,) * len(env.tasks), dtype=torch.float64)
         self.success = torch.full((len(env.tasks),), 0.5, dtype=torch.float64)
         if config.kind == "success" and len(env.tasks) < 2:
             raise CapabilityError(
@@ -57,14 +59,17 @@ class TaskSampler:
             )
 
     def probabilities(self) -> Tensor:
-        """Probability of each task: (p (1 - p) + floor) / sum over tasks, p the running success rate.
+        """Probability of each task: w (p (1 - p) + floor) / sum over tasks, w its weight and p its success rate.
 
-        p (1 - p) is the variance of the success of one episode, and so the expected squared advantage within a group.
+        Without a curriculum w / sum over tasks. p (1 - p) is the variance of the success of one episode, and so the
+        expected squared advantage within a group.
 
         Returns:
             probability: [tasks] float64.
         """
-        weight = self.success * (1 - self.success) + self.config.floor
+        weight = self.weights
+        if self.config.kind == "success":
+            weight = weight * (self.success * (1 - self.success) + self.config.floor)
         return weight / weight.sum()
 
     def choose(self, group: Tensor, index: Tensor, seed: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ class TaskSampler:
         Returns:
             task: [n] int64, a function of the arguments and the success rates alone.
         """
-        if self.config.kind == "none":
+        if self.in_turn:
             return (group + index) % len(self.tasks)
         u = torch.tensor([numpy_rng(s, "task").random() for s in seed.tolist()], dtype=torch.float64)
         border = self.probabilities().cumsum(0)

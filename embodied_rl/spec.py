@@ -138,6 +138,8 @@ class EnvSpec:
     Copies that are not active in `step` then stay exactly where they stopped."""
     vocabulary: Vocabulary | None = None
     """Of the token ids in observations and actions; a policy that speaks another one is refused."""
+    task_weights: tuple[float, ...] | None = None
+    """How often training starts each task, relative to the others; None for all alike, in turn."""
 
     @property
     def seen(self) -> dict[str, TensorSpec]:

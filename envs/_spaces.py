@@ -181,3 +181,21 @@ def _copies(wrong: Array) -> str:
     rows = np.flatnonzero(wrong).tolist()
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return f"copies {rows[:8]}{more}"
+
+
+def resized(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Scale pictures by antialiased bilinear interpolation.
+
+    Args:
+        pictures: [N, h, w, 3] uint8.
+        height: Rows H.
+        width: Columns W.
+
+    Returns:
+        pictures: [N, H, W, 3] uint8.
+    """
+    if pictures.shape[1:3] == (height, width):
+        return pictures
+    planes = pictures.permute(0, 3, 1, 2).float()
+    planes = torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    return planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -20,7 +20,7 @@ from gymnasium import error as gym_error
 from pydantic import Field, JsonValue
 from torch import Tensor
 
-from embodied_rl.envs._spaces import ActionMap, Array, check_action, leaves
+from embodied_rl.envs._spaces import ActionMap, Array, check_action, leaves, resized
 from embodied_rl.errors import CapabilityError, CheckpointError, ConfigError, MissingExtraError, NotFoundError, nearest
 from embodied_rl.section import Section
 from embodied_rl.types import EnvSpec, Obs, Split, State, Step
@@ -185,12 +185,7 @@ class GymnasiumEnv:
         frames = [torch.from_numpy(np.ascontiguousarray(self._draw(self._envs[i]))) for i in copies.tolist()]
         if not frames:
             return torch.empty(0, height, width, 3, dtype=torch.uint8, device=self.device)
-        pictures = torch.stack(frames)
-        if pictures.shape[1:3] != (height, width):
-            planes = pictures.permute(0, 3, 1, 2).float()
-            planes = torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
-            pictures = planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        return pictures.to(self.device)
+        return resized(torch.stack(frames), height, width).to(self.device)
 
     def close(self) -> None:
         """Close every copy; may be called twice."""

@@ -1,0 +1,219 @@
+"""One observation and one action for several envs, and a report of what that took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from embodied_rl.errors import CapabilityError, ConfigError, nearest
+from embodied_rl.types import ActionSpec, EnvSpec, Obs, TensorSpec
+
+if TYPE_CHECKING:
+    from embodied_rl.envs.mixture import Config
+
+
+@dataclass(frozen=True)
+class Joined:
+    """How the parts of a mixture fit together."""
+
+    spec: EnvSpec
+    report: tuple[str, ...]
+    part_of: Tensor
+    """[tasks] int64 which part a task of the mixture belongs to."""
+    task_in_part: Tensor
+    """[tasks] int64 which of its tasks it is there."""
+    rename: tuple[dict[str, str], ...]
+    columns: tuple[tuple[int, ...] | None, ...]
+
+    def observation_of(self, p: int, obs: Obs) -> Obs:
+        """Part p's observation under the mixture's names, with vectors padded; entries it lacks are absent."""
+        out = {self.rename[p].get(name, name): x for name, x in obs.items()}
+        for name, x in out.items():
+            short = self.spec.observation[name].shape[-1:] != x.shape[1:][-1:]
+            if short:
+                out[name] = torch.nn.functional.pad(x, (0, self.spec.observation[name].shape[-1] - x.shape[-1]))
+        return out
+
+    def action_of(self, p: int, action: Tensor) -> Tensor:
+        """Part p's share [B, ...] of the mixture's action."""
+        columns = self.columns[p]
+        return action if columns is None else action[:, list(columns)]
+
+
+def join(config: Config, names: Sequence[str], specs: Sequence[EnvSpec]) -> Joined:
+    """Negotiate one spec.
+
+    Args:
+        config: Of the mixture: what may be filled, padded, renamed and mapped.
+        names: Of the parts.
+        specs: Of the parts, all with B copies.
+
+    Returns:
+        joined: The spec, and a report of everything that is not the same in every part.
+
+    Raises:
+        CapabilityError: They cannot be joined as stated.
+        ConfigError: A setting of a part names what it does not have.
+    """
+    report: list[str] = []
+    rename = tuple(dict(part.rename) for part in config.parts)
+    observation = _observation(config, names, _renamed(names, specs, rename, report), report)
+    action = _action(config, names, specs, report)
+    tasks = [(p, t) for p, spec in enumerate(specs) for t in range(len(spec.tasks))]
+    weights = [config.parts[p].weight / len(specs[p].tasks) for p, _ in tasks]
+    limits = [spec.max_steps for spec in specs]
+    cameras = tuple(c for c in specs[0].cameras if all(c in s.cameras for s in specs))
+    clocks = {spec.control_hz for spec in specs}
+    if len(clocks) > 1:
+        told = ", ".join(f"{n} {s.control_hz or 'unknown'}" for n, s in zip(names, specs, strict=True))
+        report.append(f"control steps per second differ ({told}), so films have no clock")
+    if not cameras and any(spec.cameras for spec in specs):
+        report.append("no camera is shared by all parts, so nothing can be filmed")
+    abilities = {"has_success": "success", "seedable": "equal starts for equal seeds", "has_state": "state"}
+    for flag, what in abilities.items():
+        lacking = [n for n, s in zip(names, specs, strict=True) if not getattr(s, flag)]
+        if lacking and len(lacking) < len(specs):
+            report.append(f"the mixture has no {what}, because {', '.join(lacking)} has none")
+    if len({spec.on_demand for spec in specs}) > 1:
+        slow = [n for n, s in zip(names, specs, strict=True) if s.on_demand]
+        raise CapabilityError(
+            f"mixture: {', '.join(slow)} gives observations on demand and the other parts with every step, which "
+            "cannot be joined; take envs or observations of one kind"
+        )
+    if len({s.vocabulary.fingerprint if s.vocabulary else None for s in specs}) > 1:
+        raise CapabilityError("mixture: the parts speak different vocabularies, so the same ids would be other words")
+    spec = EnvSpec(
+        observation=observation,
+        action=action,
+        num_envs=specs[0].num_envs,
+        max_steps=None if None in limits else max(x for x in limits if x is not None),
+        tasks=tuple(f"{names[p]}.{specs[p].tasks[t]}" for p, t in tasks),
+        seedable=all(s.seedable for s in specs),
+        has_state=all(s.has_state for s in specs),
+        has_success=all(s.has_success for s in specs),
+        cameras=cameras,
+        control_hz=specs[0].control_hz if len(clocks) == 1 else None,
+        on_demand=specs[0].on_demand,
+        vocabulary=specs[0].vocabulary,
+        task_weights=None if len(set(weights)) == 1 else tuple(weights),
+    )
+    columns = tuple(part.action for part in config.parts)
+    pair = torch.tensor(tasks)
+    return Joined(spec, tuple(report), pair[:, 0], pair[:, 1], rename, columns)
+
+
+def _renamed(
+    names: Sequence[str], specs: Sequence[EnvSpec], rename: Sequence[dict[str, str]], report: list[str]
+) -> list[dict[str, TensorSpec]]:
+    """Each part's observation under the mixture's names."""
+    out = []
+    for name, spec, table in zip(names, specs, rename, strict=True):
+        for old, new in table.items():
+            if old not in spec.observation:
+                raise ConfigError(
+                    f"mixture: {name} is to show '{old}' as '{new}', but it has no '{old}'"
+                    f"{nearest(old, spec.observation)}"
+                )
+            report.append(f"{name} shows '{old}' as '{new}'")
+        entries = {table.get(k, k): v for k, v in spec.observation.items()}
+        if len(entries) < len(spec.observation):
+            raise ConfigError(f"mixture: {name} would show two entries under one name; look at its rename {table}")
+        out.append(entries)
+    return out
+
+
+def _observation(
+    config: Config, names: Sequence[str], parts: Sequence[dict[str, TensorSpec]], report: list[str]
+) -> dict[str, TensorSpec]:
+    """The union of all entries; filling and padding are reported."""
+    union: dict[str, TensorSpec] = {}
+    used = {"missing": False, "pad": False}
+    for entry in dict.fromkeys(k for part in parts for k in part):
+        have = {n: part[entry] for n, part in zip(names, parts, strict=True) if entry in part}
+        lacking = [n for n in names if n not in have]
+        if lacking and config.missing == "refuse":
+            raise CapabilityError(
+                f"mixture: '{entry}' is shown by {', '.join(have)} and not by {', '.join(lacking)}: set env.missing: "
+                "zeros to fill it there, or rename an entry that means the same (rename)"
+            )
+        shapes = {n: (spec.shape, spec.dtype) for n, spec in have.items()}
+        first = next(iter(have.values()))
+        if len(set(shapes.values())) > 1:
+            vectors = all(len(shape) == 1 and dtype == torch.float32 for shape, dtype in shapes.values())
+            if not (vectors and config.pad):
+                told = ", ".join(f"{n} {dtype} {list(shape)}" for n, (shape, dtype) in shapes.items())
+                raise CapabilityError(
+                    f"mixture: '{entry}' differs: {told.replace('torch.', '')}; "
+                    f"{'set env.pad: true, or ' if vectors else ''}give one of them another name (rename)"
+                )
+            longest = max(shape[0] for shape, _ in shapes.values())
+            for n, (shape, _) in shapes.items():
+                if shape[0] < longest:
+                    report.append(f"'{entry}' of {n} is padded with zeros from {shape[0]} to {longest} numbers")
+            first, used["pad"] = replace(first, shape=(longest,)), True
+        if lacking:
+            report.append(f"'{entry}' is filled with zeros in {', '.join(lacking)}")
+            used["missing"] = True
+        filled = bool(lacking) or used["pad"]
+        union[entry] = replace(
+            first,
+            low=_widest([s.low for s in have.values()], min, filled),
+            high=_widest([s.high for s in have.values()], max, filled),
+            constant=all(s.constant for s in have.values()),
+            meaning=" | ".join(dict.fromkeys(s.meaning for s in have.values() if s.meaning)),
+        )
+    idle = [f"{k} ({getattr(config, k)})" for k in used if getattr(config, k) in ("zeros", True) and not used[k]]
+    if idle:
+        raise ConfigError(f"mixture: {', '.join(idle)} does nothing, because all parts agree there: remove it")
+    return union
+
+
+def _widest(bounds: list[float | None], pick: Any, filled: bool) -> float | None:
+    """The bound that holds in every part, zero included where something is filled with it."""
+    known = [x for x in bounds if x is not None]
+    if len(known) < len(bounds):
+        return None
+    return float(pick([*known, 0.0] if filled else known))
+
+
+def _action(config: Config, names: Sequence[str], specs: Sequence[EnvSpec], report: list[str]) -> ActionSpec:
+    """One action that every part can read its own from."""
+    kinds = {n: s.action for n, s in zip(names, specs, strict=True)}
+    told = ", ".join(f"{n} takes {a.kind} {list(a.shape) or a.size}" for n, a in kinds.items())
+    if len({a.kind for a in kinds.values()}) > 1:
+        raise CapabilityError(f"mixture: the parts take different kinds of action ({told}), which no mapping can join")
+    first = specs[0].action
+    if first.kind != "continuous":
+        if any(part.action is not None for part in config.parts):
+            raise ConfigError(f"mixture: action chooses numbers of a continuous action, and this one is {first.kind}")
+        if len({(a.size, a.length) for a in kinds.values()}) > 1:
+            raise CapabilityError(f"mixture: the parts take different actions ({told}); take envs with the same ones")
+        return replace(first, names=())
+    whole = [a.size for a, part in zip(kinds.values(), config.parts, strict=True) if part.action is None]
+    wanted = [max(part.action) + 1 for part in config.parts if part.action]
+    size = max([*whole, *wanted])
+    for (name, spec), part in zip(kinds.items(), config.parts, strict=True):
+        columns = part.action
+        if columns is None and spec.size != size:
+            raise CapabilityError(
+                f"mixture: {told}, of {size} numbers in all; say which of them {name} takes, for example action: "
+                f"{list(range(spec.size))}"
+            )
+        if columns is not None:
+            if len(columns) != spec.size or len(set(columns)) != len(columns) or min(columns, default=0) < 0:
+                raise ConfigError(
+                    f"mixture: {name} takes {spec.size} numbers, and its action is {list(columns)}: name {spec.size} "
+                    "different places, counted from 0"
+                )
+            if columns != tuple(range(size)):
+                report.append(f"{name} takes the numbers {list(columns)} of {size}, and ignores the others")
+    all_names = {a.names for a in kinds.values()}
+    if len(all_names) > 1 and len({a.size for a in kinds.values()}) == 1:
+        told = ", ".join(str(list(x)) for x in sorted(all_names))
+        report.append(f"the action's numbers are called differently: {told}")
+    shared = all_names.pop() if len(all_names) == 1 else ()
+    return ActionSpec("continuous", size, shared if len(shared) == size else ())

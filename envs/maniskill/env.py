@@ -1,0 +1,182 @@
+"""The copies of a ManiSkill task as an `embodied_rl.types.Env`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from embodied_rl.envs._spaces import resized
+from embodied_rl.envs.maniskill.scene import Moment, Scene
+from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, nearest
+from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step
+
+if TYPE_CHECKING:
+    from embodied_rl.envs.maniskill import Config
+
+
+class ManiSkillEnv:
+    """See `embodied_rl.types.Env`; one scene with all copies (GPU), or one scene per copy (CPU).
+
+    Its state is what the episodes were made of, the seed and the actions of each copy, which are played again: PhysX on
+    a CPU repeats an episode bit for bit, but gives no access to its warm-started contacts. On a GPU it does not repeat.
+    """
+
+    def __init__(self, config: Config, scenes: list[Scene], device: torch.device) -> None:
+        """Join scenes that `build` made."""
+        first = scenes[0]
+        self.config, self.device, self.where, self._scenes = config, device, first.where, scenes
+        b = self._b = sum(scene.copies for scene in scenes)
+        self._alone = first.copies == 1
+        self.spec = EnvSpec(
+            observation=first.observation,
+            action=ActionSpec("continuous", first.action.spec.size, first.action_names),
+            num_envs=b,
+            max_steps=first.max_steps,
+            tasks=(config.task,),
+            seedable=config.starts == "exact",
+            has_state=device.type == "cpu",
+            has_success=first.has_success,
+            cameras=first.cameras,
+            control_hz=first.control_hz,
+        )
+        self._steps = torch.zeros(b, dtype=torch.int64, device=device)
+        self._seeds = torch.full((b,), -1, dtype=torch.int64)
+        self._actions: list[list[Tensor]] = [[] for _ in range(b)]
+        self._now: list[Moment | None] = [None] * len(scenes)
+
+    # ---- the protocol ------------------------------------------------------------------------------------------
+
+    def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
+        """Start new episodes in the masked copies; returns the observation of all copies."""
+        rows, wanted = mask.nonzero().flatten().tolist(), seeds.tolist()
+        if self._alone:
+            for row in rows:
+                self._scenes[row].start([0], [wanted[row]])
+        elif self.config.starts == "exact":
+            for row in rows:
+                self._scenes[0].start([row], [wanted[row]])
+        elif rows:
+            self._scenes[0].start(rows, [wanted[row] for row in rows])
+        for row in rows:
+            self._seeds[row], self._actions[row] = wanted[row], []
+        self._steps[mask] = 0
+        for i in rows if self._alone else ([0] if rows else []):
+            self._now[i] = self._scenes[i].look()
+        return self._observe()
+
+    def step(self, action: Tensor, active: Tensor | None = None) -> Step:
+        """Advance one control step; on a CPU copies that are not active stay where they are, with reward 0."""
+        self.spec.action.check(action, self._b, self.device, self.where)
+        go = torch.ones(self._b, dtype=torch.bool, device=self.device) if active is None else active
+        for i, scene in enumerate(self._scenes):
+            if self._alone and not bool(go[i]):
+                continue
+            part = slice(i, i + 1) if self._alone else slice(None)
+            self._now[i] = scene.step(action[part])
+            if self._alone:
+                self._actions[i].append(action[i].detach().clone())
+        self._steps = self._steps + go
+        now = [m for m in self._now if m is not None]
+        assert len(now) == len(self._scenes), "step before the first reset"
+        broken = torch.cat([m.broken for m in now]) & go
+        ended = torch.cat([m.ended for m in now]) & go if self.config.end_on_success else torch.zeros_like(broken)
+        limit = self.spec.max_steps
+        late = self._steps >= limit if limit is not None else torch.zeros_like(broken)
+        reward = torch.cat([m.reward for m in now])
+        terminated = ended | broken
+        return Step(
+            obs=self._observe(),
+            reward=torch.where(go & ~broken, reward, torch.zeros_like(reward)),
+            terminated=terminated,
+            truncated=late & go & ~terminated,
+            success=torch.cat([m.success for m in now if m.success is not None]) if self.spec.has_success else None,
+            invalid=broken,
+        )
+
+    def get_state(self) -> State:
+        """Seed and actions of each copy's episode, and its observation as a check.
+
+        Raises:
+            CapabilityError: The simulation runs on a GPU.
+        """
+        self._needs_state()
+        size = self.spec.action.size
+        obs = self._observe() if all(m is not None for m in self._now) else {}
+        return {
+            "task": self.config.task,
+            "seeds": self._seeds.clone(),
+            "actions": [torch.stack(a) if a else torch.empty(0, size) for a in self._actions],
+            "obs": {name: x.clone() for name, x in obs.items()},
+        }
+
+    def set_state(self, state: State) -> Obs:
+        """Play the episodes of `get_state` again; costs as many steps as they are old, without their pictures.
+
+        Raises:
+            CheckpointError: The state is of another task or number of copies.
+            CapabilityError: An episode did not repeat, or the simulation runs on a GPU.
+        """
+        self._needs_state()
+        if state["task"] != self.config.task or len(state["actions"]) != self._b:
+            raise CheckpointError(
+                f"{self.where}: the state is of {len(state['actions'])} copies of '{state['task']}', expected "
+                f"{self._b} of '{self.config.task}'; build the env as the state's run did"
+            )
+        for i, (seed, actions) in enumerate(zip(state["seeds"].tolist(), state["actions"], strict=True)):
+            self._seeds[i], self._steps[i], self._actions[i] = seed, len(actions), list(actions)
+            if seed < 0:
+                self._now[i] = None
+                continue
+            scene = self._scenes[i]
+            scene.start([0], [seed])
+            for action in actions:
+                scene.advance(action[None])
+            self._now[i] = scene.look()
+        if not state["obs"]:
+            return {}
+        obs = self._observe()
+        for name, x in state["obs"].items():
+            same = (obs[name] == x).reshape(self._b, -1).all(1)
+            if not bool(same.all()):
+                rows = (~same).nonzero().flatten().tolist()
+                raise CapabilityError(
+                    f"{self.where} did not repeat its episodes: '{name}' of copies {rows[:8]} differs from the saved "
+                    "one; was the state written on another machine or with another version of SAPIEN?"
+                )
+        return obs
+
+    def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
+        """Pictures [len(copies), H, W, 3] uint8, drawn at `film` x `film` and scaled.
+
+        Raises:
+            NotFoundError: No such camera.
+        """
+        if camera not in self.spec.cameras:
+            raise NotFoundError(f"{self.where}: camera '{camera}' does not exist{nearest(camera, self.spec.cameras)}")
+        rows = copies.tolist()
+        if not rows:
+            return torch.empty(0, height, width, 3, dtype=torch.uint8, device=self.device)
+        shots = [self._scenes[i].film(camera)[0] for i in rows] if self._alone else self._scenes[0].film(camera)[copies]
+        return resized(torch.stack(list(shots)), height, width).to(self.device)
+
+    def close(self) -> None:
+        """Free every scene; may be called twice."""
+        for scene in self._scenes:
+            scene.close()
+        self._scenes = []
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _observe(self) -> Obs:
+        now = [m for m in self._now if m is not None]
+        assert len(now) == len(self._scenes), "the first reset has to begin an episode in every copy"
+        return {name: torch.cat([m.obs[name] for m in now]) for name in self.spec.observation}
+
+    def _needs_state(self) -> None:
+        if not self.spec.has_state:
+            raise CapabilityError(
+                f"{self.where} cannot save its state on {self.device}: PhysX on a GPU does not repeat an episode bit "
+                "for bit, so a resumed run begins new episodes"
+            )

@@ -1,0 +1,227 @@
+"""One ManiSkill env as tensors: a single copy on a CPU, all copies on a GPU; nothing leaves the device."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mani_skill.envs  # noqa: F401  registers the tasks
+import torch
+from mani_skill.utils import assets
+from mani_skill.utils.registration import REGISTERED_ENVS
+from torch import Tensor
+
+from embodied_rl.envs._spaces import ActionMap
+from embodied_rl.envs.maniskill.device import drawing_device, handed_in
+from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, nearest
+from embodied_rl.types import Obs, TensorSpec
+
+if TYPE_CHECKING:
+    from embodied_rl.envs.maniskill import Config
+
+RESERVED = {
+    "num_envs": "collect.copies", "obs_mode": "env.observation", "reward_mode": "env.reward",
+    "control_mode": "env.control", "render_mode": "env.film", "sim_backend": "device", "render_backend": "device",
+}  # fmt: skip
+"""Setting of ManiSkill -> the setting of a recipe that says it."""
+
+
+@dataclass
+class Moment:
+    """What a scene shows after a start or a control step; tensors [n, ...] that nobody else writes to."""
+
+    obs: Obs
+    reward: Tensor
+    success: Tensor | None
+    ended: Tensor
+    """[n] bool, solved or failed."""
+    broken: Tensor
+    """[n] bool, something that is not finite: the simulation has blown up."""
+
+
+def check_task(config: Config, device: torch.device) -> None:
+    """Refuse what can be known to be wrong before anything is built.
+
+    Raises:
+        NotFoundError: No such task.
+        CapabilityError: Its assets are not on the disk, or `starts: batch` without a GPU.
+        ConfigError: `kwargs` holds what a recipe says elsewhere.
+    """
+    where = f"env maniskill: '{config.task}'"
+    if config.task not in REGISTERED_ENVS:
+        alike = nearest(config.task, REGISTERED_ENVS)
+        hint = alike if alike.startswith("; did") else "; PickCube-v1, PushCube-v1 and StackCube-v1 are some"
+        raise NotFoundError(f"{where} does not exist{hint}")
+    for key in RESERVED.keys() & config.kwargs.keys():
+        raise ConfigError(f"{where}: kwargs must not hold {key}; use {RESERVED[key]}")
+    if config.starts == "batch" and device.type != "cuda":
+        raise CapabilityError(
+            f"{where}: starts (batch) does nothing on device {device}, where every copy has a scene of its own: remove "
+            "it, or set device: cuda"
+        )
+    missing = [name for name in _needed(config.task) if not assets.is_data_source_downloaded(name)]
+    if missing:
+        place = assets.DATA_SOURCES[missing[0]].output_dir
+        raise CapabilityError(
+            f"{where} needs the assets {', '.join(missing)}, which are not under {place}: run `python -m "
+            f"mani_skill.utils.download_asset {missing[0]}` where the internet can be reached, or set MS_ASSET_DIR"
+        )
+
+
+def _needed(task: str) -> list[str]:
+    """Every data source of a task, with groups taken apart."""
+    found: list[str] = []
+    for name in REGISTERED_ENVS[task].asset_download_ids:
+        group = name in assets.DATA_GROUPS
+        found += assets.expand_data_group_into_individual_data_source_ids(name) if group else [name]
+    return found
+
+
+class Scene:
+    """See the module docstring."""
+
+    def __init__(self, config: Config, copies: int, device: torch.device) -> None:
+        """Build it.
+
+        Raises:
+            NotFoundError: No such controller.
+            CapabilityError: No Vulkan device, or an observation that the task does not offer.
+            ConfigError: ManiSkill refused a setting.
+        """
+        self.where, self.device, self.copies = f"env maniskill: '{config.task}'", device, copies
+        self._pictures = config.observation != "state"
+        self._depth = config.observation == "rgbd"
+        task = REGISTERED_ENVS[config.task]
+        self.max_steps: int | None = config.max_steps or task.max_episode_steps
+        self.env = self._build(config, task)
+        info = self.env.get_info()
+        self.has_success = "success" in info
+        self.control_hz = float(self.env.control_freq)
+        self.cameras = tuple(self.env.scene.human_render_cameras)
+        space = self.env.single_action_space
+        self.action = ActionMap(space, self.where)
+        names = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
+        self.action_names = names if config.control == "pd_ee_delta_pose" and self.action.spec.size == 7 else ()
+        self._middle = torch.as_tensor(self.action.middle, dtype=torch.float32, device=device)
+        self._half = torch.as_tensor(self.action.half, dtype=torch.float32, device=device)
+        self.observation = self._specs(self.look(info))
+
+    def _build(self, config: Config, task: Any) -> Any:
+        settings: dict[str, Any] = task.default_kwargs | config.kwargs
+        settings |= {
+            "num_envs": self.copies,
+            "obs_mode": {"state": "state", "rgb": "rgb", "rgbd": "rgb+depth"}[config.observation],
+            "reward_mode": config.reward,
+            "control_mode": config.control,
+            "render_mode": "rgb_array",
+            "sim_backend": "physx_cpu" if self.device.type == "cpu" else f"physx_cuda:{self.device.index or 0}",
+            "human_render_camera_configs": {"width": config.film, "height": config.film},
+        }
+        if config.pixels is not None:
+            settings["sensor_configs"] = {"width": config.pixels, "height": config.pixels}
+        modes = task.cls.SUPPORTED_REWARD_MODES
+        if config.reward not in modes:
+            raise CapabilityError(f"{self.where} has no reward {config.reward}: set env.reward to one of {list(modes)}")
+        with handed_in(drawing_device(self.device, self.where)):
+            try:
+                return task.cls(**settings)
+            except (TypeError, ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
+                # How ManiSkill says which controllers the robot has.
+                known = re.search(r"not in supported modes: \[(.*)\]", str(error))
+                if known:
+                    hint = nearest(config.control, re.findall(r"'(\w+)'", known[1]))
+                    message = f"{self.where}: controller '{config.control}' does not exist{hint}"
+                    raise NotFoundError(message) from None
+                hint = "look at env.control and env.kwargs"
+                raise ConfigError(f"{self.where} cannot be made: {error}; {hint}") from error
+
+    def start(self, rows: list[int], seeds: list[int]) -> None:
+        """Begin new episodes in some copies; with one row the start depends on its seed alone."""
+        everyone = [0] * self.copies
+        for row, seed in zip(rows, seeds, strict=True):
+            everyone[row] = seed
+        if len(rows) == 1:
+            everyone = seeds * self.copies
+        env_idx = torch.tensor(rows, device=self.device)
+        self.env.reset(seed=[s % 2**32 for s in everyone], options={"env_idx": env_idx})
+
+    def advance(self, action: Tensor) -> None:
+        """Simulate one control step without looking at it.
+
+        Args:
+            action: [n, D] in [-1, 1].
+        """
+        self.env._step_action(self._native(action))
+        self.env._elapsed_steps += 1
+        self.env.get_info()
+
+    def step(self, action: Tensor) -> Moment:
+        """Simulate one control step.
+
+        Args:
+            action: [n, D] in [-1, 1].
+        """
+        raw, reward, ended, _, info = self.env.step(self._native(action))
+        return self._moment(raw, info, reward, ended)
+
+    def look(self, info: dict[str, Any] | None = None) -> Moment:
+        """What the scene shows now; reward 0, and success as it is."""
+        info = self.env.get_info() if info is None else info
+        raw = self.env.get_obs(info)
+        no = torch.zeros(self.copies, dtype=torch.bool, device=self.device)
+        return self._moment(raw, info, torch.zeros(self.copies, device=self.device), no)
+
+    def film(self, camera: str) -> Tensor:
+        """Pictures [n, H, W, 3] uint8 of one camera."""
+        return torch.as_tensor(self.env.render_rgb_array(camera)).to(torch.uint8)
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self.env.close()
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _native(self, action: Tensor) -> Tensor:
+        return action.clamp(-1, 1) * self._half + self._middle
+
+    def _moment(self, raw: Any, info: dict[str, Any], reward: Tensor, ended: Tensor) -> Moment:
+        obs = self._read(raw)
+        broken = ~torch.isfinite(reward)
+        for name, x in obs.items():
+            if x.is_floating_point():
+                broken |= ~torch.isfinite(x.reshape(self.copies, -1)).all(1)
+                obs[name] = torch.nan_to_num(x)
+        success = info["success"].bool().clone() if "success" in info else None
+        reward = torch.nan_to_num(reward.to(torch.float32))
+        return Moment(obs, reward.clone(), success, ended.bool().clone(), broken)
+
+    def _read(self, raw: Any) -> Obs:
+        """ManiSkill's observation as flat entries: `state`, a picture per camera, and its depth in metres."""
+        if not self._pictures:
+            return {"state": raw.to(torch.float32).clone()}
+        known = list(_vectors({name: raw[name] for name in ("agent", "extra") if name in raw}, self.copies))
+        obs: Obs = {"state": torch.cat(known, dim=1)} if known else {}
+        for camera, seen in raw["sensor_data"].items():
+            obs[camera] = seen["rgb"].to(torch.uint8).clone()
+            if self._depth:
+                obs[f"{camera}_depth"] = seen["depth"].to(torch.float32) / 1000
+        return obs
+
+    def _specs(self, moment: Moment) -> dict[str, TensorSpec]:
+        specs = {}
+        for name, x in moment.obs.items():
+            shape, picture = tuple(x.shape[1:]), x.dtype == torch.uint8
+            if name == "state":
+                meaning = "joints, hand and goal" if self._pictures else "joints, hand, goal and objects"
+            else:
+                meaning = "a camera's picture" if picture else "a camera's depth, m"
+            specs[name] = TensorSpec(shape, x.dtype, 0 if picture else None, 255 if picture else None, meaning=meaning)
+        return specs
+
+
+def _vectors(tree: Any, copies: int) -> list[Tensor]:
+    """Every number of a nested dict as [n, features], in the dict's order."""
+    if isinstance(tree, dict):
+        return [x for inner in tree.values() for x in _vectors(inner, copies)]
+    return [torch.as_tensor(tree).to(torch.float32).reshape(copies, -1)]

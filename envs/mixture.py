@@ -1,0 +1,229 @@
+"""Several envs in one batch: every copy can play any task of any part, so groups and curricula work as ever.
+
+Each part is built with all B copies, and a copy moves in the part whose task it was given at its last reset; the others
+leave it alone. The parts agree on one observation and one action: what has to be filled, padded or mapped for that is
+stated in the recipe, told in `conformance`, and refused otherwise.
+
+    parts: [{name: reach, env: {type: tabletop, tasks: [reach]}},
+            {name: toy, weight: 2, env: {type: target}, rename: {state: wanted}, action: [0, 1]}]
+    missing: zeros
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from embodied_rl import registry, yaml_strict
+from embodied_rl.envs._joined import Joined, join
+from embodied_rl.errors import CheckpointError, ConfigError, NotFoundError, UserError, nearest
+from embodied_rl.schema import Problems, resolve_component
+from embodied_rl.section import Section
+from embodied_rl.types import Env, Obs, Split, State, Step
+
+log = logging.getLogger(__name__)
+
+
+class MixturePart(Section):
+    """One env of a mixture."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Stands before the names of its tasks, as in `toy.target`; null takes the env's type."""
+    weight: float = Field(1.0, gt=0)
+    """How often training starts an episode in this part, relative to the others; shared evenly by its tasks."""
+    env: dict[str, Any]
+    """The part's `env` section, with its type."""
+    rename: dict[str, str] = {}
+    """Entry of its observation -> the name it has in the mixture, where two parts mean different things by one name."""
+    action: tuple[int, ...] | None = None
+    """Which numbers of the mixture's action it takes, in its own order; null takes all of them."""
+
+
+class Config(Section):
+    """Settings of a mixture."""
+
+    type: Literal["mixture"] = "mixture"
+    parts: tuple[MixturePart, ...] = Field(min_length=2)
+    """The envs."""
+    missing: Literal["refuse", "zeros"] = "refuse"
+    """What becomes of an entry that only some parts show: zeros fills it in the others; refuse says which those are."""
+    pad: bool = False
+    """Fill vectors of one name with zeros at their end, up to the longest; false refuses different lengths."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Config:
+        names = [part_name(part) for part in self.parts]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"several parts are called {', '.join(twice)}: give each a name of its own")
+        return self
+
+
+def part_name(part: MixturePart) -> str:
+    """The part's name, or its env's type without folders and endings."""
+    return part.name or str(part.env.get("type", "env")).removesuffix(".py").replace(".", "/").rsplit("/", 1)[-1]
+
+
+class MixtureEnv:
+    """See the module docstring and `embodied_rl.types.Env`."""
+
+    def __init__(self, envs: list[Env], joined: Joined, device: torch.device) -> None:
+        """Join envs of B copies each."""
+        self.envs, self.device, self._joined, self.spec = envs, device, joined, joined.spec
+        self.conformance = joined.report
+        """What was filled, padded, renamed, mapped or left out, one sentence each."""
+        b = self.spec.num_envs
+        self._part = torch.zeros(b, dtype=torch.int64, device=device)
+        self._begun = False
+        self._obs: Obs = {}
+
+    def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
+        """Start new episodes in the masked copies, each in the part that its task belongs to."""
+        part = self._joined.part_of.to(self.device)[tasks]
+        inner = self._joined.task_in_part.to(self.device)[tasks]
+        self._part = torch.where(mask, part, self._part)
+        for p, env in enumerate(self.envs):
+            mine = mask & (part == p)
+            # The first reset begins an episode in every copy of every part: no simulator is left half begun.
+            start = mine if self._begun else torch.ones_like(mask)
+            if bool(start.any()):
+                task = torch.where(part == p, inner, torch.zeros_like(inner))
+                self._take(p, env.reset(start, seeds, task), mine if self._begun else self._part == p)
+        self._begun = True
+        return dict(self._obs)
+
+    def step(self, action: Tensor, active: Tensor | None = None) -> Step:
+        """Advance the active copies, each in its part; the others wait, with reward 0."""
+        self.spec.action.check(action, self.spec.num_envs, self.device, "mixture")
+        assert self._begun, "step before the first reset"
+        go = torch.ones_like(self._part, dtype=torch.bool) if active is None else active
+        zero, no = torch.zeros(self.spec.num_envs, device=self.device), torch.zeros_like(go)
+        out = Step({}, zero, no, no.clone(), no.clone() if self.spec.has_success else None)
+        moved: list[dict[str, Tensor]] = []
+        for p, env in enumerate(self.envs):
+            mine = go & (self._part == p)
+            if not bool(mine.any()):
+                continue
+            step = env.step(self._joined.action_of(p, action), mine)
+            out.reward = torch.where(mine, step.reward, out.reward)
+            out.terminated = torch.where(mine, step.terminated, out.terminated)
+            out.truncated = torch.where(mine, step.truncated, out.truncated)
+            if out.success is not None and step.success is not None:
+                out.success = torch.where(mine, step.success, out.success)
+            if step.invalid is not None:
+                out.invalid = torch.where(mine, step.invalid, no if out.invalid is None else out.invalid)
+            moved.append({name: torch.where(mine, x, torch.zeros_like(x)) for name, x in step.metrics.items()})
+            if not self.spec.on_demand:
+                self._take(p, step.obs, mine)
+        # A mean over copies of which some do not know the quantity would be of something else.
+        shared = set.intersection(*(set(m) for m in moved)) if moved else set()
+        out.metrics = {name: torch.stack([m[name] for m in moved]).sum(0) for name in sorted(shared)}
+        out.obs = {} if self.spec.on_demand else dict(self._obs)
+        return out
+
+    def observe(self) -> Obs:
+        """Observation of all copies as they are now."""
+        for p, env in enumerate(self.envs):
+            self._take(p, env.observe(), self._part == p)
+        return dict(self._obs)
+
+    def get_state(self) -> State:
+        """Each part's state, and where each copy plays.
+
+        Raises:
+            CapabilityError: A part cannot save its state.
+        """
+        return {"part": self._part.clone(), "begun": self._begun, "envs": [env.get_state() for env in self.envs]}
+
+    def set_state(self, state: State) -> Obs:
+        """Restore `get_state`'s result.
+
+        Raises:
+            CheckpointError: It is of other parts or another number of copies.
+        """
+        if len(state["envs"]) != len(self.envs) or len(state["part"]) != self.spec.num_envs:
+            raise CheckpointError(
+                f"mixture state: found {len(state['envs'])} parts of {len(state['part'])} copies, expected "
+                f"{len(self.envs)} of {self.spec.num_envs}; build the env as the state's run did"
+            )
+        self._part, self._begun, self._obs = state["part"].to(self.device).clone(), state["begun"], {}
+        for p, (env, saved) in enumerate(zip(self.envs, state["envs"], strict=True)):
+            obs = env.set_state(saved)
+            if self._begun:
+                self._take(p, obs, self._part == p)
+        return dict(self._obs)
+
+    def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
+        """Pictures [len(copies), H, W, 3] uint8, each drawn by the part in which its copy plays.
+
+        Raises:
+            NotFoundError: Not every part has this camera.
+        """
+        if camera not in self.spec.cameras:
+            known = nearest(camera, self.spec.cameras) if self.spec.cameras else "; the parts share none"
+            raise NotFoundError(f"mixture: camera '{camera}' does not exist in every part{known}")
+        out = torch.zeros(len(copies), height, width, 3, dtype=torch.uint8, device=self.device)
+        for p, env in enumerate(self.envs):
+            rows = (self._part[copies] == p).nonzero().flatten()
+            if len(rows):
+                out[rows] = env.render(copies[rows], camera, height, width)
+        return out
+
+    def close(self) -> None:
+        """Close every part; may be called twice."""
+        for env in self.envs:
+            env.close()
+
+    def _take(self, p: int, obs: Obs, rows: Tensor) -> None:
+        """Lay the rows of one part's observation into the mixture's."""
+        new = self._joined.observation_of(p, obs)
+        for name, entry in self.spec.observation.items():
+            x = new.get(name)
+            if name not in self._obs:
+                shape = (self.spec.num_envs, *entry.shape)
+                self._obs[name] = torch.zeros(shape, dtype=entry.dtype, device=self.device)
+            where = rows.view(-1, *[1] * len(entry.shape))
+            old = self._obs[name]
+            self._obs[name] = torch.where(where, torch.zeros_like(old) if x is None else x, old)
+
+
+def build(config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int) -> MixtureEnv:
+    """Build every part with all copies and join them.
+
+    Args:
+        config: What to make.
+        num_envs: Copies B.
+        device: Of every part.
+        split: Handed on.
+        seed: Handed on.
+
+    Raises:
+        CapabilityError: The parts cannot be joined; says which setting would state how.
+        UserError: A part cannot be built; its message, after the name of the part.
+    """
+    envs: list[Env] = []
+    try:
+        for number, part in enumerate(config.parts):
+            where = f"env.parts[{number}]"
+            kind = part.env.get("type")
+            if not isinstance(kind, str):
+                raise ConfigError(f"{where}.env: found no type, expected the name of an env, as in {{type: target}}")
+            try:
+                node = yaml_strict.parse(yaml_strict.dump(part.env), where, lines=False)
+                settings = resolve_component("env", kind, node, Problems())
+                module = registry.load("env", kind)
+                envs.append(module.build(settings, num_envs=num_envs, device=device, split=split, seed=seed))
+            except UserError as error:
+                raise type(error)(f"{where} ({part_name(part)}): {error}") from error
+        joined = join(config, [part_name(part) for part in config.parts], [env.spec for env in envs])
+    except BaseException:
+        for env in envs:
+            env.close()
+        raise
+    for line in joined.report:
+        log.info("mixture: %s", line)
+    return MixtureEnv(envs, joined, device)

@@ -1,0 +1,149 @@
+"""ManiSkill tasks for real: with a software driver of Vulkan where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("mani_skill")
+from embodied_rl.envs.maniskill import Config, build  # noqa: E402
+from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError  # noqa: E402
+
+pytestmark = [pytest.mark.sim, pytest.mark.filterwarnings("ignore")]
+CPU = torch.device("cpu")
+
+
+def make(task="PushCube-v1", copies=2, **settings):
+    return build(Config(task=task, **settings), num_envs=copies, device=CPU, split="train", seed=0)
+
+
+def start(env, seeds, mask=(True, True)):
+    obs = env.reset(torch.tensor(mask), torch.tensor(seeds), torch.zeros(2, dtype=torch.int64))
+    return {k: v.clone() for k, v in obs.items()}
+
+
+def actions(n, size=7, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.rand(2, size, generator=g) * 2 - 1 for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def push():
+    env = make(max_steps=8)
+    yield env
+    env.close()
+
+
+def test_equal_seeds_start_equal_episodes_that_go_on_alike(push):
+    first = start(push, [10, 10])["state"]
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], start(push, [12, 10])["state"][0])
+    again = start(push, [10, 10])["state"]
+    assert torch.equal(again, first)
+    for action in actions(3):
+        state = push.step(action[:1].expand(2, -1).contiguous()).obs["state"]
+        assert torch.equal(state[0], state[1])
+
+
+def test_an_action_moves_the_hand_by_what_it_says(push):
+    """pd_ee_delta_pose: 1 is 0.1 m along an axis of the robot's base (the controller's pos_upper), reached in part."""
+    start(push, [10, 10])
+    before = push._scenes[0].env.agent.tcp.pose.p[0].clone()
+    up, still = torch.zeros(2, 7), torch.zeros(2, 7)
+    up[0, 2] = 1.0
+    for _ in range(3):
+        push.step(up)
+    push.step(still)
+    risen = push._scenes[0].env.agent.tcp.pose.p[0] - before
+    assert 0.1 < float(risen[2]) < 0.35 and abs(float(risen[1])) < 0.03
+
+
+def test_a_partial_reset_leaves_the_other_copy_alone(push):
+    start(push, [10, 12])
+    for action in actions(2):
+        step = push.step(action)
+    after = start(push, [14, 14], mask=(True, False))["state"]
+    assert torch.equal(after[1], step.obs["state"][1]) and not torch.equal(after[0], step.obs["state"][0])
+    steps = [push.step(action) for action in actions(6, seed=1)]
+    # Copy 1 is at its limit of 8 now, copy 0 two steps short of it.
+    assert steps[-1].truncated.tolist() == [False, True] and not steps[-2].truncated.any()
+
+
+def test_a_saved_episode_goes_on_bit_for_bit(push):
+    start(push, [10, 12])
+    for action in actions(3):
+        push.step(action)
+    state = push.get_state()
+    wanted = [push.step(action).obs["state"].clone() for action in actions(3, seed=2)]
+    start(push, [20, 22])
+    push.set_state(state)
+    assert all(torch.equal(push.step(a).obs["state"], x) for a, x in zip(actions(3, seed=2), wanted, strict=True))
+
+
+def test_success_is_told_where_the_cube_is_at_its_goal(push):
+    start(push, [10, 12])
+    assert not push.step(torch.zeros(2, 7)).success.any()
+    task = push._scenes[0].env
+    pose = task.obj.pose
+    task.obj.set_pose(type(pose).create_from_pq(p=task.goal_region.pose.p + torch.tensor([[0.0, 0.0, 0.019]]), q=pose.q))
+    step = push.step(torch.zeros(2, 7))
+    assert step.success.tolist() == step.terminated.tolist() == [True, False]
+    assert float(step.reward[0]) == 1.0  # the normalised dense reward of a solved task
+
+
+def test_a_simulation_that_blows_up_is_an_invalid_episode_and_not_a_failure(push, monkeypatch):
+    start(push, [10, 12])
+    monkeypatch.setattr(push._scenes[1].env, "get_reward", lambda **_: torch.tensor([float("nan")]))
+    step = push.step(torch.zeros(2, 7))
+    assert step.invalid.tolist() == step.terminated.tolist() == [False, True]
+    assert torch.isfinite(step.reward).all()
+
+
+@pytest.mark.parametrize("task", ["PickCube-v1", "PushCube-v1"])
+def test_pictures_come_without_the_pose_of_the_cube(task):
+    env = make(task, observation="rgbd", pixels=32)
+    try:
+        seen = start(env, [10, 12])
+        assert seen["base_camera"].shape == (2, 32, 32, 3) and seen["base_camera"].dtype == torch.uint8
+        assert not torch.equal(seen["base_camera"][0], seen["base_camera"][1])
+        depth = seen["base_camera_depth"]
+        assert depth.shape == (2, 32, 32, 1) and 0.1 < float(depth[depth > 0].median()) < 3.0
+        # Joints, velocities and the hand; PickCube says as well whether it holds something, and where to.
+        assert seen["state"].shape[1] == {"PickCube-v1": 9 + 9 + 1 + 7 + 3, "PushCube-v1": 9 + 9 + 7}[task]
+        scene = env._scenes[0].env
+        cube = (scene.cube if task == "PickCube-v1" else scene.obj).pose.p[0]
+        near = (seen["state"][0].unfold(0, 3, 1) - cube).abs().amax(1).min()
+        assert float(near) > 1e-3
+        film = env.render(torch.tensor([1, 0]), env.spec.cameras[0], 24, 32)
+        assert film.shape == (2, 24, 32, 3) and film.float().std() > 5
+    finally:
+        env.close()
+
+
+def test_what_does_not_exist_is_told_with_the_nearest_name():
+    with pytest.raises(NotFoundError, match="'PushCub-v1' does not exist; did you mean 'PushCube-v1'"):
+        make("PushCub-v1")
+    with pytest.raises(ConfigError, match="kwargs must not hold obs_mode; use env.observation"):
+        make(kwargs={"obs_mode": "state"})
+    with pytest.raises(CapabilityError, match=r"starts \(batch\) does nothing on device cpu"):
+        make(starts="batch")
+    with pytest.raises(NotFoundError, match="controller 'pd_ee_delta_pos3' does not exist; did you mean 'pd_ee_delta_pos'"):
+        make(control="pd_ee_delta_pos3")
+    with pytest.raises(ValueError, match=r"pixels \(64\) does nothing with observation \(state\)"):
+        Config(pixels=64)
+
+
+def test_without_a_vulkan_device_one_sentence_says_what_to_install():
+    code = (
+        "import torch\nfrom embodied_rl.envs.maniskill import Config, build\n"
+        "try:\n    build(Config(), num_envs=1, device=torch.device('cpu'), split='train', seed=0)\n"
+        "except Exception as e:\n    import json; print(json.dumps([type(e).__name__, str(e)]))\n"
+    )
+    environment = os.environ | {"VK_ICD_FILENAMES": "/nonexistent/driver.json"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    kind, text = json.loads(done.stdout.strip().splitlines()[-1])
+    assert kind == "CapabilityError"
+    assert "apt-get install libvulkan1 chromium" in text and "VK_ICD_FILENAMES is /nonexistent/driver.json" in text

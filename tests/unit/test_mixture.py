@@ -1,0 +1,142 @@
+"""Several envs in one batch: each copy plays in its part, and what does not fit is stated, reported or refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from embodied_rl.config import build_recipe
+from embodied_rl.curriculum import Curriculum, TaskSampler
+from embodied_rl.envs.mixture import Config, build
+from embodied_rl.envs.target import Config as TargetConfig
+from embodied_rl.envs.target import build as build_target
+from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError
+from embodied_rl.measure import rollout_metrics
+from embodied_rl.session import Session
+
+CPU = torch.device("cpu")
+TARGET = {"type": "target"}
+TABLETOP = {"type": "tabletop", "tasks": ["reach", "push"]}
+TOY = {"env": TARGET, "action": [5, 2]}
+TOY_AND_ARM = {"missing": "zeros", "parts": [TOY, {"env": TABLETOP, "weight": 2}]}
+
+
+def make(copies=4, **settings):
+    config = Config.model_validate_json(json.dumps(settings))
+    return build(config, num_envs=copies, device=CPU, split="train", seed=0)
+
+
+def refused(kind, **settings):
+    with pytest.raises(kind) as error:
+        make(**settings)
+    return str(error.value)
+
+
+def start(env, tasks, mask=None):
+    n = env.spec.num_envs
+    mask = torch.ones(n, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    return {k: v.clone() for k, v in env.reset(mask, torch.arange(n) * 2 + 10, torch.tensor(tasks)).items()}
+
+
+def test_each_copy_moves_as_in_its_own_env_with_the_numbers_it_was_mapped_to():
+    env, alone = make(**TOY_AND_ARM), build_target(TargetConfig(), num_envs=4, device=CPU, split="train", seed=0)
+    seen = start(env, [0, 1, 0, 2])
+    alone_seen = alone.reset(torch.ones(4, dtype=torch.bool), torch.arange(4) * 2 + 10, torch.zeros(4, dtype=torch.int64))
+    action = torch.rand(4, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    # Copies 0 and 2 say their target in places 5 and 2; twice in a row solves the toy.
+    action[:, 5], action[:, 2] = alone_seen["state"][:, 0], alone_seen["state"][:, 1]
+    first, second = env.step(action), env.step(action)
+    assert torch.equal(seen["state"][[0, 2]], alone_seen["state"][[0, 2]])
+    assert not first.success.any() and second.success.tolist() == [True, False, True, False]
+    assert second.reward[[0, 2]].tolist() == [1.0, 1.0]
+
+
+def test_an_entry_that_a_part_lacks_is_zero_there_and_nowhere_else():
+    env = make(**TOY_AND_ARM)
+    seen = start(env, [0, 1, 0, 2])
+    for name, toy in {"state": True, "picture": True, "proprio": False, "instruction": False}.items():
+        filled = seen[name].reshape(4, -1).ne(0).any(1).tolist()
+        assert filled == ([True, False, True, False] if toy else [False, True, False, True]), name
+
+
+def test_the_next_episode_of_a_copy_may_be_in_another_part():
+    env = make(**TOY_AND_ARM)
+    before = start(env, [0, 0, 0, 0])
+    after = start(env, [1, 1, 1, 1], mask=[True, False, False, False])
+    assert bool(after["proprio"][0].any()) and not bool(after["picture"][0].any())
+    assert all(torch.equal(before[k][1:], after[k][1:]) for k in before)
+
+
+def test_the_report_says_what_was_filled_padded_renamed_and_mapped():
+    report = make(**TOY_AND_ARM).conformance
+    assert "'proprio' is filled with zeros in target" in report
+    assert "target takes the numbers [5, 2] of 7, and ignores the others" in report
+    renamed = make(missing="zeros", parts=[{**TOY, "rename": {"state": "wanted"}}, {"env": TABLETOP}])
+    assert "target shows 'state' as 'wanted'" in renamed.conformance
+    assert "wanted" in renamed.spec.observation and "state" not in renamed.spec.observation
+    assert make(parts=[{"env": TARGET}, {"name": "b", "env": {"type": "target", "tolerance": 0.5}}]).conformance == ()
+
+
+def test_vectors_of_one_name_are_padded_at_their_end_when_stated():
+    parts = [{**TOY, "rename": {"state": "proprio"}}, {"env": TABLETOP}]
+    assert "target torch" not in refused(CapabilityError, missing="zeros", parts=parts)
+    assert "'proprio' differs: target float32 [2], tabletop float32 [31]; set env.pad: true" in refused(CapabilityError, missing="zeros", parts=parts)
+    env = make(missing="zeros", pad=True, parts=parts)
+    seen = start(env, [0, 1, 0, 2])
+    assert "'proprio' of target is padded with zeros from 2 to 31 numbers" in env.conformance
+    assert bool(seen["proprio"][0, :2].all()) and not bool(seen["proprio"][0, 2:].any())
+
+
+def test_what_cannot_be_joined_is_refused_with_the_setting_that_would_state_how():
+    assert "'picture' is shown by target and not by tabletop: set env.missing: zeros" in refused(CapabilityError, parts=[{"env": TARGET}, {"env": TABLETOP}])
+    unmapped = refused(CapabilityError, missing="zeros", parts=[{"env": TARGET}, {"env": TABLETOP}])
+    assert "target takes continuous [2], tabletop takes continuous [7]" in unmapped and "action: [0, 1]" in unmapped
+    cartpole = {"type": "gymnasium", "id": "CartPole-v1"}
+    assert "different kinds of action" in refused(CapabilityError, missing="zeros", parts=[{"env": TARGET, "rename": {"state": "x"}}, {"env": cartpole}])
+    assert "2 numbers, and its action is [0, 0]" in refused(ConfigError, missing="zeros", parts=[{"env": TARGET, "action": [0, 0]}, {"env": TABLETOP}])
+    assert "did you mean 'tolerance'" in refused(ConfigError, parts=[{"env": {"type": "target", "tolerence": 1.0}}, {"env": TABLETOP}])
+    assert "env.parts[1] (cups): env 'cups' does not exist" in refused(NotFoundError, parts=[{"env": TARGET}, {"env": {"type": "cups"}}])
+    assert "called target" in refused(ValueError, parts=[{"env": TARGET}, {"env": TARGET}])
+    assert "missing (zeros) does nothing" in refused(ConfigError, missing="zeros", parts=[{"env": TARGET}, {"name": "b", "env": TARGET}])
+    assert "no 'stat'; did you mean 'state'?" in refused(ConfigError, parts=[{"env": TARGET, "rename": {"stat": "x"}}, {"name": "b", "env": TARGET}])
+
+
+def test_a_part_is_started_as_often_as_its_weight_says():
+    spec = make(**TOY_AND_ARM).spec
+    assert spec.tasks == ("target.target", "tabletop.reach", "tabletop.push")
+    # Weights 1 and 2: a third of the starts for the toy, and a third for each task of the arm.
+    assert spec.task_weights is None
+    spec = make(missing="zeros", parts=[TOY, {"env": TABLETOP, "weight": 6}]).spec
+    sampler = TaskSampler(Curriculum(), spec)
+    assert sampler.probabilities().tolist() == pytest.approx([1 / 7, 3 / 7, 3 / 7])
+    n = torch.arange(4000)
+    share = torch.bincount(sampler.choose(n, torch.zeros_like(n), n), minlength=3) / 4000
+    assert share.tolist() == pytest.approx([1 / 7, 3 / 7, 3 / 7], abs=0.03)
+    harder = TaskSampler(Curriculum(kind="success", floor=0.05), replace(spec, task_weights=(1.0, 1.0, 2.0)))
+    harder.success = torch.tensor([0.5, 1.0, 1.0], dtype=torch.float64)
+    assert harder.probabilities().tolist() == pytest.approx([0.3 / 0.45, 0.05 / 0.45, 0.1 / 0.45])
+
+
+def test_groups_share_a_task_and_each_task_has_its_metrics(tmp_path):
+    parts = [{"name": f"of_{n}", "env": {"type": "gymnasium", "id": "CartPole-v1", "max_steps": n}} for n in (5, 7)]
+    recipe = build_recipe(
+        {
+            "env": {"type": "mixture", "parts": parts},
+            "policy": {"type": "mlp", "hidden": [16], "attention_heads": 0},
+            "algorithm": {"type": "grpo"},
+            "collect": {"copies": 8, "decisions": 8, "mode": "episodes", "group_size": 2},
+            "evaluate": {"episodes": 0},
+            "log": {"folder": str(tmp_path), "tensorboard": False, "progress": False},
+        }
+    )
+    session = Session.build(recipe)
+    try:
+        rollout = session.collector.collect()
+    finally:
+        session.close()
+    assert torch.equal(rollout.task[0], torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]))
+    metrics = rollout_metrics(rollout, session.collector.spec.tasks).reduce()
+    # A pole cannot fall within 7 steps, and each is worth 1.
+    assert metrics["rollout/return_mean/of_5.CartPole-v1"] == 5.0
+    assert metrics["rollout/return_mean/of_7.CartPole-v1"] == 7.0
