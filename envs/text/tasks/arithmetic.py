@@ -26,8 +26,8 @@ class Config(Section):
     terms: int = Field(2, ge=2, le=8)
     """Numbers in a sum."""
     answer: Literal["reply", "last_number"] = "reply"
-    """What counts as the answer. reply: the number and nothing else; last_number: the last number of the reply, whatever
-    stands before it, for models that say "12 + 34 = 46" whatever they are asked."""
+    """What counts as the answer. reply: the number and nothing else; last_number: the last number of the reply,
+    whatever stands before it, for models that say "12 + 34 = 46" whatever they are asked."""
 
     @model_validator(mode="after")
     def _digits_in_order(self) -> Config:
@@ -54,7 +54,7 @@ class Arithmetic(Task):
             text += f" {c.operators[int(rng.integers(len(c.operators)))]} {number(rng, *c.digits)}"
         return Question(f"What is {text}? Answer with just the number.", written(evaluate(text)))
 
-    def score(self, question: Question, reply: str) -> float:
+    def score(self, question: Question, reply: str) -> float | None:
         """1 for the right number, else 0."""
         if self.config.answer == "reply":
             return super().score(question, reply)
