@@ -79,8 +79,8 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         from embodied_rl.envs.maniskill.scene import Scene, check_task
     except ImportError as error:
         raise MissingExtraError(
-            f"env 'maniskill' cannot be loaded ({error}); run: pip install 'embodied-rl[maniskill]', and where a system "
-            "library is missing: apt-get install libgl1 libvulkan1"
+            f"env 'maniskill' cannot be loaded ({error}); run: pip install 'embodied-rl[maniskill]', and where a "
+            "system library is missing: apt-get install libgl1 libvulkan1"
         ) from error
     check_task(config, device)
     each = num_envs if device.type == "cuda" else 1
