@@ -147,3 +147,13 @@ def test_without_a_vulkan_device_one_sentence_says_what_to_install():
     kind, text = json.loads(done.stdout.strip().splitlines()[-1])
     assert kind == "CapabilityError"
     assert "apt-get install libvulkan1 chromium" in text and "VK_ICD_FILENAMES is /nonexistent/driver.json" in text
+
+
+@pytest.mark.slow
+def test_ppo_learns_to_push_the_cube_from_state(tmp_path):
+    from embodied_rl.config import load_recipe
+    from embodied_rl.train import run
+
+    finished = run(load_recipe("pushcube_ppo", [f"log.folder={tmp_path}", "log.progress=false", "evaluate.videos=0"]).recipe)
+    summary = json.loads((finished.folder / "evaluation.json").read_text())["summary"]
+    assert summary["overall"]["success_once"]["rate"] > 0.8
