@@ -22,10 +22,10 @@ def model(tmp_path_factory):
 
 def recipe(model, **changes):
     """One-digit sums whose last number counts: random replies are right now and then, so that groups have contrast."""
-    text = {"type": "text", "model": model, "tasks": [{"task": "arithmetic", "digits": [1, 1], "answer": "last_number"}], "max_context": 80, "max_reply": 3}
+    text = {"type": "text", "model": model, "tasks": [{"task": "arithmetic", "digits": [1, 1], "answer": "last_number"}], "max_context": 80, "max_reply": 2}
     data = {
         "env": text, "policy": {"type": "causal_lm", "model": model, "logp": "decoder"},
-        "algorithm": {"type": "grpo", "update": UPDATE}, "collect": {"mode": "episodes", "group_size": 8, "copies": 64, "decisions": 1},
+        "algorithm": {"type": "grpo", "update": UPDATE}, "collect": {"mode": "episodes", "group_size": 8, "copies": 256, "decisions": 1},
     }  # fmt: skip
     return lab.recipe(updates=2, **lab.lay(data, changes))
 
