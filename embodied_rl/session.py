@@ -226,6 +226,8 @@ class Session(Saved):
                 load_weights(policy, stored_weights(recipe.start_from), recipe.start_from, fresh_critic=True)
             loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))
             patience, own = recipe.train.max_bad_updates, algorithm.self_imitation.coef > 0
+            if own and (imitates := getattr(policy, "imitates", None)) is not None:
+                imitates()
             updater = Updater(
                 policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience,
                 own=algorithm.self_imitation if own else None,

@@ -231,7 +231,11 @@ class Hinting(Protocol):
 
 @runtime_checkable
 class Imitator(Protocol):
-    """What a policy offers beside `Policy` when it can learn from demonstrations."""
+    """What a policy offers beside `Policy` when it can learn from demonstrations.
+
+    It may also have `imitates() -> None`, called before reinforcement learning with self-imitation: what only the
+    imitation loss reads becomes trainable.
+    """
 
     chunk: int
 

@@ -311,7 +311,7 @@ class Foresight(nn.Module):
     Those of the moment are best kept from it: late in a demonstration where the hand is tells where it ends, and a
     prediction that follows the hand instead of the picture goes astray with the hand.
 
-    Only imitation trains it; a policy gradient is none of its business and carries it along unchanged.
+    Only imitation trains it; it is frozen until then, so that a policy gradient alone carries it along unchanged.
     """
 
     mean: Tensor
@@ -325,11 +325,13 @@ class Foresight(nn.Module):
         self.hidden, self.head = nn.Linear(sight, width), nn.Linear(width, size)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
+        self.requires_grad_(False)
 
     def fit(self, statistics: dict[str, dict[str, Tensor]]) -> None:
-        """Take over mean and std of each entry."""
+        """Take over mean and std of each entry, and become trainable."""
         self.mean.copy_(torch.cat([statistics[name]["mean"] for name in self.names]))
         self.std.copy_(torch.cat([statistics[name]["std"] for name in self.names]).clamp(min=0.01))
+        self.requires_grad_(True)
 
     def loss(self, sight: Tensor, last: Obs) -> Tensor:
         """[N] mean Huber loss of the error in standard deviations, times 2: squared up to 1, then linear.

@@ -44,6 +44,11 @@ class VlaPolicy(nn.Module):
         """Prepare to foresee where demonstrations end."""
         self.trunk.fit_vectors(statistics)
 
+    def imitates(self) -> None:
+        """Let own successes train what only the imitation loss reads, too."""
+        if self.trunk.foresight is not None:
+            self.trunk.foresight.requires_grad_(True)
+
     def estimate(self, summary: Tensor, obs: Obs, n: int) -> Tensor | None:
         """[n] what the critic says while acting; None without a critic, or where it cannot see."""
         return None if self.critic is None or self.critic.blind(obs) else self.critic(summary, obs)[0][:n]

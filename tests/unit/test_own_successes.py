@@ -233,6 +233,15 @@ def test_an_update_brings_the_policy_nearer_to_what_succeeded(head):
     assert falls[1] > 0.05 and falls[1] > 3 * abs(falls[0])
 
 
+@pytest.mark.parametrize("coef", [0.0, 1.0])
+def test_what_only_imitation_reads_is_trained_where_there_is_imitation(coef):
+    s = session(self_imitation={"coef": coef})
+    before = s.policy.trunk.foresight.head.weight.clone()
+    for _ in range(2):
+        s.iterate(Clock())
+    assert torch.equal(before, s.policy.trunk.foresight.head.weight) == (coef == 0)
+
+
 def build(env, **algorithm):
     """A run of the mlp policy in one of the tests' toys."""
     return Session.build(build_recipe({
