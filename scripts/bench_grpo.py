@@ -7,8 +7,8 @@ One step is 8 questions x 8 samples of at most 32 new tokens at temperature 1, o
 reference model: "What is A + B? Answer with just the number." with two-digit numbers. Both sides ask questions of one kind of
 SmolLM2-135M-Instruct (models/smollm2; see scripts/get_smollm2.py). A reply is paid by a hash of its text, so that every
 group has contrast and no row can be left out, and the step size is so small that replies stay as long as they were.
-TRL runs in its own best settings (micro-batches of 8; float32, bfloat16 weights) when it is installed
-(`pip install -e '.[trl]'`); otherwise only ours is measured. The first step warms up and does not count.
+TRL runs with micro-batches of 8, its best here, when it is installed (`pip install -e '.[trl]'`); otherwise only ours is
+measured. Both are in float32; `--dtypes float32 bfloat16` adds bfloat16 weights where the CPU multiplies them. The first step warms up and does not count.
 """
 
 from __future__ import annotations
