@@ -306,7 +306,8 @@ def test_closing_ends_every_process_and_leaves_no_descriptor(make):
 
 
 ENGINE = """
-import os, sys, time, torch
+import os, signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 from embodied_rl import registry
 m = registry.load("env", "isolated")
 settings = {{"trouble": {{"what": "{what}", "at": 1}}}}
