@@ -130,7 +130,7 @@ class EpisodeLine:
     length: int
     """Frames."""
     tasks: tuple[str, ...]
-    """Its instructions; our own sets have exactly one per episode."""
+    """Its instructions; more than one where frames differ in theirs."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Attempt number, start seed, name of the env's task and success; empty in sets made elsewhere."""
 

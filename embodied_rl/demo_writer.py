@@ -50,8 +50,8 @@ class Packed:
 
     columns: dict[str, pa.Array]
     stats: dict[str, Any]
-    length: int
-    instruction: str
+    instructions: list[str]
+    """Of each frame; mostly all the same."""
     extra: dict[str, Any]
 
 
@@ -112,28 +112,28 @@ class DemoWriter:
 
     def append(self, packed: Packed) -> None:
         """Write one episode; when this returns it survives a kill and a loss of power."""
-        index, t, new = len(self.lines), packed.length, packed.instruction not in self._tasks
-        task = self._tasks.setdefault(packed.instruction, len(self._tasks))
+        index, t, known = len(self.lines), len(packed.instructions), len(self._tasks)
+        numbers = [self._tasks.setdefault(text, len(self._tasks)) for text in packed.instructions]
         steps = np.arange(t)
         counted: dict[str, np.ndarray] = {
             "timestamp": (steps / self._fps).astype(np.float32),
             "frame_index": steps,
             "episode_index": np.full(t, index),
             "index": self._frames + steps,
-            "task_index": np.full(t, task),
+            "task_index": np.array(numbers),
         }
         columns = packed.columns | {k: to_arrow(v, self.features[k]) for k, v in counted.items()}
         stats = packed.stats | episode_statistics(counted, self.features)
         table = pa.table([columns[name] for name in self.features], schema=arrow_schema(self.features))
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        line = EpisodeLine(index, t, (packed.instruction,), packed.extra)
+        line = EpisodeLine(index, t, tuple(dict.fromkeys(packed.instructions)), packed.extra)
         with writable(self.folder):
             path = self._path(index)
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, buffer.getvalue().to_pybytes())
-            if new:
-                append_line(self.folder / TASKS, {"task_index": task, "task": packed.instruction})
+            for text in list(self._tasks)[known:]:
+                append_line(self.folder / TASKS, {"task_index": self._tasks[text], "task": text})
             append_line(self.folder / EPISODE_STATS, {"episode_index": index, "stats": stats})
             append_line(self.folder / EPISODES, _row(line))
         self.lines.append(line)

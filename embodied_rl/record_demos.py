@@ -300,11 +300,11 @@ class _Tape:
         active = torch.ones(b, dtype=torch.bool, device=device)
         obs = env.reset(active.clone(), self.seeds.to(device), tasks.to(device))
         expert.reset(active.clone())
-        say = getattr(env, "instructions", None)
-        self.texts: list[str] = say() if say is not None else [spec.tasks[i] for i in tasks.tolist()]
+        say = getattr(env, "instructions", None) or (lambda: [spec.tasks[i] for i in tasks.tolist()])
         self.length = np.zeros(b, np.int64)
         self.solved = np.zeros(b, bool)
         self._frames: list[dict[str, np.ndarray]] = []
+        self._texts: list[list[str]] = []
         while bool(active.any()):
             if len(self._frames) >= LONGEST:
                 raise CapabilityError(
@@ -313,6 +313,7 @@ class _Tape:
                 )
             seen = env.observe() if spec.on_demand else obs
             check_observation(seen, spec, start=not self._frames)
+            self._texts.append(say())
             frame = _to_numpy({feature_of(entry, spec.observation[entry])[0]: x for entry, x in seen.items()})
             wanted = expert.act().clamp(-1, 1)
             executed = (wanted + disturbance.draw().to(device)).clamp(-1, 1)
@@ -328,10 +329,10 @@ class _Tape:
 
     def pack(self, copy: int, features: dict[str, Feature], task: str) -> Packed:
         """One attempt, encoded; DemonstrationError when it holds what cannot be stored."""
-        attempt, length, text = self.attempts[copy], int(self.length[copy]), self.texts[copy]
+        attempt, length = self.attempts[copy], int(self.length[copy])
+        texts = [said[copy] for said in self._texts[:length]]
         where = f"attempt {attempt} (task '{task}')"
-        problem = instruction_problem(text)
-        if problem:
+        for problem in filter(None, map(instruction_problem, dict.fromkeys(texts))):
             raise DemonstrationError(f"{where}: {problem}; mend the env's instructions(); what is recorded is kept")
         columns = {}
         for name, feature in features.items():
@@ -346,7 +347,7 @@ class _Tape:
             "success": bool(self.solved[copy]),
         }
         arrays = {name: to_arrow(values, features[name]) for name, values in columns.items()}
-        return Packed(arrays, episode_statistics(columns, features), length, text, extra)
+        return Packed(arrays, episode_statistics(columns, features), texts, extra)
 
 
 def _disturbed(expert: Expert, size: int) -> Tensor:

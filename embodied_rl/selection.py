@@ -14,6 +14,9 @@ from embodied_rl.types import Rollout
 CLEARED = ("valid", "mask", "reward", "steps", "terminated", "truncated", "invalid")
 """Fields that are zero beyond the end of a rollout; the others repeat their last row."""
 
+LISTED = ("constants", "finished", "final_obs")
+"""Fields with one row per episode instead of [T, B]."""
+
 
 def until_success(rollout: Rollout) -> Rollout:
     """The rollout as if every episode had ended with the decision in which its goal first held.
@@ -130,27 +133,29 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
         rollouts: [T_i, B_i] each, by one policy.
 
     Returns:
-        rollout: [max T_i, sum B_i]; episodes, groups and `finished["copy"]` are renumbered, decisions beyond the end
-            of a shorter rollout are not valid.
+        rollout: [max T_i, sum B_i]; episodes, groups, rows of `final_obs` and `finished["copy"]` are renumbered,
+            decisions beyond the end of a shorter rollout are not valid.
     """
     if len(rollouts) == 1:
         return rollouts[0]
     longest = max(len(r.reward) for r in rollouts)
     parts: list[Rollout] = []
-    episodes = groups = copies = 0
+    episodes = groups = copies = ends = 0
     for r in rollouts:
         r = _extended(r, longest)
         finished = dict(r.finished)
         if finished:
             finished["copy"] = finished["copy"] + copies
-        parts.append(replace(r, episode=r.episode + episodes, group=r.group + groups, finished=finished))
+        final = None if r.final is None else torch.where(r.final < 0, r.final, r.final + ends)
+        parts.append(replace(r, episode=r.episode + episodes, group=r.group + groups, finished=finished, final=final))
         # One row of constants per episode, also of one that was begun after the last decision.
         episodes += max([int(r.episode.max()) + 1, *(len(x) for x in r.constants.values())])
         groups += int(r.group.max()) + 1
         copies += r.reward.shape[1]
+        ends += max([0, *(len(x) for x in r.final_obs.values())])
     joined = {
         name: _side_by_side([getattr(r, name) for r in parts], axis)
-        for name, axis in [(f.name, 0 if f.name in ("constants", "finished") else 1) for f in fields(Rollout)]
+        for name, axis in [(f.name, 0 if f.name in LISTED else 1) for f in fields(Rollout)]
         if name not in ("chunk", "metrics")
     }
     return Rollout(**joined, chunk=parts[0].chunk, metrics=_added([r.metrics for r in parts]))

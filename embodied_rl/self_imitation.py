@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from embodied_rl.section import Section
@@ -29,6 +29,12 @@ class SelfImitation(Section):
     """Weight of the imitation loss of decisions in solved episodes, beside the method's own loss; 0 leaves it out."""
     rows: int = Field(64, ge=1)
     """Decisions of solved episodes in each optimizer step; more cost more time and are less noisy."""
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> SelfImitation:
+        if not self.coef and self.rows != type(self).model_fields["rows"].default:
+            raise ValueError(f"rows ({self.rows}) does nothing with coef (0): remove it, or set coef above 0")
+        return self
 
 
 @dataclass

@@ -66,7 +66,7 @@ class Update(Section):
     lr_schedule: Literal["constant", "linear", "adaptive_kl"] = "constant"
     """linear: to 0 at the end of training; adaptive_kl: divided or multiplied by 1.5 to keep the KL near target_kl."""
     lr_warmup: int = Field(0, ge=0)
-    """Updates in which the step size rises to its full value. Adam's first steps are as long as any later one, whatever
+    """Updates in which the step size rises to its full value, once more after critic_warmup. Adam's first steps are as long as any later one, whatever
     the gradient, and a policy that begins with skills loses some of them there."""
     target_kl: float | None = Field(None, gt=0)
     """KL(old || new) of an epoch; above 1.5 times this the remaining epochs are skipped (adaptive_kl steers to it)."""
@@ -78,8 +78,8 @@ class Update(Section):
     """Decoupled weight decay (AdamW)."""
 
     critic_warmup: int = Field(0, ge=0)
-    """Updates at the start in which advantages count as 0, so that only the critic learns: it knows nothing yet of a
-    policy that begins with skills."""
+    """Updates at the start in which advantages count as 0, so that the critic (and self_imitation) learns and the
+    objective waits: the critic knows nothing yet of a policy that begins with skills."""
     logp_gap: LogpGap = LogpGap()
 
     @model_validator(mode="after")
@@ -164,7 +164,9 @@ class Updater:
         """
         c = self.config
         if c.lr_schedule != "adaptive_kl":
-            rise = min(1.0, (self.version + 1) / max(1, c.lr_warmup))
+            # The policy's own first steps come after the critic's warm-up: the ramp begins anew there.
+            made = self.version - c.critic_warmup * (self.version >= c.critic_warmup)
+            rise = min(1.0, (made + 1) / max(1, c.lr_warmup))
             self.lr = c.lr * rise * (1 - progress if c.lr_schedule == "linear" else 1.0)
         metrics = Partials()
         metrics.maximum("sync/policy_lag_max", float(self.version - rollout.policy_version.min()))

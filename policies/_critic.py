@@ -45,6 +45,8 @@ class ValueHead(Section):
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> ValueHead:
+        if self.kind == "none" and self.reads == "privileged":
+            raise ValueError("reads (privileged) does nothing with kind (none): remove it, or set kind: scalar")
         if self.detach and self.reads == "privileged":
             raise ValueError(
                 "detach (true) does nothing with reads (privileged), which shares nothing with the trunk: remove it"

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 
 from embodied_rl.envs.tabletop.env import TabletopEnv
-from embodied_rl.envs.tabletop.instructions import Sentences
+from embodied_rl.envs.tabletop.instructions import NAMES, Name, Sentences
 from embodied_rl.envs.tabletop.physics import NativePhysics, Physics
 from embodied_rl.envs.tabletop.pictures import Pictures
 from embodied_rl.envs.tabletop.scene import CAMERAS, Scene, build_scene
@@ -20,6 +20,8 @@ from embodied_rl.envs.tabletop.tasks import TASKS
 from embodied_rl.errors import nearest
 from embodied_rl.section import Section
 from embodied_rl.types import Split
+
+Pixels = Annotated[int, Field(ge=8, le=512)]
 
 __all__ = ["Config", "TabletopEnv", "build"]
 
@@ -42,16 +44,23 @@ class Config(Section):
     observation: Literal["state", "pictures"] = "state"
     """state: positions of everything; pictures: what cameras see, beside the robot's own state and the words."""
     cameras: tuple[str, ...] = ("table", "wrist")
-    """Cameras of observation: pictures; any of front, overhead, table, wrist. On a CPU a picture of each costs as
+    """Cameras of observation: pictures; any of front, overhead, table, close, wrist; close shows what table
+    does in two thirds of the height, for pictures of 2 rows to 3 columns. On a CPU a picture of each costs as
     much as some ten control steps."""
-    picture_size: int = Field(64, ge=8, le=512)
-    """Rows and columns of each picture in pixels."""
+    picture_size: Pixels | tuple[Pixels, Pixels] = 64
+    """Rows and columns of each picture in pixels; one number for both, or two."""
     privileged: bool = False
     """observation: pictures; also show what the simulator knows, for a critic (policy.critic.reads: privileged). What
     chooses actions does not get it."""
     evaluation_sentences: Sentences = "heldout"
     """heldout: evaluation starts are told in sentences that training never uses; training: in sentences of training.
     The layouts are the same, so the two can be compared in pairs (see evaluate.suites)."""
+    names: tuple[Name, ...] = Field(NAMES, min_length=1)
+    """How instructions name objects, chosen at each start: color ("the red object"), shape ("the cube"), both ("the
+    red cube")."""
+    rephrase: bool = False
+    """In training, say the instruction in other words of the same meaning at each control step: demonstrations then
+    tell one scene in as many ways as they have frames."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of the native engine; null takes every core this process may use."""
 
@@ -84,6 +93,13 @@ class Config(Section):
             )
         return self
 
+    @field_validator("names")
+    @classmethod
+    def _each_once(cls, names: tuple[Name, ...]) -> tuple[Name, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"names {list(names)}: each once")
+        return names
+
     @field_validator("tasks")
     @classmethod
     def _known(cls, tasks: list[str]) -> list[str]:
@@ -112,7 +128,9 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
     physics = _physics(config, scene, num_envs, device)
     pictures = None
     if config.observation == "pictures":
-        pictures = Pictures(scene, num_envs, config.cameras, config.picture_size, physics.device)
+        size = config.picture_size
+        shape = (size, size) if isinstance(size, int) else size
+        pictures = Pictures(scene, num_envs, config.cameras, shape, physics.device)
     return TabletopEnv(
         scene,
         physics,
@@ -124,6 +142,8 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         pictures=pictures,
         privileged=config.privileged,
         evaluation_sentences=config.evaluation_sentences,
+        names=config.names,
+        rephrase=config.rephrase,
     )
 
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from embodied_rl.envs.tabletop.control import PoseController
+from embodied_rl.envs.tabletop.instructions import NAMES, encode
 from embodied_rl.envs.tabletop.kinematics import ArmKinematics
-from embodied_rl.envs.tabletop.layout import draw_starts
+from embodied_rl.envs.tabletop.layout import draw_starts, rephrase
 from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
 from embodied_rl.envs.tabletop.physics import Physics
 from embodied_rl.envs.tabletop.pictures import told, told_spec
 from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
 from embodied_rl.errors import CheckpointError, NotFoundError, nearest
+from embodied_rl.seeding import split_of
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
 if TYPE_CHECKING:
     from embodied_rl.envs.tabletop.camera import BatchCamera
     from embodied_rl.envs.tabletop.expert import Expert
-    from embodied_rl.envs.tabletop.instructions import Sentences
+    from embodied_rl.envs.tabletop.instructions import Name, Sentences
     from embodied_rl.envs.tabletop.pictures import Pictures
 
 ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))
@@ -54,6 +57,8 @@ class TabletopEnv:
         pictures: Pictures | None = None,
         privileged: bool = False,
         evaluation_sentences: Sentences = "heldout",
+        names: Sequence[Name] = NAMES,
+        rephrase: bool = False,
     ) -> None:
         """Wire the parts; use `build` to make one from a config."""
         num_envs, inner = physics.num_envs, physics.device
@@ -62,6 +67,8 @@ class TabletopEnv:
             meaning = "TCP position (5/m) 3, TCP x and y axes 6, gripper opening -1..1"
             hand = TensorSpec((HAND.stop - HAND.start,), meaning=meaning)
             observation = pictures.specs | {"hand": hand, "instruction": observation["instruction"]}
+        if rephrase:
+            observation["instruction"] = replace(observation["instruction"], constant=False)
         if privileged:
             observation["told"] = told_spec(len(tasks))
         self.scene = scene
@@ -84,7 +91,8 @@ class TabletopEnv:
         self._reward = reward
         self._max_steps = max_steps
         self._end_on_success = end_on_success
-        self._evaluation_sentences = evaluation_sentences
+        self._evaluation_sentences: Sentences = evaluation_sentences
+        self._names, self._rephrase = tuple(names), rephrase
         self.arm = ArmKinematics(scene.model, HOME, physics.qpos)
         self.controller = PoseController(self.arm)
         self.episode = Episode.empty(num_envs, inner)
@@ -118,6 +126,8 @@ class TabletopEnv:
             self.arm.forward()
             judged = judge(self._tasks, self.episode.task, self.view())
         self._steps += 1 if active is None else active
+        if self._rephrase:
+            self._say_anew(active)
         if self._pictures is not None:
             self._pictures.forget(active)
         # Reward and success leave as ordinary tensors, which anyone may change or save for a backward pass.
@@ -241,12 +251,33 @@ class TabletopEnv:
         poses = self.object_poses()
         return poses[torch.arange(len(poses), device=poses.device), self.episode.a].float()
 
+    def _say_anew(self, active: Tensor | None) -> None:
+        """Put the instructions of the active copies [B] into other words; those of evaluation starts stay."""
+        episode = self.episode
+        training = ~split_of(episode.seed)
+        rows = (training if active is None else training & active).nonzero()[:, 0]
+        columns = (episode.task, episode.seed, self._steps, episode.a, episode.b, episode.relation)
+        told = zip(*(x[rows].tolist() for x in columns), strict=True)
+        texts = [
+            rephrase(self._tasks[task], *numbers, colors, self._names)
+            for (task, *numbers), colors in zip(told, episode.colors[rows].cpu().numpy(), strict=True)
+        ]
+        if texts:
+            episode.words[rows] = torch.tensor([encode(text) for text in texts], device=rows.device)
+            self._observer.begin()
+        for row, text in zip(rows.tolist(), texts, strict=True):
+            self._texts[row] = text
+
     def _start(self, rows: list[int], seeds: list[int], tasks: list[int]) -> None:
         scene, inner = self.scene, self.physics.device
         picked = [tasks[row] for row in rows]
         chosen = [seeds[row] for row in rows]
         starts = draw_starts(
-            scene, [self._tasks[task] for task in picked], chosen, evaluation_sentences=self._evaluation_sentences
+            scene,
+            [self._tasks[task] for task in picked],
+            chosen,
+            evaluation_sentences=self._evaluation_sentences,
+            names=self._names,
         )
         index = torch.tensor(rows, device=inner)
         mask = torch.zeros(self.spec.num_envs, dtype=torch.bool, device=inner)

@@ -8,6 +8,7 @@ whose embedding is untrained: the policy then has to rely on the other words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -24,6 +25,10 @@ __all__ = ["MAX_WORDS", "TEMPLATES", "WORD_IDS", "Sentences", "describe", "encod
 
 Sentences = Literal["heldout", "training"]
 """Whose templates evaluation starts use: their own, which training never sees, or those of training."""
+
+Name = Literal["color", "shape", "both"]
+"""How an instruction names an object."""
+NAMES: tuple[Name, ...] = ("color", "shape", "both")
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 
@@ -180,19 +185,20 @@ TEMPLATES: dict[str, dict[Split, tuple[str, ...]]] = {
 }
 
 
-def describe(slot: int, colors: np.ndarray, u: float) -> str:
-    """Name one object by its colour, its shape or both; each names it alone among the objects present.
+def describe(slot: int, colors: np.ndarray, names: Sequence[Name], u: float) -> str:
+    """Name one object by its colour, its shape or both; each picks it out among the objects present.
 
     Args:
         slot: Which object.
         colors: [M] index into COLORS of each object, all different.
+        names: Ways to choose from.
         u: Number in [0, 1) that decides which.
 
     Returns:
-        noun: "red object", "cube" or "red cube".
+        noun: "red object" (color), "cube" (shape) or "red cube" (both).
     """
     color, shape = COLORS[colors[slot]], SHAPES[slot]
-    return (f"{color} object", shape, f"{color} {shape}")[int(3 * u)]
+    return {"color": f"{color} object", "shape": shape, "both": f"{color} {shape}"}[names[int(len(names) * u)]]
 
 
 def write_instruction(wording: str, split: Split, a: str, b: str, u: float) -> str:

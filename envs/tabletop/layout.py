@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from embodied_rl.envs.tabletop.instructions import Sentences, describe, encode, write_instruction
+from embodied_rl.envs.tabletop.instructions import NAMES, Name, Sentences, describe, encode, write_instruction
 from embodied_rl.envs.tabletop.scene import FINGER_MAX, HALF_SIZE, HIDDEN, HOME, SHAPES, Scene
 from embodied_rl.envs.tabletop.tasks import Task
 from embodied_rl.seeding import numpy_rng
@@ -57,7 +58,12 @@ class Starts:
 
 
 def draw_starts(
-    scene: Scene, tasks: list[Task], seeds: list[int], *, evaluation_sentences: Sentences = "heldout"
+    scene: Scene,
+    tasks: list[Task],
+    seeds: list[int],
+    *,
+    evaluation_sentences: Sentences = "heldout",
+    names: Sequence[Name] = NAMES,
 ) -> Starts:
     """Draw starts; each depends on its own seed and task only, so equal ones are equal bit for bit.
 
@@ -66,6 +72,7 @@ def draw_starts(
         tasks: R tasks.
         seeds: R start seeds; odd for evaluation (see `embodied_rl.seeding`).
         evaluation_sentences: Where evaluation starts take their sentences from; all else about them is the same.
+        names: How objects may be named.
 
     Returns:
         starts: Objects at least SEPARATION apart, at rest.
@@ -80,8 +87,8 @@ def draw_starts(
         write_instruction(
             task.wordings[relation[i]],
             "eval" if evaluation_sentences == "heldout" and seeds[i] & 1 else "train",
-            describe(int(a[i]), colors[i], u[i, 10]),
-            describe(int(b[i]), colors[i], u[i, 11]),
+            describe(int(a[i]), colors[i], names, u[i, 10]),
+            describe(int(b[i]), colors[i], names, u[i, 11]),
             u[i, 12],
         )
         for i, task in enumerate(tasks)
@@ -102,6 +109,29 @@ def draw_starts(
         words=np.array([encode(text) for text in texts]),
         texts=texts,
     )
+
+
+def rephrase(
+    task: Task, seed: int, step: int, a: int, b: int, relation: int, colors: np.ndarray, names: Sequence[Name]
+) -> str:
+    """The same instruction in other words of training, drawn from the start's seed and the control step.
+
+    Args:
+        task: Of the copy.
+        seed: Start seed.
+        step: Control steps since the start.
+        a: Slot of the object meant.
+        b: Slot of the second object.
+        relation: Index into the task's wordings.
+        colors: [M] index into COLORS.
+        names: How objects may be named.
+
+    Returns:
+        text: It asks for what the start's own sentence asks for.
+    """
+    u = numpy_rng(seed, f"tabletop/words/{step}").random(3)
+    nouns = describe(a, colors, names, u[0]), describe(b, colors, names, u[1])
+    return write_instruction(task.wordings[relation], "train", *nouns, u[2])
 
 
 def _positions(scene: Scene, u: np.ndarray, places: np.ndarray, drawer: np.ndarray) -> np.ndarray:

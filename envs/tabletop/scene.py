@@ -45,7 +45,7 @@ DRAWER_MAX = 0.14
 HANDLE_OFFSET = np.array([-0.055, 0.0, 0.055])
 """Middle of the handle bar relative to CABINET_FRONT while the drawer is closed, m."""
 
-CAMERAS = ("front", "overhead", "table", "wrist")
+CAMERAS = ("front", "overhead", "table", "close", "wrist")
 GOAL_RADIUS = 0.05
 HIDDEN = np.array([0.0, 0.0, -1.0])
 """Where the goal marker waits in tasks that have no marked goal, m."""
@@ -216,6 +216,8 @@ def _cameras() -> str:
         _look_at("front", (0.70, 0.36, 0.56), (-0.02, -0.09, 0.11), 48, (0, 0, 1))
         + _look_at("overhead", (0.38, -0.07, 0.92), (-0.03, -0.07, 0.03), 46, (0, 0, 1))
         + _look_at("table", (0.52, 0.055, 0.50), (0.01, 0.055, 0.01), 34, (0, 0, 1))
+        # As wide as the table camera's in pictures of 2 rows to 3 columns; above and below there is nothing to see.
+        + _look_at("close", (0.52, 0.055, 0.50), (0.01, 0.055, 0.015), 23, (0, 0, 1))
     )
 
 

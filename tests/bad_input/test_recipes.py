@@ -203,6 +203,16 @@ ROWS = {
         "my.yaml:2: algorithm.update: lr_warmup (5) does nothing with lr_schedule (adaptive_kl), which finds the step size "
         "itself: remove it, or set lr_schedule: constant",
     ),
+    "a critic that reads and is not there": (
+        "policy: {type: tiny_vla_flow, critic: {kind: none, reads: privileged}}",
+        [],
+        "my.yaml:2: policy.critic: reads (privileged) does nothing with kind (none): remove it, or set kind: scalar",
+    ),
+    "successes that nobody imitates": (
+        "algorithm: {self_imitation: {rows: 128}}",
+        [],
+        "my.yaml:2: algorithm.self_imitation: rows (128) does nothing with coef (0): remove it, or set coef above 0",
+    ),
 }
 
 

@@ -81,6 +81,11 @@ def test_the_step_rises_over_the_updates_of_its_warm_up_and_then_follows_its_sch
     assert [step_size(updater, p) for p in (0.0, 0.5, 0.75)] == pytest.approx([5e-4, 5e-4, 2.5e-4])
 
 
+def test_the_step_rises_once_more_when_the_critic_has_warmed_up():
+    _, updater = build(lr=1e-3, lr_warmup=2, critic_warmup=3)
+    assert [step_size(updater, 0.0) for _ in range(6)] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4, 1e-3, 1e-3])
+
+
 def test_the_adaptive_step_shrinks_when_the_policy_moves_too_far_and_grows_when_it_hardly_moves():
     # One change by 1.5 after each of the 2 epochs.
     _, updater = build(lr=1e-3, epochs=2, lr_schedule="adaptive_kl", target_kl=1e-9)

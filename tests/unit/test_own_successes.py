@@ -10,6 +10,7 @@ from embodied_rl.config import build_recipe
 from embodied_rl.errors import CapabilityError
 from embodied_rl.measure import Clock
 from embodied_rl.saved import load_weights
+from embodied_rl.selection import join
 from embodied_rl.self_imitation import Successes
 from embodied_rl.session import Session
 from embodied_rl.types import ActionSpec, Rollout, TensorSpec
@@ -204,6 +205,21 @@ def test_decisions_after_the_goal_has_held_are_left_out():
     going_on = replace(r, solved=torch.tensor([[1, 0], [2, 0], [0, 0]]))
     assert Successes.of(going_on).obs["state"].tolist() == [[0.0]]
     assert len(Successes.of(replace(r, solved=torch.zeros(3, 2, dtype=torch.int64)))) == 0
+
+
+def test_side_by_side_every_success_keeps_the_end_of_its_own_episode():
+    longer = replace(rollout(), final_obs={"state": torch.tensor([[200.0], [201.0], [202.0]])})
+    shorter = replace(
+        rollout(), **{k: getattr(rollout(), k)[:2] for k in (
+            "episode", "units", "logp", "mask", "valid", "reward", "steps", "terminated", "truncated", "group", "task",
+            "policy_version", "solved", "action", "final",
+        )}, obs={"state": rollout().obs["state"][:2]}, constants={"goal": torch.tensor([[10.0], [11.0]])},
+        final_obs={"state": torch.tensor([[100.0], [101.0]])},
+    )  # fmt: skip
+    shorter.final[1, 1] = 1
+    own = Successes.of(join([shorter, longer]))
+    ends = sorted(zip(own.obs["state"][:, 0].tolist(), own.last["state"][:, 0].tolist(), strict=True))
+    assert ends == [(0.0, 100.0), (0.0, 200.0), (2.0, 100.0), (2.0, 200.0)]
 
 
 @pytest.mark.parametrize("head", [{}, {"type": "tiny_vla_tokens"}])
