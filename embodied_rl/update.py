@@ -66,8 +66,8 @@ class Update(Section):
     lr_schedule: Literal["constant", "linear", "adaptive_kl"] = "constant"
     """linear: to 0 at the end of training; adaptive_kl: divided or multiplied by 1.5 to keep the KL near target_kl."""
     lr_warmup: int = Field(0, ge=0)
-    """Updates in which the step size rises to its full value, once more after critic_warmup. Adam's first steps are as long as any later one, whatever
-    the gradient, and a policy that begins with skills loses some of them there."""
+    """Updates in which the step size rises to its full value, once more after critic_warmup. Adam's first steps are as
+    long as any later one, whatever the gradient, and a policy that begins with skills loses some of them there."""
     target_kl: float | None = Field(None, gt=0)
     """KL(old || new) of an epoch; above 1.5 times this the remaining epochs are skipped (adaptive_kl steers to it)."""
     max_grad_norm: float = Field(0.5, gt=0)

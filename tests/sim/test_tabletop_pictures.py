@@ -118,11 +118,29 @@ def test_copies_that_have_finished_their_episode_are_not_drawn(monkeypatch):
     env.close()
 
 
+def test_a_wide_picture_shows_objects_larger():
+    """The objects' share of the table camera's columns is the same in the close one, which has more of them."""
+    seen = {}
+    for camera, size in (("table", (64, 64)), ("close", (64, 96))):
+        config = Config(tasks=["lift"], observation="pictures", cameras=(camera,), picture_size=size, threads=1)
+        env = build(config, num_envs=8, device=torch.device("cpu"), split="train", seed=0)
+        index = torch.arange(8)
+        env.reset(torch.ones(8, dtype=torch.bool), start_seeds(0, "train", index, index), 0 * index)
+        picture = env.observe()[camera]
+        assert picture.shape == (8, *size, 3)
+        spread = picture.float().amax(-1) - picture.float().amin(-1)
+        seen[camera] = (spread > 90).sum((1, 2)).float()  # the colours of objects; table, arm and sky are nearly grey
+        env.close()
+    assert float((seen["close"] / seen["table"]).median()) == pytest.approx(1.5**2, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"observation": "pictures", "cameras": ("writs",)}, "camera 'writs' does not exist; did you mean 'wrist'?"),
         ({"observation": "pictures", "cameras": ("wrist", "wrist")}, "name at least one, and each once"),
+        ({"names": ("color", "color")}, "names ['color', 'color']: each once"),
+        ({"observation": "pictures", "picture_size": (64, 4)}, "greater than or equal to 8"),
         ({"picture_size": 32}, "picture_size (32) does nothing with observation (state)"),
     ],
 )

@@ -4,7 +4,9 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
+from embodied_rl.envs.tabletop import Config, build
 from embodied_rl.envs.tabletop.instructions import COLORS, MAX_WORDS, TEMPLATES, WORD_IDS, encode, word_id
 from embodied_rl.envs.tabletop.layout import (
     AREA,
@@ -17,7 +19,7 @@ from embodied_rl.envs.tabletop.layout import (
 )
 from embodied_rl.envs.tabletop.scene import HALF_SIZE, HIDDEN, HOME, SHAPES, build_scene
 from embodied_rl.envs.tabletop.tasks import TASKS
-from embodied_rl.seeding import start_seed
+from embodied_rl.seeding import start_seed, start_seeds
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +180,47 @@ def test_objects_are_named_by_colour_by_shape_and_by_both(scene):
     assert any(re.search(f"({color}) object", t) for t in texts)
     assert any(re.search(f"({color}) ({shape})", t) for t in texts)
     assert any(re.search(f"the ({shape})", t) for t in texts)
+
+
+@pytest.mark.parametrize(("names", "told"), [(("color",), "red object"), (("shape",), "cube"), (("both",), "red cube")])
+def test_objects_are_named_as_asked_for(scene, names, told):
+    seeds = [start_seed(11, "train", 0, i) for i in range(60)]
+    all_names = draw_starts(scene, [TASKS["lift"]] * 60, seeds)
+    starts = draw_starts(scene, [TASKS["lift"]] * 60, seeds, names=names)
+    assert np.array_equal(all_names.qpos, starts.qpos) and np.array_equal(all_names.colors, starts.colors)
+    for text, a, colors in zip(starts.texts, starts.a, starts.colors, strict=True):
+        color, shape = COLORS[colors[a]], SHAPES[a]
+        assert told.replace("red", color).replace("cube", shape) in text
+        assert ("object" in text, color in text, shape in text) == ("color" in names, "shape" not in names, "color" not in names)
+
+
+def test_other_words_ask_for_the_same_and_only_in_training():
+    config = Config(tasks=["push", "place"], rephrase=True, threads=1)
+    for split in ("train", "eval"):
+        envs = [build(config, num_envs=4, device=torch.device("cpu"), split=split, seed=0) for _ in range(2)]
+        seeds, tasks = start_seeds(3, split, torch.zeros(4, dtype=torch.int64), torch.arange(4)), torch.arange(4) % 2
+        said = []
+        for env in envs:
+            env.reset(torch.ones(4, dtype=torch.bool), seeds, tasks)
+        first, start = envs[0].instructions(), envs[0].episode
+        colors, shapes = start.colors[torch.arange(4), start.a].tolist(), start.a.tolist()
+        for t in range(12):
+            active = torch.tensor([True, True, True, t < 6])
+            shown = [env.step(torch.zeros(4, 7), active).obs["instruction"] for env in envs]
+            texts = envs[0].instructions()
+            assert torch.equal(*shown) and texts == envs[1].instructions(), "the same starts, the same words"
+            assert torch.equal(shown[0], torch.tensor([encode(text) for text in texts]))
+            said.append(texts)
+        for copy in range(4):
+            mine = {texts[copy] for texts in said}
+            if split == "eval":
+                assert mine == {first[copy]}
+                continue
+            assert len(mine) > 4
+            assert copy != 3 or len({texts[copy] for texts in said[5:]}) == 1, "it has not moved since"
+            wording = envs[0]._tasks[copy % 2].wordings[int(start.relation[copy])]
+            nouns = (f"{COLORS[colors[copy]]} object", SHAPES[shapes[copy]], f"{COLORS[colors[copy]]} {SHAPES[shapes[copy]]}")
+            heads = [t.split("{b}")[0].format(a=noun) for t in TEMPLATES[wording]["train"] for noun in nouns]
+            assert all(any(text.startswith(head) for head in heads) for text in mine)
+        for env in envs:
+            env.close()

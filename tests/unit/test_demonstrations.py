@@ -20,6 +20,7 @@ from embodied_rl.config import load_component
 from embodied_rl.demo_check import validate
 from embodied_rl.demo_format import DemonstrationError
 from embodied_rl.demonstrations import Demonstrations
+from embodied_rl.envs.tabletop.instructions import encode
 from embodied_rl.errors import CapabilityError
 from embodied_rl.record_demos import CORRELATION, FADE, NOISE, STARTS, Disturbance, collect_demonstrations
 from embodied_rl.seeding import start_seed
@@ -526,3 +527,16 @@ def test_a_small_set_of_the_tabletop(tmp_path):
     demos.require(built.spec)
     assert demos.observation == built.spec.observation
     built.close()
+
+
+def test_frames_of_one_scene_may_be_told_in_different_words(tmp_path):
+    env = load_component("env", "tabletop", ["tasks=[reach,push]", "max_steps=60", "threads=1", "rephrase=true"])
+    collect_demonstrations(env, tmp_path / "demos", 4, copies=2)
+    demos = Demonstrations(tmp_path / "demos")
+    assert validate(demos.folder) == []
+    texts = [json.loads(line)["task"] for line in (demos.folder / "meta/tasks.jsonl").read_text().splitlines()]
+    for line in demos.lines:
+        told = pq.read_table(demos.folder / f"data/chunk-000/episode_{line.index:06d}.parquet")
+        said = [texts[i] for i in told["task_index"].to_pylist()]
+        assert told["observation.instruction"].to_pylist() == [list(encode(text)) for text in said]
+        assert tuple(dict.fromkeys(said)) == line.tasks and len(line.tasks) > 4
