@@ -34,8 +34,32 @@ class Config(TrunkConfig):
     """parallel: all tokens at once, a few times faster; autoregressive: each token sees those before it."""
     bins: int = Field(256, ge=2)
     """Classes per action dimension."""
+    smoothing: float = Field(0.0, ge=0)
+    """Imitation: standard deviation in bins of a Gaussian around the demonstrated number, whose mass in each bin is the
+    target; the likeliest bin is then near the middle of what was demonstrated, not the highest of many narrow peaks. 0:
+    the one bin it falls into."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits while sampling and in every log-probability; greedy evaluation does not depend on it."""
+
+
+def gaussian_classes(place: Tensor, bins: int, std: float) -> Tensor:
+    """Mass of a Gaussian in each bin; what lies beyond the edges belongs to the outermost bins.
+
+    p_k = Phi((k + 1 - x) / std) - Phi((k - x) / std), with edges 0 and K at minus and plus infinity
+
+    Args:
+        place: [N] x in [0, K], in bins.
+        bins: K.
+        std: In bins.
+
+    Returns:
+        target: [N, K], rows sum to 1.
+
+    Source: Imani & White 2018 (HL-Gaussian, arXiv:1806.04613), there for returns.
+    """
+    edges = (torch.arange(1, bins, device=place.device) - place.unsqueeze(-1)) / std
+    inside = torch.special.ndtr(edges)
+    return F.pad(inside, (0, 1), value=1.0) - F.pad(inside, (1, 0), value=0.0)
 
 
 class TokenPolicy(VlaPolicy):
@@ -100,12 +124,14 @@ class TokenPolicy(VlaPolicy):
         """Cross-entropy of the demonstrated tokens, mean over the dimensions, and foresight: [N, C]."""
         del generator  # nothing is drawn
         obs, n = padded(obs)
-        bins = self.config.bins
+        bins, std = self.config.bins, self.config.smoothing
         # A class is (u + 1) / 2 * bins, rounded down; the range's upper edge belongs to the last.
-        units = ((self.scale.normalise(action) + 1) / 2 * bins).long().clamp(0, bins - 1).flatten(1)
+        place = (self.scale.normalise(action).clamp(-1, 1) + 1).flatten(1) / 2 * bins
+        units = place.long().clamp(max=bins - 1)
         _, cache, sight = self.trunk.prefix(obs)
-        logits = self._logits(cache, pad_rows(units), temperature=1.0)
-        loss = F.cross_entropy(logits[:n].flatten(0, 1), units.flatten(), reduction="none")
+        logits = self._logits(cache, pad_rows(units), temperature=1.0)[:n].flatten(0, 1)
+        target = gaussian_classes(place.flatten(), bins, std) if std else units.flatten()
+        loss = F.cross_entropy(logits, target, reduction="none")
         return loss.view(n, self.chunk, self.size).mean(-1) + self.trunk.foresight_loss(sight[:n], last)
 
     # ---- inside -------------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ from embodied_rl.envs.tabletop.tasks import View
 
 HOVER, CARRY = 0.10, 0.14
 """m above an object from where it is approached, and height of the TCP while it is carried."""
+GRASP_ABOVE, SLIDE_ABOVE = 0.006, 0.010
+"""m above an object's centre where it is grasped to be pushed, and from its rest while it slides: a hand that imitates
+this is some millimetres off, and fingertips that touch the table do not slide."""
 BESIDE = 0.068
 """m between the centres of two objects placed side by side."""
 LOST = 0.05
@@ -137,9 +140,8 @@ class Expert:
     def _push(self, view: View) -> list[Tensor]:
         # The object lies in the fingers as it was grasped: what goes to the goal is the object, not the TCP.
         there = (view.goal + view.tcp - view.a_position)[:, :2]
-        return [
-            _raised(view.a_position, HOVER), view.a_position, view.a_position, _at(there, view.a_half_height)
-        ]  # fmt: skip
+        high = _raised(view.a_position, GRASP_ABOVE)
+        return [_raised(view.a_position, HOVER), high, high, _at(there, view.a_half_height + SLIDE_ABOVE)]
 
     def _carry(self, view: View) -> list[Tensor]:
         on = (view.relation_on | self._stack[self._env.episode.task])[:, None]
