@@ -24,7 +24,7 @@ demo: $(VENV)/.ready
 demo-state: demo
 
 demo-vla: $(VENV)/.ready
-	$(BIN)/embodied-rl collect tabletop_vla_sft --episodes 2400 --out runs/tabletop_demos
+	$(BIN)/embodied-rl collect tabletop_vla_sft --episodes 1800 --out runs/tabletop_demos
 	@test -e runs/tabletop_vla_sft/summary.json || $(BIN)/embodied-rl train tabletop_vla_sft
 	@name=tabletop_vla; n=2; while test -e runs/$$name; do name=tabletop_vla-$$n; n=$$((n + 1)); done; \
 	$(BIN)/embodied-rl train tabletop_vla name=$$name

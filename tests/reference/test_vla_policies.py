@@ -494,6 +494,28 @@ def test_tokens_imitate_by_the_cross_entropy_of_the_demonstrated_bins(decoding):
         torch.testing.assert_close(loss, expected + torch.tensor(extra, dtype=F64).view(4, 1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_smoothed_tokens_imitate_by_the_cross_entropy_of_a_gaussian(decoding):
+    policy, obs, std = tokens(decoding, foresight=0.0, smoothing=0.8), look(4), 0.8
+    learning(policy)
+    action = shown(4)
+    action[0, 0] = torch.tensor([0.9, -1.0, 0.2])  # the upper edge of the range, the lower one, a constant
+    action[1, 0] = torch.tensor([1.0, 0.6, 0.9])  # outside
+    reach = ((HIGH - LOW) / 2).clamp(min=0.01).double()
+    place = (((action - (LOW + HIGH) / 2) / reach).clamp(-1, 1) + 1) / 2 * 5
+    units = place.floor().clamp(0, 4).long().flatten(1)
+    scores = np.stack([logits_by_hand(policy, row(obs, i), units[i]) for i in range(4)])
+    logits = torch.from_numpy(scores).log_softmax(-1).view(4, C, D, 5)
+    expected = torch.zeros(4, C, dtype=F64)
+    for k in range(5):
+        upper = 1.0 if k == 4 else torch.erf((k + 1 - place) / std / math.sqrt(2)) / 2 + 0.5
+        lower = 0.0 if k == 0 else torch.erf((k - place) / std / math.sqrt(2)) / 2 + 0.5
+        expected -= ((upper - lower) * logits[..., k]).mean(-1)
+    with float64():
+        loss = policy.imitation_loss(obs, action, {}, generator())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("bins", [5, 256])
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_what_a_token_does_is_the_middle_of_what_it_was_taught_for(decoding, bins):
