@@ -236,7 +236,7 @@ class Session(Saved):
                 envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, curriculum=c.curriculum,
                 run_seed=recipe.seed, generator=torch.Generator(device).manual_seed(recipe.seed),
                 keep_final_obs=shaping is not None or own, keep_actions=own,
-                greedy_baseline=algorithm.credit.baseline == "greedy",
+                greedy_baseline=algorithm.credit.baseline == "greedy", budget=c.budget,
             )  # fmt: skip
         except BaseException:
             for env in envs:
@@ -295,6 +295,8 @@ class Session(Saved):
         metrics.merge(gathered)
         metrics.merge(penalised)
         metrics.merge(self.collector.sampler.metrics())
+        if self.collector.budget is not None:
+            metrics.last("rollout/group_size_max", float(torch.bincount(rollout.group[0]).max()))
         metrics.merge_pairs(advantage.metrics)
         busy = sum(clock.seconds.values())
         metrics.last("perf/env_steps_per_s", steps / busy)

@@ -16,7 +16,7 @@ from tests.kit import TOYS
 
 pytestmark = pytest.mark.learning
 SEEDS = (0, 1, 2)
-ON_TOP = {"ead": "grpo", "ghpo": "grpo"}
+ON_TOP = {"ead": "grpo", "ghpo": "grpo", "knapsack": "grpo", "curriculum": "grpo"}
 """Recipes that change how is collected and need a method below them."""
 PARTS = sorted({path.stem for path in (packaged_configs() / "method").glob("*.yaml")} - ON_TOP.keys()) + [*ON_TOP]
 

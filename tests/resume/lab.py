@@ -98,6 +98,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "algorithm": {"type": "grpo"},
         "collect": {"mode": "episodes", "decisions": 1, "group_size": 4, "hints": [0.3, 0.7], "dynamic_sampling": "drop"},
     },
+    "budget": {
+        "env": {"type": str(TOYS / "words.py")},
+        "policy": {"type": str(TOYS / "table.py"), "spread": 0.5},
+        "algorithm": {"type": "grpo"},
+        "collect": {
+            "mode": "episodes", "decisions": 1, "copies": 16, "group_size": 4, "budget": {"high": 8},
+            "curriculum": {"kind": "success", "starts": 6, "window": 4}, "hints": [0.5],
+        },
+    },
     "pendulum": {
         "env": {"type": "gymnasium", "id": "Pendulum-v1", "max_steps": 23},
         "algorithm": {"credit": {"reward_scale": "running_return_std"}},
