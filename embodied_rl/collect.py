@@ -28,7 +28,7 @@ from embodied_rl.observation import check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed
 from embodied_rl.selection import columns
-from embodied_rl.types import Env, EnvSpec, Hinting, Obs, Policy, Rollout, State
+from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Rollout, State
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class Executed:
     """name -> (sum [b], count [b]) over the executed control steps."""
     invalid: Tensor | None = None
     """[b] bool, see `Step.invalid`; None when nothing can fail."""
+    result: Tensor | None = None
+    """[b] int64, see `Step.result`; None when the env has none."""
 
 
 def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
@@ -81,6 +83,7 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
             once = None if success is None else success & mask
             steps = mask.to(torch.int64)
             total = Executed(step.obs, reward, steps, terminated, truncated, once, success, metrics, invalid)
+            total.result = step.result
             if chunk > 1:
                 # An env may reuse its arrays from step to step.
                 total.reward, total.terminated, total.truncated = reward.clone(), terminated.clone(), truncated.clone()
@@ -93,6 +96,8 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
             total.truncated = total.truncated | truncated
             if invalid is not None and total.invalid is not None:
                 total.invalid = total.invalid | invalid
+            if step.result is not None and total.result is not None:
+                total.result = torch.where(mask, step.result, total.result)
             if success is not None and total.success is not None and total.success_once is not None:
                 total.success_once = total.success_once | (success & mask)
                 total.success = torch.where(mask, success, total.success)
@@ -170,7 +175,7 @@ class Collector:
         self, envs: Sequence[Env], policy: Policy, *, decisions: int, mode: Literal["stream", "episodes"] = "stream",
         group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
         generator: torch.Generator | None = None, keep_final_obs: bool = False, keep_actions: bool = False,
-        greedy_baseline: bool = False, budget: Budget | None = None,
+        greedy_baseline: bool = False, budget: Budget | None = None, demonstrated: bool = False,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -187,6 +192,7 @@ class Collector:
             keep_actions: Fill `Rollout.action`, which self-imitation reads.
             greedy_baseline: The first copy of each group takes the policy's mode.
             budget: Copies per start by its success rate; None for `group_size` each.
+            demonstrated: Fill `Rollout.demonstration`.
 
         Raises:
             CapabilityError: Groups on an env that cannot be seeded, or a curriculum without tasks or success.
@@ -216,7 +222,7 @@ class Collector:
         self.num_envs, self.device = start, envs[0].device
         b = self.num_envs
         self.group_of = torch.arange(b) // group_size
-        self.greedy_baseline = greedy_baseline
+        self.greedy_baseline, self.demonstrated = greedy_baseline, demonstrated
         self.starts = torch.zeros(b, dtype=torch.int64)
         self.seed = torch.zeros(b, dtype=torch.int64)
         self.task = torch.zeros(b, dtype=torch.int64)
@@ -276,6 +282,8 @@ class Collector:
             self._restart(everyone, record)
             self._begun = True
         record.open()
+        if self.demonstrated:
+            record.demonstrations([cast(Demonstrating, part.env).demonstrate() for part in self.parts])
         active = (everyone if again is None else again.clone()).to(self.device)
         for part in self.parts:
             if bool(active[part.columns].any()):

@@ -17,7 +17,6 @@ from embodied_rl.section import Section
 from embodied_rl.seeding import numpy_rng, start_seeds
 from embodied_rl.types import EnvSpec, State
 
-
 POOL = -2
 """Stream of the seeds of a limited number of starts; groups have streams from 0 on."""
 

@@ -153,6 +153,11 @@ class CausalLM(nn.Module):
             value = lay(self._judge(seen)) if level == "unit" else self._judge(hidden[packed.last])[group]
         return Evaluation(lay(logp), None if spread is None else lay(spread), value)
 
+    def encode(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Replies [N, 1, A] as units [N, A] and mask: they are the same ids."""
+        units = action[:, 0]
+        return units, units != PAD
+
     def value(self, obs: Obs) -> Tensor:
         """[N] the critic's estimate before the first token of a reply."""
         with torch.no_grad():

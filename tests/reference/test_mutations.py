@@ -107,7 +107,7 @@ MUTATIONS = [
     Mutation("embodied_rl.advantage:unit_gae", "ahead * goes_on[t]", "ahead", "test_unit_credit:test_nothing_flows_back_over_the_end_of_an_episode"),
     Mutation("embodied_rl.advantage:unit_gae", "step = torch.where(acts[t, :, a], one, step)", "pass", "test_unit_credit:test_token_level_gae_across_two_replies"),
     Mutation("embodied_rl.advantage:unit_gae", "acts[..., 0] |= ~mask.any(-1)", "pass", "test_unit_credit:test_a_reply_without_own_tokens_passes_reward_and_time_on"),
-    Mutation("embodied_rl.credit:other_half", "(1 - between) * own", "own", "test_credit:test_canon_by_hand"),
+    Mutation("embodied_rl.credit:other_half", "(1 - between) * (s - own)", "(s - own)", "test_credit:test_canon_by_hand"),
     Mutation("embodied_rl.credit:CreditChain._by_unit", "paid = on_last_unit(reward + penalty.sum(-1), mask) - penalty", "paid = on_last_unit(reward, mask) - penalty",
              "test_unit_credit:test_the_return_to_go_of_a_token_holds_the_penalties_of_itself_and_all_later_ones"),
     Mutation("embodied_rl.credit:CreditChain.__call__", "counts & ~rollout.greedy & ", "counts & ", "test_credit:test_a_greedy_copy_is_the_baseline_of_its_group_and_leaves"),
