@@ -87,6 +87,11 @@ def check_extras(recipe: Recipe, policy: Policy, env: Env) -> None:
         CapabilityError: Says what lacks and what to change.
     """
     algorithm, collect = cast(AlgorithmConfig, recipe.algorithm), recipe.collect
+    if getattr(policy, "samples_for_evaluation", False) and recipe.evaluate.greedy:
+        raise CapabilityError(
+            "policy.evaluation says how evaluation samples, and evaluate.greedy (true) takes the likeliest instead: set "
+            "evaluate.greedy: false, or remove policy.evaluation"
+        )
     guide, replay = algorithm.guide, algorithm.replay
     if collect.hints and not (isinstance(env, Hinting) and env.spec.has_success):
         raise CapabilityError(

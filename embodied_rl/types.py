@@ -223,6 +223,8 @@ class Policy(Protocol):
 
     # A policy may have as well:
     #     pretrained: bool    True when its first weights are worth measuring: a run then evaluates them as well
+    #     evaluating(on: bool) -> None    from here on it is (no longer) played for evaluation, nobody learns from it
+    #     samples_for_evaluation: bool    True when settings of it say how: evaluation must then not be greedy
 
 
 @runtime_checkable

@@ -200,7 +200,8 @@ class TextEnv:
             c.replies.append(self.speech.read(ids))
         answers = self.judges.ask([self._case(c) for _, c in replies.values()])
         for (i, (ids, c)), answer in zip(replies.items(), answers, strict=True):
-            finished = bool(ids) and ids[-1] in self._ends
+            # A policy may end a reply by other means than the id for it, but never beyond the longest.
+            finished = len(ids) < self.config.max_reply or ids[-1] in self._ends
             cost = overlong_cost(len(ids), finished, self.config.max_reply, self.config.overlong)
             score = self._follow(i, c, ids, answer)
             numbers[:, i] = torch.tensor([score, cost, len(ids), not finished, "failed" in answer])
