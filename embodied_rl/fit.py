@@ -89,8 +89,8 @@ def check_extras(recipe: Recipe, policy: Policy, env: Env) -> None:
     algorithm, collect = cast(AlgorithmConfig, recipe.algorithm), recipe.collect
     if getattr(policy, "samples_for_evaluation", False) and recipe.evaluate.greedy:
         raise CapabilityError(
-            "policy.evaluation says how evaluation samples, and evaluate.greedy (true) takes the likeliest instead: set "
-            "evaluate.greedy: false, or remove policy.evaluation"
+            "policy.evaluation says how evaluation samples, and evaluate.greedy (true) takes the likeliest instead: "
+            "set evaluate.greedy: false, or remove policy.evaluation"
         )
     guide, replay = algorithm.guide, algorithm.replay
     if collect.hints and not (isinstance(env, Hinting) and env.spec.has_success):

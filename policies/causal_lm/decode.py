@@ -159,7 +159,7 @@ class Narrowing(NamedTuple):
     """[B] float32, sum of probabilities at which no further token may be drawn; 1 for all."""
 
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Logits [n, V] of these rows [n], -inf where a token may not be drawn; top_k comes first, then top_p of the rest.
+        """Logits [n, V] of these rows [n], -inf where a token may not be drawn: top_k first, then top_p of the rest.
 
         Of equally likely tokens the one of the lower id comes first; the likeliest token always stays.
         """

@@ -108,7 +108,8 @@ class CausalLM(nn.Module):
         exact = self.config.logp == "evaluate" and not self._evaluating
         states = self.has_critic and not exact and not self._evaluating
         with torch.no_grad():
-            written = self.write(context, uniform, states=states, narrow=self._narrowing(b) if self._evaluating else None)
+            narrow = self._narrowing(b) if self._evaluating else None
+            written = self.write(context, uniform, states=states, narrow=narrow)
             units, logp, value = self._forced(written.units), written.logp, None
             if exact:
                 judged = self.evaluate(obs, units, entropy=False)
