@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from embodied_rl.cli import main
-from embodied_rl.policies.causal_lm import model as loading
 from embodied_rl.policies.causal_lm import policy as lm
 from tests.toys.tiny_lm import tiny_lm
 
@@ -93,12 +92,12 @@ def build(config):
 '''
 
 
-def test_a_judge_that_always_dies_ends_the_run(model, tmp_path, capsys):
+def test_a_judge_that_always_dies_ends_the_run(model, tmp_path, capsys, caplog):
     (tmp_path / "wrong.py").write_text(JUDGE.format(does="os._exit(3)", builds="pass"))
     changes = {"env": {"tasks": [str(tmp_path / "wrong.py")]}, "train": {"env_steps": 80, "max_bad_updates": 2}}
     code, told = run(tmp_path, capsys, model, **changes)
     assert code == 2 and "judge or simulator failed in every episode of the last 2 updates" in one_sentence(told)
-    assert "its process died (exit code 3)" in told
+    assert "its process died (exit code 3)" in caplog.text
 
 
 def test_a_judge_that_cannot_be_built_in_its_process(model, tmp_path, capsys):
@@ -117,6 +116,7 @@ def test_vllm_that_is_not_there(model, tmp_path, capsys):
     assert code == 2 and "vLLM cannot be imported there" in one_sentence(told)
 
 
+@pytest.mark.slow
 def test_vllm_of_a_wrong_version(model, tmp_path, capsys, monkeypatch):
     import sys
     from pathlib import Path
@@ -146,6 +146,3 @@ def test_too_little_memory_halves_then_says_what_to_set(model, tmp_path, capsys,
     shutil.rmtree(tmp_path / "r")
     code, told = run(tmp_path, capsys, model)
     assert code == 2 and "not enough memory to write a single reply: lower the env's max_context or length" in one_sentence(told)
-
-
-assert loading

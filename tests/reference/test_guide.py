@@ -92,6 +92,14 @@ def test_what_is_not_known_or_not_better_is_left_out():
     assert guided.shown.advantage.tolist() == [0.0, 0.0, 0.0], "a group that does better than the demonstration does not flee it"
 
 
+def test_void_episodes_set_no_baseline():
+    # The second group: 1 and a void 0, so that its mean is 1 and the demonstration is no better.
+    given = rollout()
+    given.valid[0, 3] = False
+    guided, _, _ = shown(given, kind="importance", starts="all")
+    assert guided.shown.advantage.tolist() == [1.0, 0.0, 1.0]
+
+
 def test_an_update_learns_from_demonstrations_alone():
     # Nobody succeeds, so that the method itself has nothing to learn from.
     changes = {"guide": {"kind": "imitate", "coef": 1.0}, "replay": {"coef": 0.0, "rows": 64, "episodes": 256, "recent": 1024, "ramp": 200}}

@@ -9,10 +9,9 @@ from embodied_rl.evaluate import evaluate
 from embodied_rl.policies.causal_lm import Config
 from embodied_rl.policies.causal_lm.decode import Narrowing, sample
 from embodied_rl.types import PAD
-from tests.unit.test_causal_lm import CPU, contexts, llama, make
+from tests.unit.test_causal_lm import contexts, llama, make
 
 __all__ = ["llama"]
-OFF = float("-inf")
 
 
 def narrowing(*rows):
@@ -140,6 +139,3 @@ def test_settings_that_nothing_uses_are_refused(llama):
     Session.build(build_recipe(recipe | {"evaluate": {"greedy": False}})).close()
     with pytest.raises(ValueError, match=r"stop \(.*\) is of the built-in generator"):
         Config(model="x", stop=("a",), generator={"kind": "vllm", "python": "y"})
-
-
-assert CPU
