@@ -57,7 +57,8 @@ class Majority(RewardModel):
     def judge(self, episodes: Sequence[Episode]) -> Sequence[Tensor | None]:
         """0 in all states of an episode but the last, in which it is the reward."""
         answers: list[Tensor | None] = [None] * len(episodes)
-        share, right = [], []
+        share: list[float] = []
+        right: list[float] = []
         for group in {e.group: None for e in episodes}:
             members = [i for i, e in enumerate(episodes) if e.group == group]
             chosen = winner([_result(episodes[i]) for i in members])

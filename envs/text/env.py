@@ -297,7 +297,7 @@ class TextEnv:
         told = {name: list(row[name]) for name in ("replies", "said")}
         return Conversation(
             row["task"], row["seed"], question, row["context"].tolist(), **told, ending=row["ending"],
-            share=row["share"],
+            share=row.get("share", 0.0),
         )  # fmt: skip
 
     def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
