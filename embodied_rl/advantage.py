@@ -237,11 +237,14 @@ def subtract_baseline(score: Tensor, group: Tensor, valid: Tensor, kind: Baselin
     return torch.where(equal_in_group(score, group, member), torch.zeros_like(score), centred)
 
 
-def other_half(score: Tensor, metric: Tensor, group: Tensor, valid: Tensor, between: float) -> Tensor:
+def other_half(
+    score: Tensor, metric: Tensor, group: Tensor, valid: Tensor, between: float, larger: float = 1.0
+) -> Tensor:
     """Compare each score with the two halves that a metric splits its group into.
 
-    A_i = between (s_i - mean of the other half) + (1 - between)(s_i - mean of the own half), where the halves are those
-    of the smaller and of the larger metric (equal ones by their order; of an odd number the larger half has one more).
+    A_i = between (w_i s_i - w mean of the other half) + (1 - between)(s_i - mean of the own half), where the halves are
+    those of the smaller and of the larger metric (equal ones by their order; of an odd number the larger half has one
+    more), and w is `larger` for scores of the larger half, else 1.
 
     Args:
         score: [T, B].
@@ -249,11 +252,13 @@ def other_half(score: Tensor, metric: Tensor, group: Tensor, valid: Tensor, betw
         group: [B] int64.
         valid: [B] bool, copies that are compared.
         between: mu in [0, 1].
+        larger: alpha; below 1, of two equal scores that of the smaller metric is the better one.
 
     Returns:
-        centred: [T, B], exactly 0 for groups whose scores are all equal, and for copies without company.
+        centred: [T, B], 0 for copies without company and, with `larger` 1, for groups whose scores are all equal.
 
-    Source: Chen et al. 2025 (CANON, arXiv:2509.23962). Differs: no direction is preferred (their alpha is 1).
+    Source: Chen et al. 2025 (CANON, arXiv:2509.23962, eq. 5 with mu and eq. 8 with alpha). Differs: their estimator by
+        length weighs the longer half with alpha, as here, and that by entropy the smaller one.
     """
     centred = torch.zeros_like(score)
     for name in group[valid].unique():
@@ -263,8 +268,12 @@ def other_half(score: Tensor, metric: Tensor, group: Tensor, valid: Tensor, betw
             continue
         halves = ranked[: len(ranked) // 2], ranked[len(ranked) // 2 :]
         means = [score[:, half].mean(1, keepdim=True) for half in halves]
-        for half, own, other in ((halves[0], *means), (halves[1], *reversed(means))):
-            centred[:, half] = score[:, half] - between * other - (1 - between) * own
+        small, large = means
+        for half, own, weight, other in ((halves[0], small, 1.0, larger * large), (halves[1], large, larger, small)):
+            s = score[:, half]
+            centred[:, half] = between * (weight * s - other) + (1 - between) * (s - own)
+    if larger != 1:
+        return centred
     return torch.where(equal_in_group(score, group, valid), torch.zeros_like(score), centred)
 
 

@@ -264,6 +264,13 @@ def check_step(step: Step, env: Env, when: str, rows: Tensor | None = None) -> N
         check_tensor(step.success, (b,), torch.bool, env.device, f"{when}: success")
     else:
         expect(step.success is None, f"{when}: success is given, but spec.has_success is False")
+    if spec.has_results:
+        check_tensor(step.result, (b,), torch.int64, env.device, f"{when}: result")
+        assert step.result is not None
+        low = (step.result < -1) & rows
+        expect(not bool(low.any()), f"{when}: result is below -1 in copies {rows_where(low)}")
+    else:
+        expect(step.result is None, f"{when}: result is given, but spec.has_results is False")
     for name, x in step.metrics.items():
         check_tensor(x, (b,), torch.float32, env.device, f"{when}: metrics['{name}']")
         bad = ~torch.isfinite(x) & rows

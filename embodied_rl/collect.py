@@ -20,14 +20,15 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from embodied_rl.curriculum import Curriculum, TaskSampler
+from embodied_rl.budget import Budget, share_out
+from embodied_rl.curriculum import Curriculum, StartPool, TaskSampler
 from embodied_rl.decide import decide, decide_mixed
 from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
 from embodied_rl.observation import check_observation
 from embodied_rl.record import Record
-from embodied_rl.seeding import start_seed, start_seeds
+from embodied_rl.seeding import start_seed
 from embodied_rl.selection import columns
-from embodied_rl.types import Env, EnvSpec, Hinting, Obs, Policy, Rollout, State
+from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Rollout, State
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class Executed:
     """name -> (sum [b], count [b]) over the executed control steps."""
     invalid: Tensor | None = None
     """[b] bool, see `Step.invalid`; None when nothing can fail."""
+    result: Tensor | None = None
+    """[b] int64, see `Step.result`; None when the env has none."""
 
 
 def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
@@ -80,6 +83,7 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
             once = None if success is None else success & mask
             steps = mask.to(torch.int64)
             total = Executed(step.obs, reward, steps, terminated, truncated, once, success, metrics, invalid)
+            total.result = step.result
             if chunk > 1:
                 # An env may reuse its arrays from step to step.
                 total.reward, total.terminated, total.truncated = reward.clone(), terminated.clone(), truncated.clone()
@@ -92,6 +96,8 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
             total.truncated = total.truncated | truncated
             if invalid is not None and total.invalid is not None:
                 total.invalid = total.invalid | invalid
+            if step.result is not None and total.result is not None:
+                total.result = torch.where(mask, step.result, total.result)
             if success is not None and total.success is not None and total.success_once is not None:
                 total.success_once = total.success_once | (success & mask)
                 total.success = torch.where(mask, success, total.success)
@@ -169,7 +175,7 @@ class Collector:
         self, envs: Sequence[Env], policy: Policy, *, decisions: int, mode: Literal["stream", "episodes"] = "stream",
         group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
         generator: torch.Generator | None = None, keep_final_obs: bool = False, keep_actions: bool = False,
-        greedy_baseline: bool = False,
+        greedy_baseline: bool = False, budget: Budget | None = None, demonstrated: bool = False,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -185,6 +191,8 @@ class Collector:
             keep_final_obs: Fill `Rollout.final_obs`, which reward models and self-imitation read.
             keep_actions: Fill `Rollout.action`, which self-imitation reads.
             greedy_baseline: The first copy of each group takes the policy's mode.
+            budget: Copies per start by its success rate; None for `group_size` each.
+            demonstrated: Fill `Rollout.demonstration`.
 
         Raises:
             CapabilityError: Groups on an env that cannot be seeded, or a curriculum without tasks or success.
@@ -198,7 +206,13 @@ class Collector:
                 f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, "
                 "and this one cannot; use group_size: 1 with a method that needs no groups, or the gymnasium env"
             )
-        self.sampler = TaskSampler(curriculum or Curriculum(), self.spec)
+        curriculum = curriculum or Curriculum()
+        sampler = TaskSampler if curriculum.starts is None else StartPool
+        self.sampler, self.budget = sampler(curriculum, self.spec, run_seed), budget
+        if budget is not None and not self.spec.has_success:
+            raise CapabilityError(
+                "collect.budget goes by success rates, and the env does not tell success: set collect.budget: null"
+            )
         self.parts: list[Part] = []
         start = 0
         for env in envs:
@@ -208,8 +222,7 @@ class Collector:
         self.num_envs, self.device = start, envs[0].device
         b = self.num_envs
         self.group_of = torch.arange(b) // group_size
-        first = (torch.arange(b) % group_size == 0).to(self.device)
-        self.greedy = first if greedy_baseline else None
+        self.greedy_baseline, self.demonstrated = greedy_baseline, demonstrated
         self.starts = torch.zeros(b, dtype=torch.int64)
         self.seed = torch.zeros(b, dtype=torch.int64)
         self.task = torch.zeros(b, dtype=torch.int64)
@@ -218,6 +231,14 @@ class Collector:
         self.episode_success = torch.zeros(b, dtype=torch.bool)
         self.version = 0
         self._begun = False
+
+    @property
+    def greedy(self) -> Tensor | None:
+        """[B] bool, copies that take the policy's mode: the first of each group; None when all sample."""
+        if not self.greedy_baseline:
+            return None
+        before = torch.cat([self.group_of.new_full((1,), -1), self.group_of[:-1]])
+        return (self.group_of != before).to(self.device)
 
     def __iter__(self) -> Iterator[Rollout]:
         """Endless rollouts by the policy's weights of the moment."""
@@ -261,6 +282,8 @@ class Collector:
             self._restart(everyone, record)
             self._begun = True
         record.open()
+        if self.demonstrated:
+            record.demonstrations([cast(Demonstrating, part.env).demonstrate() for part in self.parts])
         active = (everyone if again is None else again.clone()).to(self.device)
         for part in self.parts:
             if bool(active[part.columns].any()):
@@ -307,11 +330,20 @@ class Collector:
     def _restart(self, mask: Tensor, record: Record, parts: Sequence[Part] | None = None) -> None:
         """Begin new episodes in the masked copies: they depend on (run seed, group, how many before, curriculum)."""
         where = mask.nonzero().squeeze(-1)
-        group, index = self.group_of[where], self.starts[where]
-        self.seed[where] = start_seeds(self.run_seed, "train", group, index)
-        self.task[where] = self.sampler.choose(group, index, self.seed[where])
+        if self.budget is None:
+            self.seed[where], self.task[where] = self.sampler.begin(self.group_of[where], self.starts[where])
+        else:
+            self._divide(self.budget)
         self.starts[where] += 1
         self._reset(mask, record, parts)
+
+    def _divide(self, budget: Budget) -> None:
+        """Draw the starts of all groups, then give each as many copies as its success rate says."""
+        groups = torch.arange(self.num_envs // self.group_size)
+        seed, task = self.sampler.begin(groups, torch.zeros_like(groups))
+        copies = share_out(cast(StartPool, self.sampler).rate(seed), self.num_envs, budget)
+        self.group_of = groups.repeat_interleave(copies)
+        self.seed, self.task = seed[self.group_of], task[self.group_of]
 
     def _reset(self, mask: Tensor, record: Record, parts: Sequence[Part] | None = None) -> None:
         for part in parts or self.parts:

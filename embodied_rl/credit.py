@@ -58,6 +58,9 @@ class Credit(Section):
     """other_half: what the group is split by: units of the episode, or their mean -log pi (entropy in expectation)."""
     between: float = Field(0.5, ge=0, le=1)
     """other_half: weight of the comparison with the other half; the rest is compared with the own one."""
+    larger: float = Field(1.0, gt=0)
+    """other_half: factor of the scores of the half with the larger metric where halves are compared. Below 1 the other
+    half is preferred (shorter episodes), also in groups whose scores are all equal; above 1 the larger one."""
     virtual_return: float | None = None
     """Return of a made-up member of every group, usually the best possible one: a group that failed as a whole then
     learns from it (NGRPO). null for none."""
@@ -109,6 +112,7 @@ class Credit(Section):
             "constant": ("constant",),
             "split_by": ("other_half",),
             "between": ("other_half",),
+            "larger": ("other_half",),
             "virtual_return": ("group_mean", "leave_one_out"),
         }
         for name, baselines in users.items():
@@ -217,7 +221,7 @@ class CreditChain:
             assert rollout.greedy is not None
             return score - greedy_score(score[0], group, rollout.greedy[0])
         if c.baseline == "other_half":
-            raw = other_half(score, split_metric(rollout, c.split_by), group, counted[0], c.between)
+            raw = other_half(score, split_metric(rollout, c.split_by), group, counted[0], c.between, c.larger)
             return scale(raw, score, group, counted, c.scale, c.scale_floor)
         if c.virtual_return is not None:
             score, group, counted = self._with_virtual(score, group, counted)

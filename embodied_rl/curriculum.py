@@ -1,4 +1,7 @@
-"""Which task a new training episode gets: all in turn, or more of those that are neither solved nor out of reach."""
+"""Which start a new training episode gets: all in turn, or more of those that are neither solved nor out of reach.
+
+Success rates belong to tasks, or, where training plays a limited number of starts, to each of them.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ from torch import Tensor
 from embodied_rl.errors import CapabilityError
 from embodied_rl.metrics import Partials
 from embodied_rl.section import Section
-from embodied_rl.seeding import numpy_rng
+from embodied_rl.seeding import numpy_rng, start_seeds
 from embodied_rl.types import EnvSpec, State
+
+POOL = -2
+"""Stream of the seeds of a limited number of starts; groups have streams from 0 on."""
 
 
 class Curriculum(Section):
@@ -23,13 +29,16 @@ class Curriculum(Section):
     floor: float = Field(0.05, gt=0)
     """Added to p (1 - p), which is 0.25 at most: larger values treat tasks more alike, and none is ever given up."""
     window: int = Field(100, ge=1)
-    """Episodes of a task after which its running success rate has moved 63 % of the way."""
+    """Episodes of a task (of a start, with `starts`) after which its running success rate has moved 63 % of the way."""
+    starts: int | None = Field(None, ge=2)
+    """Different starts (layouts, questions) that training plays again and again: success rates are then kept for each
+    start, and not for each task; null: endless ones, none twice."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> Curriculum:
-        for name in ("floor", "window"):
+        for name, used in (("floor", self.kind == "success"), ("window", self.kind == "success" or self.starts)):
             value = getattr(self, name)
-            if self.kind == "none" and value != type(self).model_fields[name].default:
+            if not used and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} ({value}) does nothing with kind (none): remove it, or set kind: success")
         return self
 
@@ -37,20 +46,26 @@ class Curriculum(Section):
 class TaskSampler:
     """A `Curriculum` with its running success rates, which are part of a checkpoint."""
 
-    def __init__(self, config: Curriculum, env: EnvSpec) -> None:
+    def __init__(self, config: Curriculum, env: EnvSpec, run_seed: int = 0) -> None:
         """Begin with a success rate of one half for every task, so that each is tried.
+
+        Args:
+            config: The recipe's.
+            env: What there is to choose from.
+            run_seed: Seed of the starts.
 
         Raises:
             CapabilityError: A curriculum over one task, or without a notion of success.
         """
-        self.config, self.tasks = config, env.tasks
+        self.config, self.tasks, self.run_seed = config, env.tasks, run_seed
         self.in_turn = config.kind == "none" and env.task_weights is None
+        self.learns = config.kind == "success"
         self.weights = torch.tensor(env.task_weights or (1.0,) * len(env.tasks), dtype=torch.float64)
         self.success = torch.full((len(env.tasks),), 0.5, dtype=torch.float64)
-        if config.kind == "success" and len(env.tasks) < 2:
+        if config.kind == "success" and config.starts is None and len(env.tasks) < 2:
             raise CapabilityError(
                 f"collect.curriculum.kind success chooses among tasks, and the env has only '{env.tasks[0]}': give it "
-                "several (env.tasks), or set collect.curriculum.kind: none"
+                "several (env.tasks), set collect.curriculum.starts to choose among starts, or kind: none"
             )
         if config.kind == "success" and not env.has_success:
             raise CapabilityError(
@@ -71,6 +86,20 @@ class TaskSampler:
         if self.config.kind == "success":
             weight = weight * (self.success * (1 - self.success) + self.config.floor)
         return weight / weight.sum()
+
+    def begin(self, group: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Seeds and tasks of new episodes.
+
+        Args:
+            group: [n] int64 group of each copy; equal groups get equal starts.
+            index: [n] int64 how many episodes the group has begun before.
+
+        Returns:
+            seed: [n] int64.
+            task: [n] int64.
+        """
+        seed = start_seeds(self.run_seed, "train", group, index)
+        return seed, self.choose(group, index, seed)
 
     def choose(self, group: Tensor, index: Tensor, seed: Tensor) -> Tensor:
         """Tasks of new episodes.
@@ -95,10 +124,10 @@ class TaskSampler:
         p <- k p + (1 - k) s / n with k = (1 - 1 / window) ** n, for a task with s successes in n episodes: their order
         does not matter.
         """
-        if self.config.kind == "none" or not finished:
+        if not self.learns or not finished:
             return
         task, success = finished["task"], finished["success_once"].double()
-        n = torch.bincount(task, minlength=len(self.tasks)).double()
+        n = torch.bincount(task, minlength=len(self.success)).double()
         rate = torch.zeros_like(n).index_add_(0, task, success) / n.clamp(min=1)
         keep = (1 - 1 / self.config.window) ** n
         self.success = keep * self.success + (1 - keep) * rate
@@ -118,3 +147,75 @@ class TaskSampler:
     def load_state_dict(self, state: State) -> None:
         """Restore `state_dict`."""
         self.success.copy_(state["success"])
+
+
+class StartPool(TaskSampler):
+    """A curriculum over a limited number of starts, each with a success rate of its own."""
+
+    def __init__(self, config: Curriculum, env: EnvSpec, run_seed: int = 0) -> None:
+        """Draw the starts; they depend on the run seed alone.
+
+        Raises:
+            CapabilityError: The env cannot start the same episode twice, or has no success to go by.
+        """
+        super().__init__(config, env, run_seed)
+        assert config.starts is not None
+        if not env.seedable:
+            raise CapabilityError(
+                f"collect.curriculum.starts ({config.starts}) plays the same starts again, and this env cannot: set "
+                "collect.curriculum.starts: null"
+            )
+        index = torch.arange(config.starts)
+        self.seed = start_seeds(run_seed, "train", torch.full_like(index, POOL), index)
+        self.in_turn = env.task_weights is None
+        self.task = self.choose(index, torch.zeros_like(index), self.seed)
+        self.weights = torch.ones(config.starts, dtype=torch.float64)
+        self.success = torch.full((config.starts,), 0.5, dtype=torch.float64)
+        self.learns = env.has_success
+        self.drawn = 0
+        self._sorted, self._order = self.seed.sort()
+
+    def begin(self, group: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TaskSampler.begin`; groups of one call get different starts as long as there are enough of them."""
+        groups, member = torch.unique(group, return_inverse=True)
+        chosen = self._next(len(groups))[member]
+        return self.seed[chosen], self.task[chosen]
+
+    def _next(self, count: int) -> Tensor:
+        """[count] starts: without a curriculum in a new random order after each pass over all of them."""
+        n, first = len(self.seed), self.drawn
+        self.drawn += count
+        if self.config.kind == "success":
+            rng = numpy_rng(self.run_seed, f"starts/{first}")
+            return torch.from_numpy(rng.choice(n, size=count, replace=False, p=self.probabilities().numpy()))
+        places = range(first, first + count)
+        orders = {k: numpy_rng(self.run_seed, f"starts/{k}").permutation(n) for k in {i // n for i in places}}
+        return torch.tensor([int(orders[i // n][i % n]) for i in places])
+
+    def rate(self, seed: Tensor) -> Tensor:
+        """[n] float64 running success rates of the starts with these seeds [n]."""
+        return self.success[self._find(seed)]
+
+    def _find(self, seed: Tensor) -> Tensor:
+        return self._order[torch.searchsorted(self._sorted, seed)]
+
+    def observe(self, finished: dict[str, Tensor]) -> None:
+        """See `TaskSampler.observe`; episodes belong to their starts here."""
+        if finished:
+            super().observe(finished | {"task": self._find(finished["seed"])})
+
+    def metrics(self) -> Partials:
+        """The mean success rate over all starts, also those that were not played this time."""
+        out = Partials()
+        if self.learns:
+            out.last("rollout/start_success_mean", float(self.success.mean()))
+        return out
+
+    def state_dict(self) -> State:
+        """The success rates and how many starts were drawn."""
+        return super().state_dict() | {"drawn": self.drawn}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore `state_dict`."""
+        super().load_state_dict(state)
+        self.drawn = state["drawn"]

@@ -319,15 +319,18 @@ def _play(
 
 
 class _eval_mode:  # noqa: N801 (used like a function)
-    """Put a policy into evaluation mode (no dropout) for a while."""
+    """Put a policy into evaluation mode (no dropout, its own way of sampling there) for a while."""
 
     def __init__(self, policy: Policy) -> None:
         self.module = policy if isinstance(policy, nn.Module) and policy.training else None
+        self.evaluating: Callable[[bool], None] = getattr(policy, "evaluating", lambda on: None)
 
     def __enter__(self) -> None:
+        self.evaluating(True)
         if self.module is not None:
             self.module.eval()
 
     def __exit__(self, *_: object) -> None:
+        self.evaluating(False)
         if self.module is not None:
             self.module.train()

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from embodied_rl.anneal import Anneal
+from embodied_rl.budget import Budget
 from embodied_rl.curriculum import Curriculum
 from embodied_rl.section import Section
 
@@ -30,6 +31,9 @@ class Collect(Section):
     max_attempts: int = Field(4, ge=2)
     """refill: most rollouts per update; whatever contrast there is then has to do."""
     curriculum: Curriculum = Curriculum()
+    budget: Budget | None = None
+    """Copies per start by its success rate, group_size on average; needs curriculum.starts, whose rates are known. null
+    gives every start group_size copies."""
     hints: tuple[float, ...] = ()
     """Shares of the solution, in (0, 1] and growing: starts that no copy of a group has solved are played again with
     the first as a hint, then with the next. Empty for none. It needs an env that can show its solutions."""
@@ -47,6 +51,28 @@ class Collect(Section):
         if self.group_size > 1 and self.mode == "stream":
             raise ValueError(
                 f"group_size ({self.group_size}) above 1 needs mode: episodes, so that a group ends together"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_suffice(self) -> Collect:
+        starts, groups, size = self.curriculum.starts, self.copies // self.group_size, self.group_size
+        if starts is not None and starts < groups:
+            raise ValueError(
+                f"curriculum.starts ({starts}) is less than the {groups} starts of one rollout (copies {self.copies} / "
+                f"group_size {size}): set curriculum.starts to {groups} or more"
+            )
+        if self.budget is None:
+            return self
+        if starts is None:
+            raise ValueError(
+                "budget goes by the success rate of each start, and curriculum.starts (null) never plays one twice: "
+                "set curriculum.starts, for example to 1000"
+            )
+        if not self.budget.low <= size <= self.budget.high or size == 1:
+            raise ValueError(
+                f"group_size ({size}) is the mean of the copies per start, so it must lie between budget.low "
+                f"({self.budget.low}) and budget.high ({self.budget.high})"
             )
         return self
 

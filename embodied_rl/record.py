@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,7 @@ class Record:
         self.data: dict[str, Tensor] = {}
         self.obs: Obs = {}
         self.success: dict[str, Tensor] = {}
+        self.shown: dict[str, Tensor] = {}
 
     def open(self) -> None:
         """Allocate [T, B] storage and note the episodes that are already running."""
@@ -52,6 +54,8 @@ class Record:
         self.data["steps"] = torch.zeros((t, b), dtype=torch.int64, device=device)
         for n in ("terminated", "truncated", "invalid"):
             self.data[n] = torch.zeros((t, b), dtype=torch.bool, device=device)
+        if c.spec.has_results:
+            self.data["result"] = torch.full((t, b), -1, dtype=torch.int64, device=device)
         if c.spec.has_success:
             self.success = {n: torch.zeros((t, b), dtype=torch.bool, device=device) for n in ("once", "end")}
         for n in ("episode", "task", "group", "seed"):
@@ -66,6 +70,11 @@ class Record:
         for n in self.constant_names:
             everyone = torch.cat([p.obs[n] for p in self.c.parts]) if len(self.c.parts) > 1 else self.c.parts[0].obs[n]
             self.bank[n].append(everyone[copies.to(everyone.device)].clone())
+
+    def demonstrations(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Note what `Demonstrating.demonstrate` said in each part."""
+        names = ("demonstration", "demonstrated")
+        self.shown = {n: torch.cat(x) for n, x in zip(names, zip(*parts, strict=True), strict=True)}
 
     def decision(self, t: int, part: Part, output: PolicyOutput) -> None:
         """Write what the policy saw and emitted at decision t."""
@@ -105,6 +114,8 @@ class Record:
             assert executed.success is not None and executed.success_once is not None
             self.success["once"][t, cols] = executed.success_once
             self.success["end"][t, cols] = executed.success
+        if executed.result is not None:
+            d["result"][t, cols] = executed.result
         if executed.invalid is not None:
             d["invalid"][t, cols] = executed.invalid
         for n, parts in executed.metrics.items():
@@ -147,6 +158,7 @@ class Record:
             policy_version=torch.full((t, c.num_envs), c.version, dtype=torch.int64, device=c.device),
             chunk=c.policy.chunk, finished=finished, metrics=self._sums(d["valid"]), solved=solved,
             features=d.get("features"), action=d.get("action"), final=final, final_obs=final_obs, invalid=d["invalid"],
+            result=d.get("result"), **{n: x.expand(t, *x.shape) for n, x in self.shown.items()},
             greedy=None if c.greedy is None else c.greedy.expand(t, -1),
         )  # fmt: skip
 

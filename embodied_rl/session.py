@@ -14,16 +14,20 @@ from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
 from embodied_rl.credit import CreditChain
 from embodied_rl.errors import CapabilityError, NotFoundError
+from embodied_rl.extra import Extra
+from embodied_rl.fit import check_extras, check_fit
+from embodied_rl.guide import Guided
 from embodied_rl.loss import LossFunction
 from embodied_rl.measure import Clock, rollout_metrics
 from embodied_rl.metrics import Partials
 from embodied_rl.recipe import Recipe
+from embodied_rl.replay import ReplayBuffer
 from embodied_rl.rewards import RewardConfig
 from embodied_rl.saved import Saved, load_weights, stored_weights
 from embodied_rl.seeding import seed_everything
 from embodied_rl.selection import refill, with_hints
 from embodied_rl.shaping import Shaping, check_reward
-from embodied_rl.types import Annealed, Env, EnvSpec, Hinting, Imitator, Policy, Rollout, Split, State
+from embodied_rl.types import Annealed, Env, EnvSpec, Policy, Rollout, Split, State
 from embodied_rl.update import Updater
 
 
@@ -101,78 +105,19 @@ def build_shaping(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Shap
     return Shaping(module.build(config, env=env, device=device), config, credit)
 
 
+def build_extras(algorithm: AlgorithmConfig, policy: Policy, loss: LossFunction) -> list[Extra]:
+    """What each optimizer step learns from beside the rollout."""
+    extras: list[Extra] = []
+    if algorithm.replay.coef:
+        extras.append(ReplayBuffer(algorithm.replay, loss))
+    if algorithm.guide.kind != "none":
+        update = algorithm.update
+        extras.append(Guided(algorithm.guide, policy, size=update.micro_batch, units=update.micro_units))
+    return extras
+
+
 def _type_of(section: Any) -> str:
     return cast(str, section.type)
-
-
-def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
-    """Refuse parts of a recipe that cannot work together, each with a way out.
-
-    Raises:
-        CapabilityError: Says both values and what to change.
-    """
-    algorithm = cast(AlgorithmConfig, recipe.algorithm)
-    credit, loss, collect = algorithm.credit, algorithm.loss, recipe.collect
-    if credit.needs_critic and not policy.has_critic:
-        raise CapabilityError(
-            f"algorithm.credit.returns {credit.returns} needs a value head, and the policy has none: give the policy a "
-            "critic, or use algorithm: grpo or reinforce"
-        )
-    if credit.needs_critic and (credit.level == "unit") != getattr(policy, "value_per_unit", False):
-        found, wanted = ("decision", "unit") if credit.level == "unit" else ("unit", "decision")
-        raise CapabilityError(
-            f"algorithm.credit.level is {credit.level} and the policy's critic values every {found}: set "
-            f"algorithm.credit.level: {found}, or use a policy whose critic values every {wanted}"
-        )
-    if loss.objective == "outcome" and collect.group_size < 2:
-        raise CapabilityError(
-            "algorithm.loss.objective outcome compares the copies of one start, and collect.group_size is "
-            f"{collect.group_size}: set collect.group_size: 8 and collect.mode: episodes"
-        )
-    if credit.needs_groups and collect.group_size < 2:
-        raise CapabilityError(
-            f"algorithm.credit compares copies of one start (baseline {credit.baseline}, scale {credit.scale}) but "
-            f"collect.group_size is {collect.group_size}: set collect.group_size: 8 and collect.mode: episodes"
-        )
-    if collect.dynamic_sampling != "none" and not credit.needs_groups:
-        raise CapabilityError(
-            f"collect.dynamic_sampling {collect.dynamic_sampling} takes out groups whose returns are all equal, but "
-            f"with algorithm.credit.baseline {credit.baseline} they carry a signal: set algorithm.credit.baseline: "
-            "group_mean (with returns: trajectory), or collect.dynamic_sampling: none"
-        )
-    if not credit.needs_critic and collect.mode == "stream":
-        raise CapabilityError(
-            f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is "
-            "stream: set collect.mode: episodes"
-        )
-    if collect.anneal is not None and not isinstance(policy, Annealed):
-        raise CapabilityError(
-            "collect.anneal lowers the sampling temperature unit by unit, and this policy has no temperature: set "
-            "collect.anneal: null, or use a policy that samples tokens"
-        )
-    if credit.mask_after_success and not env.has_success:
-        raise CapabilityError(
-            "algorithm.credit.mask_after_success masks what follows success, and the env does not tell success: "
-            "remove it"
-        )
-    if algorithm.self_imitation.coef and not (env.has_success and isinstance(policy, Imitator)):
-        lacking = "the policy has no imitation_loss" if env.has_success else "the env does not tell success"
-        raise CapabilityError(
-            f"algorithm.self_imitation.coef ({algorithm.self_imitation.coef:g}) imitates solved episodes, and "
-            f"{lacking}: remove it, or choose an env that tells success and one of the policies tiny_vla_tokens, "
-            "tiny_vla_flow, hf_vla and pi0"
-        )
-    if algorithm.update.critic_lr and not (policy.has_critic and loss.value.coef):
-        raise CapabilityError(
-            f"algorithm.update.critic_lr ({algorithm.update.critic_lr:g}) moves a critic, and none is trained here: "
-            "remove it"
-        )
-    classifies = getattr(policy, "value_range", None) is not None
-    if loss.value.coef and policy.has_critic and (loss.value.kind == "hl_gauss") != classifies:
-        raise CapabilityError(
-            f"algorithm.loss.value.kind is {loss.value.kind} but the policy's critic is "
-            f"{'a classifier' if classifies else 'scalar'}: set both to hl_gauss (policy.critic.kind) or neither"
-        )
 
 
 @dataclass
@@ -216,11 +161,7 @@ class Session(Saved):
                 envs.append(build_env(recipe, num_envs=c.copies // c.pipeline, device=device, split="train", part=part))
             policy = build_policy(recipe, env=envs[0].spec, device=device)
             check_fit(recipe, policy, envs[0].spec)
-            if c.hints and not (isinstance(envs[0], Hinting) and envs[0].spec.has_success):
-                raise CapabilityError(
-                    f"collect.hints ({list(c.hints)}) shows parts of solutions where none was found, and this env "
-                    "has no hints or does not tell success: set collect.hints: []"
-                )
+            check_extras(recipe, policy, envs[0])
             shaping = build_shaping(recipe, env=envs[0].spec, device=device)
             if fresh and recipe.start_from:
                 load_weights(policy, stored_weights(recipe.start_from), recipe.start_from, fresh_critic=True)
@@ -230,13 +171,14 @@ class Session(Saved):
                 imitates()
             updater = Updater(
                 policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience,
-                own=algorithm.self_imitation if own else None,
+                own=algorithm.self_imitation if own else None, extras=build_extras(algorithm, policy, loss),
             )  # fmt: skip
             collector = Collector(
                 envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, curriculum=c.curriculum,
                 run_seed=recipe.seed, generator=torch.Generator(device).manual_seed(recipe.seed),
                 keep_final_obs=shaping is not None or own, keep_actions=own,
-                greedy_baseline=algorithm.credit.baseline == "greedy",
+                greedy_baseline=algorithm.credit.baseline == "greedy", budget=c.budget,
+                demonstrated=algorithm.guide.kind != "none",
             )  # fmt: skip
         except BaseException:
             for env in envs:
@@ -282,6 +224,7 @@ class Session(Saved):
             advantage = self.credit(rollout, penalty)
         with clock.phase("update"):
             metrics = self.updater.update(rollout, advantage, progress=self.progress)
+            self.updater.remember(rollout)
             if (seen := observed(rollout)) is not None:
                 self.policy.observe(seen)
         self._anneal(None)
@@ -295,6 +238,8 @@ class Session(Saved):
         metrics.merge(gathered)
         metrics.merge(penalised)
         metrics.merge(self.collector.sampler.metrics())
+        if self.collector.budget is not None:
+            metrics.last("rollout/group_size_max", float(torch.bincount(rollout.group[0]).max()))
         metrics.merge_pairs(advantage.metrics)
         busy = sum(clock.seconds.values())
         metrics.last("perf/env_steps_per_s", steps / busy)

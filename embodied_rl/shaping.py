@@ -2,8 +2,9 @@
 
     potential   F = gamma^k progress(s') - progress(s) on every decision of k control steps
     outcome     the last progress of an episode on its last decision, if it failed
+    alone       the last progress of every episode on its last decision, and nothing of what the env paid
 
-Neither touches what the env paid: returns in the metrics are the env's.
+Returns in the metrics are the env's whatever is learned from.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def episodes(rollout: Rollout) -> list[Episode]:
             out.append(
                 Episode(
                     obs, success, bool(terminated[last, b]), bool(truncated[last, b]), int(task[last, b]),
-                    int(group[last, b]), b, start,
+                    int(group[last, b]), b, start, rollout.units[start:stop, b], rollout.mask[start:stop, b],
+                    None if rollout.result is None else int(rollout.result[last, b]),
                 )
             )  # fmt: skip
     return out
@@ -104,7 +106,8 @@ class Shaping:
             rollout: Collected with `keep_final_obs`.
 
         Returns:
-            rollout: The same with `reward` [T, B] raised by coef times what the model's answers are worth.
+            rollout: The same with `reward` [T, B] raised by coef times what the model's answers are worth; with `use:
+                alone` that is the whole reward, and episodes that the model cannot judge are not valid.
             metrics: name -> (sum, count).
 
         Raises:
@@ -113,8 +116,10 @@ class Shaping:
         parts = episodes(rollout)
         answers = self.model.judge(parts)
         check_answers(self.config.type, parts, answers)
-        pay = self._potential if self.config.use == "potential" else self._outcome
+        pay = self._potential if self.config.use == "potential" else self._at_the_end
         extra = self.config.coef * pay(rollout, parts, answers)
+        if self.config.use == "alone":
+            rollout = _without_reward(rollout, parts, answers)
         paid = float(extra.sum()), float(rollout.valid.sum())
         failed = [a for e, a in zip(parts, answers, strict=True) if e.failed]
         ends = [float(a[-1]) for a in failed if a is not None]
@@ -122,7 +127,7 @@ class Shaping:
             "rollout/progress_reward_mean": paid,
             "rollout/progress_at_failure_mean": (sum(ends), float(len(ends))),
             "rollout/progress_judged_rate": (float(sum(a is not None for a in answers)), float(len(answers))),
-        }
+        } | self.model.metrics()
         # What only the model had to see is let go, so that rollouts can be put side by side.
         return replace(rollout, reward=rollout.reward + extra, final=None, final_obs={}), metrics
 
@@ -137,10 +142,10 @@ class Shaping:
             now, after, rollout.terminated, rollout.truncated, discount=discount, bootstraps=self.credit.needs_critic
         )
 
-    def _outcome(self, rollout: Rollout, parts: Sequence[Episode], answers: Sequence[Tensor | None]) -> Tensor:
+    def _at_the_end(self, rollout: Rollout, parts: Sequence[Episode], answers: Sequence[Tensor | None]) -> Tensor:
         extra = torch.zeros_like(rollout.reward)
         for e, a in zip(parts, answers, strict=True):
-            if a is not None and e.failed:
+            if a is not None and (e.failed or self.config.use == "alone"):
                 extra[e.first + len(e) - 1, e.copy] = a[-1].to(extra)
         return extra
 
@@ -151,6 +156,16 @@ class Shaping:
     def load_state_dict(self, state: State) -> None:
         """Restore `state_dict`."""
         self.model.load_state_dict(state)
+
+
+def _without_reward(rollout: Rollout, parts: Sequence[Episode], answers: Sequence[Tensor | None]) -> Rollout:
+    """The rollout without what the env paid, and without the episodes that nobody could judge."""
+    valid = rollout.valid.clone()
+    for e, a in zip(parts, answers, strict=True):
+        if a is None:
+            valid[e.first : e.first + len(e), e.copy] = False
+    mask = rollout.mask & valid.unsqueeze(-1)
+    return replace(rollout, reward=torch.zeros_like(rollout.reward), valid=valid, mask=mask)
 
 
 def check_answers(name: str, parts: Sequence[Episode], answers: Sequence[Tensor | None]) -> None:
@@ -191,7 +206,7 @@ def check_reward(config: RewardConfig, credit: Credit, collect: Collect, env: En
             "algorithm.credit.returns: return_to_go"
         )
     if config.needs_whole_episodes and collect.mode == "stream":
-        why = "reward.use outcome" if config.use == "outcome" else f"reward {config.type} with these settings"
+        why = f"reward.use {config.use}" if config.use != "potential" else f"reward {config.type} with these settings"
         raise CapabilityError(
             f"{why} judges whole episodes, and collect.mode is stream: set collect.mode: episodes"
             + (", or reward.use: potential" if config.use == "outcome" else "")
@@ -200,6 +215,11 @@ def check_reward(config: RewardConfig, credit: Credit, collect: Collect, env: En
         raise CapabilityError(
             "reward.use outcome pays failed episodes, and this env does not say which those are (it has no success): "
             "set reward.use: potential"
+        )
+    if config.needs_results and not env.has_results:
+        raise CapabilityError(
+            f"reward {config.type} compares what episodes came to, and this env does not say it (it has no results): "
+            "choose another reward, or an env with results, as text has"
         )
     if config.needs_groups and collect.group_size < 2:
         raise CapabilityError(

@@ -129,6 +129,8 @@ class EnvSpec:
     """`get_state` / `set_state` continue bit for bit: needed for an exact resume."""
     has_success: bool = False
     """`Step.success` is meaningful."""
+    has_results: bool = False
+    """`Step.result` says what an episode came to."""
     cameras: tuple[str, ...] = ()
     """Camera names accepted by `render`; empty when the env draws no pictures."""
     control_hz: float | None = None

@@ -27,6 +27,8 @@ __all__ = [
     "Advantage",
     "Annealed",
     "Batch",
+    "Demonstrating",
+    "Encoding",
     "Env",
     "EnvSpec",
     "Evaluation",
@@ -76,6 +78,9 @@ class Step:
     """[B] bool, the task's goal holds in the state `obs`; None when the env has no such notion."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """name -> [B] float32 reward terms and diagnostics, logged as rollout/reward_<name>_mean."""
+    result: Tensor | None = None
+    """[B] int64, what the episode has come to, as a number >= 0 that is equal for equal results (a hash of the answer,
+    the bin an object lies in), or -1 for nothing; no statement on whether it is right. None without `has_results`."""
     invalid: Tensor | None = None
     """[B] bool, the judge or the simulator failed: the episode is over (`terminated | truncated` holds too), is left
     out of every mean, baseline and loss, and is counted. None when nothing can fail."""
@@ -218,6 +223,8 @@ class Policy(Protocol):
 
     # A policy may have as well:
     #     pretrained: bool    True when its first weights are worth measuring: a run then evaluates them as well
+    #     evaluating(on: bool) -> None    from here on it is (no longer) played for evaluation, nobody learns from it
+    #     samples_for_evaluation: bool    True when settings of it say how: evaluation must then not be greedy
 
 
 @runtime_checkable
@@ -259,6 +266,29 @@ class Imitator(Protocol):
         Returns:
             loss: [N, C]
         """
+        ...
+
+
+@runtime_checkable
+class Demonstrating(Protocol):
+    """What an env offers beside `Env` when it knows good first actions."""
+
+    def demonstrate(self) -> tuple[Tensor, Tensor]:
+        """A good action for each copy as its episode began.
+
+        Returns:
+            action: [B, *spec.action.shape]
+            known: [B] bool, copies for which there is one; the others' actions mean nothing.
+        """
+        ...
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """What a policy offers beside `Policy` when somebody else's action can be written in its own units."""
+
+    def encode(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """The units that stand for actions [N, C, *shape]: units [N, A, ...] and mask [N, A] bool."""
         ...
 
 
@@ -339,6 +369,13 @@ class Rollout:
     rollout is over. Kept for reward models only."""
     final: Tensor | None = None
     """[T, B] int64 row of `final_obs` that followed the decision; -1 where the next decision's observation did."""
+    result: Tensor | None = None
+    """[T, B] int64, `Step.result` after the decision; None when the env has none."""
+    demonstration: Tensor | None = None
+    """[T, B, *action.shape] what a demonstrator would have done at the start of the rollout, the same in every row;
+    kept for `guide` only."""
+    demonstrated: Tensor | None = None
+    """[T, B] bool, where there is a demonstration."""
     invalid: Tensor | None = None
     """[T, B] bool, decisions of episodes in which the judge or the simulator failed; they are not `valid`. None for
     none."""

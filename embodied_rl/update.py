@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from embodied_rl.batch import Flat, cuts, flatten, micro_batches, minibatches, with_signal
 from embodied_rl.cells import by_cell
 from embodied_rl.errors import DivergenceError
+from embodied_rl.extra import Extra
 from embodied_rl.loss import LossFunction, kl_estimate
 from embodied_rl.metrics import Partials
 from embodied_rl.optimizer import Adam, FlatParameters
@@ -119,7 +121,7 @@ class Updater:
 
     def __init__(
         self, policy: Policy, loss: LossFunction, config: Update, *, seed: int, max_bad_updates: int,
-        own: SelfImitation | None = None,
+        own: SelfImitation | None = None, extras: Sequence[Extra] = (),
     ) -> None:  # fmt: skip
         """Take over a policy's parameters.
 
@@ -130,10 +132,11 @@ class Updater:
             seed: Of the shuffle.
             max_bad_updates: Updates in a row without one finite step after which `update` raises.
             own: How own successes are imitated; None for not at all.
+            extras: What else each optimizer step learns from.
         """
         self.policy, self.loss, self.config = policy, loss, config
         self.max_bad_updates = max_bad_updates
-        self.own = own
+        self.own, self.extras = own, extras
         self.successes: Successes | None = None
         self.reference: Policy | None = copy.deepcopy(policy) if loss.config.kl.coef else None
         self.parameters = FlatParameters(cast(nn.Module, policy), last="critic" if config.critic_lr else None)
@@ -186,6 +189,8 @@ class Updater:
         if self.own is not None:
             self.successes = Successes.of(rollout)
             metrics.last("rollout/imitated_decisions", float(len(self.successes)))
+        for extra in self.extras:
+            metrics.merge(extra.begin(rollout, partial(self._logp, self.policy), self.version))
         self._stepped = self._moved = False
         for epoch in range(c.epochs):
             diagnose = epoch == c.epochs - 1 or c.target_kl is not None
@@ -204,6 +209,11 @@ class Updater:
         self.version += 1
         self._reset_reference()
         return metrics
+
+    def remember(self, rollout: Rollout) -> None:
+        """Let what else is learned from take note of a rollout after its update."""
+        for extra in self.extras:
+            extra.end(rollout)
 
     def penalty(self, rollout: Rollout) -> tuple[Tensor | None, Partials]:
         """What `kl.where: reward` takes from the reward of each unit.
@@ -251,7 +261,7 @@ class Updater:
             rows = len(batch)
             batch = with_signal(batch)
             metrics.add("actor/skipped_rows_rate", float(rows - len(batch)), float(rows))
-            if not len(batch):
+            if not len(batch) and not self.extras:
                 # Nothing to learn from is no divergence, and no reason to follow the momentum of earlier steps.
                 self._stepped = True
                 return
@@ -259,7 +269,8 @@ class Updater:
         parts: list[dict[str, tuple[Tensor, Tensor | float]]] = []
         whole = self.loss.config.ratio == "trajectory"
         measure = c.recomputes_as_it_goes or (not self._moved and c.logp_gap.do == "nothing")
-        for piece in micro_batches(batch, c.micro_batch, whole, c.micro_units):
+        pieces = micro_batches(batch, c.micro_batch, whole, c.micro_units) if len(batch) else ()
+        for piece in pieces:
             evaluation = self.policy.evaluate(piece.obs, piece.units, entropy=self.loss.reads_entropy or diagnose)
             sampled = piece.logp
             if c.recomputes_as_it_goes:
@@ -277,6 +288,11 @@ class Updater:
             (self.own.coef * imitation).backward()
             loss = loss + self.own.coef * imitation.detach()
             parts.append({"actor/self_imitation_loss": (imitation.detach(), 1.0)})
+        for extra in self.extras:
+            for more, told in extra.losses(self.policy, self.generator):
+                more.backward()
+                loss = loss + more.detach()
+                parts.append(told)
         norm = float(torch.linalg.vector_norm(flat.grad))
         if not math.isfinite(norm) or not math.isfinite(float(loss)):
             metrics.add("actor/skipped_updates", 1.0, 0.0)
@@ -398,6 +414,7 @@ class Updater:
             "version": self.version,
             "bad_in_a_row": self.bad_in_a_row,
         }
+        state |= {f"extra {i}": extra.state_dict() for i, extra in enumerate(self.extras)}
         if self.reference is not None:
             state["reference"] = dict(cast(nn.Module, self.reference).state_dict())
         return state
@@ -408,6 +425,8 @@ class Updater:
             x.copy_(state["moments"][name])
         self.generator.set_state(state["generator"])
         self.noise.set_state(state["noise"])
+        for i, extra in enumerate(self.extras):
+            extra.load_state_dict(state[f"extra {i}"])
         self.lr, self.version, self.bad_in_a_row = state["lr"], state["version"], state["bad_in_a_row"]
         if self.reference is not None:
             cast(nn.Module, self.reference).load_state_dict(state["reference"])

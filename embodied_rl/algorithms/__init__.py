@@ -12,7 +12,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from embodied_rl.credit import Credit
+from embodied_rl.guide import Guide
 from embodied_rl.loss import Loss
+from embodied_rl.replay import Replay
 from embodied_rl.section import Section
 from embodied_rl.self_imitation import SelfImitation
 from embodied_rl.update import Update
@@ -26,6 +28,8 @@ class AlgorithmConfig(Section):
     loss: Loss = Loss()
     update: Update = Update()
     self_imitation: SelfImitation = SelfImitation()
+    replay: Replay = Replay()
+    guide: Guide = Guide()
 
     @model_validator(mode="after")
     def _levels_fit(self) -> AlgorithmConfig:
@@ -47,6 +51,22 @@ class AlgorithmConfig(Section):
                 f"fail, and credit.scale ({self.credit.scale}) would blow that up: set credit.scale: none or "
                 "batch_std, or loss.kl.where: loss"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _replays_decisions(self) -> AlgorithmConfig:
+        form = (self.loss.ratio, self.loss.objective)
+        if self.replay.coef and (form[0] == "trajectory" or form[1] == "outcome"):
+            raise ValueError(
+                f"replay.coef ({self.replay.coef:g}) draws single decisions, and loss.ratio ({form[0]}) with "
+                f"loss.objective ({form[1]}) needs whole episodes: set loss.ratio: unit, or replay.coef: 0"
+            )
+        for name, field in type(self.replay).model_fields.items():
+            value = getattr(self.replay, name)
+            if not self.replay.coef and value != field.default:
+                raise ValueError(
+                    f"replay.{name} ({value}) does nothing with replay.coef (0): remove it, or set coef: 1"
+                )
         return self
 
     @model_validator(mode="after")

@@ -22,9 +22,10 @@ class RewardConfig(Section):
     """What every reward model has: how its answers become reward."""
 
     type: str
-    use: Literal["potential", "outcome"] = "potential"
+    use: Literal["potential", "outcome", "alone"] = "potential"
     """potential: pays the change of progress, discount * progress' - progress, which leaves the best policy the best;
-    outcome: pays failed episodes their last progress, which does not, but tells failures apart."""
+    outcome: pays failed episodes their last progress, which does not, but tells failures apart; alone: pays every
+    episode its last progress in place of the env's reward, which nothing learns from then."""
     coef: float = Field(1.0, gt=0)
     """Reward per unit of progress; with outcome keep it below what the env pays for success."""
 
@@ -36,7 +37,12 @@ class RewardConfig(Section):
     @property
     def needs_whole_episodes(self) -> bool:
         """Whether an episode must lie within one rollout."""
-        return self.use == "outcome"
+        return self.use != "potential"
+
+    @property
+    def needs_results(self) -> bool:
+        """Whether the env must say what each episode came to (`Step.result`)."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,12 @@ class Episode:
     """Column of the rollout."""
     first: int
     """Row of its first decision."""
+    units: Tensor | None = None
+    """[L, A, ...] what the policy emitted."""
+    mask: Tensor | None = None
+    """[L, A] bool, units that count."""
+    result: int | None = None
+    """What it came to in the end (`Step.result`), -1 for nothing; None when the env does not say."""
 
     def __len__(self) -> int:
         """Number of decisions L."""
@@ -96,6 +108,10 @@ class RewardModel:
             progress: For each episode [L + 1] in [0, 1], or None where the model cannot say; no reward is paid then.
         """
         raise NotImplementedError
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """Name -> (sum, count) of the latest `judge`."""
+        return {}
 
     def state_dict(self) -> State:
         """What an exact resume needs."""

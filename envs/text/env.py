@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from embodied_rl.envs.text import Config
 
 
+HINT = "\n\nThe solution begins like this: "
+
+
 @dataclass
 class Conversation:
     """One copy's episode.
@@ -39,6 +43,8 @@ class Conversation:
     """What was said to each reply but the last."""
     ending: str = ""
     """How it ended, for the reader; "" while it goes on."""
+    share: float = 0.0
+    """Of the worked answer, shown with the question."""
 
 
 def overlong_cost(tokens: int, finished: bool, longest: int, margin: int) -> float:
@@ -63,6 +69,18 @@ def overlong_cost(tokens: int, finished: bool, longest: int, margin: int) -> flo
     if not margin:
         return 0.0
     return max(0.0, (tokens - longest + margin) / margin) if finished else 1.0
+
+
+def _asked(question: Question, share: float) -> str:
+    """What the user says: the question, with a part of the worked answer as a hint."""
+    return question.text + (HINT + question.beginning(share) if share else "")
+
+
+def number_of(result: str | None) -> int:
+    """A number >= 0 that stands for a text, or -1 for none."""
+    if result is None:
+        return -1
+    return int.from_bytes(hashlib.blake2b(result.encode(), digest_size=8).digest(), "little") >> 1
 
 
 class TextEnv:
@@ -96,12 +114,14 @@ class TextEnv:
             seedable=True,
             has_state=True,
             has_success=True,
+            has_results=True,
             vocabulary=vocabulary,
         )
         seconds, processes = config.judge_seconds, config.judges
         self.judges = Judges(self.tasks, config.tasks, names, seconds=seconds, processes=processes)
         self._copies: list[Conversation | None] = [None] * num_envs
         self._context = torch.full((num_envs, config.max_context), PAD)
+        self._share = 0.0
 
     def _check_use(self, config: Config) -> None:
         """Refuse settings that none of the tasks uses."""
@@ -127,22 +147,39 @@ class TextEnv:
             key = int(tasks[row]), int(seeds[row])
             if key not in drawn:
                 question = self._draw(*key)
-                drawn[key] = question, self._begin(key[0], question)
+                drawn[key] = question, self._begin(key[0], question, self._share)
             question, context = drawn[key]
-            self._copies[row] = Conversation(*key, question, context)
+            self._copies[row] = Conversation(*key, question, context, share=self._share)
             self._show(row, context)
         return self._look()
 
     def _draw(self, task: int, seed: int) -> Question:
         return self.tasks[task].draw(partial(numpy_rng, seed), bool(seed & 1), self.config.heldout)
 
-    def _begin(self, task: int, question: Question) -> list[int]:
-        context, longest = self.speech.begin(question.text), self.config.max_context
+    def hint(self, share: float) -> None:
+        """Put the first `share` of the worked answer, 0 to 1, under the questions that the next resets ask."""
+        self._share = share
+
+    def demonstrate(self) -> tuple[Tensor, Tensor]:
+        """The worked answers as replies; unknown where one is too long, or where the task answers a reply."""
+        action = torch.full((self.spec.num_envs, self.config.max_reply), PAD)
+        for row, c in enumerate(self._copies):
+            if c is None or self.tasks[c.task].speaks:
+                continue
+            ids = self.speech.say(c.question.worked)
+            if len(ids) <= self.config.max_reply:
+                action[row, : len(ids)] = torch.tensor(ids)
+        action = action.to(self.device)
+        return action, action[:, 0] != PAD
+
+    def _begin(self, task: int, question: Question, share: float) -> list[int]:
+        context, longest = self.speech.begin(_asked(question, share)), self.config.max_context
         if len(context) > longest:
             start = question.text.replace("\n", " ")
             start = start if len(start) <= 60 else f"{start[:60]}..."
             raise CapabilityError(
-                f"a question of task '{self.spec.tasks[task]}' has {len(context)} tokens with the chat template, and "
+                f"a question of task '{self.spec.tasks[task]}' has {len(context)} tokens with the chat template"
+                f"{f' and {share:.0%} of its solution as a hint' if share else ''}, and "
                 f"env.max_context is {longest} (it begins: {start}); raise env.max_context to {len(context)} or more"
             )
         return context
@@ -158,16 +195,18 @@ class TextEnv:
             if moving[i] and c is not None and not c.ending
         }
         numbers = torch.zeros(5, b)  # score, overlong cost, tokens, cut, and whether the judge failed
-        success = torch.zeros(b, dtype=torch.bool)
+        success, result = torch.zeros(b, dtype=torch.bool), torch.full((b,), -1)
         for ids, c in replies.values():
             c.replies.append(self.speech.read(ids))
         answers = self.judges.ask([self._case(c) for _, c in replies.values()])
         for (i, (ids, c)), answer in zip(replies.items(), answers, strict=True):
-            finished = bool(ids) and ids[-1] in self._ends
+            # A policy may end a reply by other means than the id for it, but never beyond the longest.
+            finished = len(ids) < self.config.max_reply or ids[-1] in self._ends
             cost = overlong_cost(len(ids), finished, self.config.max_reply, self.config.overlong)
             score = self._follow(i, c, ids, answer)
             numbers[:, i] = torch.tensor([score, cost, len(ids), not finished, "failed" in answer])
             success[i] = score >= 1
+            result[i] = number_of(answer.get("result"))
         score, cost, tokens, cut, failed = numbers.to(self.device)
         over = torch.tensor([c is None or bool(c.ending) for c in self._copies], device=self.device)
         invalid = failed.bool()
@@ -175,7 +214,8 @@ class TextEnv:
         if self.config.overlong:
             metrics["overlong"] = cost
         return Step(
-            self._look(), score - cost, over & ~invalid, invalid, success.to(self.device), metrics, invalid=invalid
+            self._look(), score - cost, over & ~invalid, invalid, success.to(self.device), metrics,
+            result=result.to(self.device), invalid=invalid,
         )  # fmt: skip
 
     @property
@@ -216,7 +256,7 @@ class TextEnv:
     def _told(self, c: Conversation | None) -> str:
         if c is None:
             return ""
-        lines = [f"question: {c.question.text}"]
+        lines = [f"question: {_asked(c.question, c.share)}"]
         for i, reply in enumerate(c.replies):
             lines.append(f"reply: {reply}")
             if i < len(c.said):
@@ -234,7 +274,7 @@ class TextEnv:
     def _kept(c: Conversation) -> State:
         return {
             "task": c.task, "seed": c.seed, "context": torch.tensor(c.context), "replies": list(c.replies),
-            "said": list(c.said), "ending": c.ending,
+            "said": list(c.said), "ending": c.ending, "share": c.share,
         }  # fmt: skip
 
     def set_state(self, state: State) -> Obs:
@@ -255,7 +295,10 @@ class TextEnv:
     def _revived(self, row: State) -> Conversation:
         question = self._draw(row["task"], row["seed"])
         told = {name: list(row[name]) for name in ("replies", "said")}
-        return Conversation(row["task"], row["seed"], question, row["context"].tolist(), **told, ending=row["ending"])
+        return Conversation(
+            row["task"], row["seed"], question, row["context"].tolist(), **told, ending=row["ending"],
+            share=row.get("share", 0.0),
+        )  # fmt: skip
 
     def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
         """There is no camera."""

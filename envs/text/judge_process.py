@@ -1,6 +1,6 @@
 """What runs in a judge's own process: one request per line of standard input, one answer per line.
 
-    {"task": 0, "question": {...}, "replies": ["46"], "last": true}  ->  {"score": 1.0}
+    {"task": 0, "question": {...}, "replies": ["46"], "last": true}  ->  {"score": 1.0, "result": "46"}
                                                                     or  {"say": "84"}     the conversation goes on
                                                                     or  {"failed": "ValueError: ..."}
 
@@ -37,7 +37,7 @@ def outcome(task: Task, question: Question, replies: Sequence[str], *, last: boo
         last: No further reply is possible, so nothing is answered.
 
     Returns:
-        outcome: {"say": text}, {"score": number}, or {"failed": reason}.
+        outcome: {"say": text}, {"score": number, "result": text or None}, or {"failed": reason}.
     """
     try:
         if task.speaks and not last and (text := task.respond(question, replies)) is not None:
@@ -46,7 +46,9 @@ def outcome(task: Task, question: Question, replies: Sequence[str], *, last: boo
         if score is None:
             return {"failed": "it gave None"}
         value = float(score)
-        return {"score": value} if math.isfinite(value) else {"failed": f"it gave {value}"}
+        if not math.isfinite(value):
+            return {"failed": f"it gave {value}"}
+        return {"score": value, "result": task.result(question, replies[-1])}
     except (Exception, SystemExit) as error:
         return {"failed": f"{type(error).__name__}: {error}"}
 

@@ -71,6 +71,10 @@ class Speech:
         ended = bool(reply) and reply[-1] == between[0]
         return [*context, *reply, *between[ended:]]
 
+    def say(self, text: str) -> list[int]:
+        """A text that no policy wrote, as the ids of a reply, with the one that ends it."""
+        return [*self._encode(text), self.vocabulary.end[0]]
+
     def read(self, reply: Sequence[int]) -> str:
         """The text of a reply, without special tokens."""
         return str(self.tokenizer.decode(list(reply), skip_special_tokens=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +33,19 @@ class Question:
     """The right answer, for the checker and the reader."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else the checker needs; plain data (numbers, texts, lists, dicts)."""
+    solution: str = ""
+    """A worked answer, for hints and as a demonstration; "" when only the answer is known."""
+
+    @property
+    def worked(self) -> str:
+        """The solution, or else the answer."""
+        return self.solution or self.answer
+
+    def beginning(self, share: float) -> str:
+        """The first `share` in (0, 1] of the worked answer: of its words, or of its characters when it is one word."""
+        pieces = re.findall(r"\s*\S+", self.worked)
+        pieces = pieces if len(pieces) > 1 else list(self.worked)
+        return "".join(pieces[: math.ceil(share * len(pieces))]).strip()
 
 
 class Task:
@@ -63,6 +78,13 @@ class Task:
                 or no answer in time make the episode void, never wrong.
         """
         return float(exact(reply, question.answer))
+
+    def result(self, question: Question, reply: str) -> str | None:
+        """What the reply comes to, written so that equal answers are equal texts; None when it gives none.
+
+        It says nothing on whether that is right; a vote among replies (reward `majority`) goes by it.
+        """
+        return reply.strip().removesuffix(".").rstrip() or None
 
     def draw(self, random: Random, evaluation: bool, heldout: float) -> Question:
         """Draw until the question belongs to the wanted split.

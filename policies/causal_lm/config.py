@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -53,6 +53,17 @@ class Vllm(Section):
         return self
 
 
+class Sampling(Section):
+    """How replies are sampled where nobody learns from them."""
+
+    temperature: float | None = Field(None, gt=0)
+    """In place of the policy's own; null for that."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample among the likeliest tokens whose probabilities first reach this sum; 1 among all."""
+    top_k: int = Field(0, ge=0)
+    """Sample among this many likeliest tokens; 0 among all."""
+
+
 class Config(Section):
     """Settings of the language model and of how it writes."""
 
@@ -72,6 +83,13 @@ class Config(Section):
     """sdpa: torch's fused kernel; eager: plain products, slower, for comparison."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits while sampling and in every log-probability; greedy evaluation does not depend on it."""
+    evaluation: Sampling = Sampling()
+    """Of sampled evaluation (evaluate.greedy: false)."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a reply as soon as one of them stands in it; its tokens belong to the reply."""
+    force_end: bool = False
+    """End a reply that is as long as it may be by the token that ends replies, in its last place. The policy did not
+    choose it, so it is in no loss."""
     logp: Literal["evaluate", "decoder"] = "evaluate"
     """Which log-probabilities are recorded. evaluate: those of the function that training calls, so that the ratio
     starts at exactly 1 (one forward pass over the replies); decoder: those that were there when the token was drawn,
@@ -81,6 +99,18 @@ class Config(Section):
     critic: Critic = Critic()
     generator: Vllm = Vllm()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truncation_in_training(cls, data: Any) -> Any:
+        for name in ("top_p", "top_k"):
+            if isinstance(data, dict) and name in data:
+                raise ValueError(
+                    f"{name} ({data[name]}) would sample training replies from a part of the distribution, and which "
+                    "part that was changes with every update, so that no ratio of probabilities is right: set "
+                    f"evaluation.{name} for evaluation, and train with all tokens"
+                )
+        return data
+
     @model_validator(mode="after")
     def _of_the_generator(self) -> Config:
         if self.generator.kind == "vllm" and self.lora:
@@ -88,6 +118,8 @@ class Config(Section):
                 f"lora ({self.lora}) does not work with generator.kind (vllm), which takes whole weights: set lora: 0, "
                 "or generator.kind: builtin"
             )
+        if self.generator.kind == "vllm" and self.stop:
+            raise ValueError(f"stop ({self.stop}) is of the built-in generator: set generator.kind: builtin")
         if self.generator.kind == "vllm" and self.rows is not None:
             raise ValueError(f"rows ({self.rows}) is of the built-in generator: set generator.rows")
         return self

@@ -148,6 +148,34 @@ class Written(NamedTuple):
     """[B, L, D], the states that each token was drawn from; None unless asked for."""
 
 
+class Narrowing(NamedTuple):
+    """How each of B rows is sampled."""
+
+    temperature: Tensor
+    """[B] float32, divides the logits on top of what they were divided by already."""
+    top_k: Tensor
+    """[B] int64, likeliest tokens that may be drawn; 0 for all."""
+    top_p: Tensor
+    """[B] float32, sum of probabilities at which no further token may be drawn; 1 for all."""
+
+    def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Logits [n, V] of these rows [n], -inf where a token may not be drawn: top_k first, then top_p of the rest.
+
+        Of equally likely tokens the one of the lower id comes first; the likeliest token always stays.
+        """
+        z = logits / self.temperature[rows, None]
+        k, p = self.top_k[rows, None], self.top_p[rows, None]
+        if bool((k == 0).all()) and bool((p >= 1).all()):
+            return z
+        ranked, order = z.sort(dim=-1, descending=True, stable=True)
+        place = torch.arange(z.shape[1], device=z.device)
+        ranked = ranked.masked_fill((k > 0) & (place >= k), float("-inf"))
+        share = ranked.softmax(-1)
+        # What comes before a token, itself not counted: below top_p it is still needed.
+        ranked = ranked.masked_fill((share.cumsum(-1) - share >= p) & (p < 1), float("-inf"))
+        return torch.empty_like(z).scatter_(1, order, ranked)
+
+
 def sample(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     """Draw one token per row by its cumulative probability.
 
@@ -184,7 +212,7 @@ def sample(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
 def generate(
     hidden: Callable[[Tensor, Tensor, Prefill | Cache], Tensor], logits: Callable[[Tensor, int], Tensor],
     packed: Packed, contexts: Tensor, group: Tensor, length: int, end: Tensor, uniform: Tensor | None, *,
-    states: bool = False,
+    states: bool = False, narrow: Narrowing | None = None, stop: Callable[[Tensor], Tensor] | None = None,
 ) -> Written:  # fmt: skip
     """Continue contexts token after token.
 
@@ -198,6 +226,8 @@ def generate(
         end: [E] int64, ids that end a row.
         uniform: [B, length] float64, see `sample`; a row's tokens do not depend on who else is there.
         states: Return the hidden states as well.
+        narrow: How each row is sampled; log-probabilities are then those under it.
+        stop: Of what rows [n, t] have written so far: [n] bool, rows that end here.
 
     Returns:
         written: For the rows in their own order.
@@ -212,12 +242,16 @@ def generate(
     rows, alive = order, torch.ones(b, dtype=torch.bool, device=device)
     z, h = logits(h, 0)[cache.group], h[cache.group]
     for t in range(length):
+        if narrow is not None and uniform is not None:
+            z = narrow(z, rows)
         ids, of_ids = sample(z, None if uniform is None else uniform[rows, t])
         units[rows, t] = torch.where(alive, ids, PAD)
         logp[rows, t] = torch.where(alive, of_ids, 0.0)
         if kept is not None:
             kept[rows, t] = h
         alive = alive & ~torch.isin(ids, end)
+        if stop is not None:
+            alive = alive & ~stop(units[rows, : t + 1])
         count = int(alive.sum())
         if t + 1 == length or not count:
             break

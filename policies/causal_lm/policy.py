@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError, UserError
-from embodied_rl.policies.causal_lm.config import Config
-from embodied_rl.policies.causal_lm.decode import Written, generate
+from embodied_rl.policies.causal_lm.config import Config, Sampling
+from embodied_rl.policies.causal_lm.decode import Narrowing, Written, generate
 from embodied_rl.policies.causal_lm.head import token_logp
 from embodied_rl.policies.causal_lm.model import add_adapters, load, open_folder, prove, run, same_language
 from embodied_rl.policies.causal_lm.pack import distinct, pack
@@ -50,6 +50,9 @@ class CausalLM(nn.Module):
         self.value_per_unit = self.has_critic and config.critic.level == "unit"
         self.value_range: tuple[float, float] | None = None  # no classifier over returns
         self._annealed: Tensor | None = None
+        self._evaluating = False
+        self.samples_for_evaluation = config.evaluation != Sampling()
+        self._stops = [Stops(tokenizer, config.stop)] if config.stop else []
         if self.has_critic:
             self.critic = nn.Linear(self.model.get_output_embeddings().weight.shape[1], 1, device=device)
             nn.init.zeros_(self.critic.weight), nn.init.zeros_(self.critic.bias)
@@ -101,17 +104,19 @@ class CausalLM(nn.Module):
         if not greedy:
             # One number per token, drawn ahead: what a row says does not depend on how long the others talk.
             uniform = torch.rand(b, length, generator=generator, dtype=torch.float64, device=context.device)
-        exact = self.config.logp == "evaluate"
-        states = self.has_critic and not exact
+        # Nobody reads what an evaluation would say of its own replies.
+        exact = self.config.logp == "evaluate" and not self._evaluating
+        states = self.has_critic and not exact and not self._evaluating
         with torch.no_grad():
-            written = self._write(context, uniform, states)
-            units, logp, value = written.units, written.logp, None
+            narrow = self._narrowing(b) if self._evaluating else None
+            written = self.write(context, uniform, states=states, narrow=narrow)
+            units, logp, value = self._forced(written.units), written.logp, None
             if exact:
                 judged = self.evaluate(obs, units, entropy=False)
                 logp, value = judged.logp, judged.value
             elif states:
                 value = self._value(written.hidden, units)
-        return PolicyOutput(units, logp, units.unsqueeze(1), value, units != PAD)
+        return PolicyOutput(units, logp, units.unsqueeze(1), value, self._chosen(units))
 
     def _act_elsewhere(self, obs: Obs, generator: torch.Generator | None, greedy: bool) -> PolicyOutput:
         """`act` by vLLM."""
@@ -124,14 +129,40 @@ class CausalLM(nn.Module):
         tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
         weights = {n: p for n, p in self.model.state_dict().items() if not (tied and n == "lm_head.weight")}
         vllm.sync(weights)
-        written = vllm.write(context, seeds, self.num_units, self.end, self.config.temperature)
-        units, logp, value = written.units, written.logp, None
-        if self.has_critic or self.config.logp == "evaluate":
+        e = self.config.evaluation if self._evaluating else Sampling()
+        written = vllm.write(
+            context, seeds, self.num_units, self.end, e.temperature or self.config.temperature, e.top_p, e.top_k
+        )
+        units, logp, value = self._forced(written.units), written.logp, None
+        if not self._evaluating and (self.has_critic or self.config.logp == "evaluate"):
             with torch.no_grad():
                 judged = self.evaluate(obs, units, entropy=False)
             value = judged.value
             logp = judged.logp if self.config.logp == "evaluate" else logp
-        return PolicyOutput(units, logp, units.unsqueeze(1), value, units != PAD)
+        return PolicyOutput(units, logp, units.unsqueeze(1), value, self._chosen(units))
+
+    def _narrowing(self, rows: int) -> Narrowing:
+        """What `evaluation` says, for every row."""
+        e, device = self.config.evaluation, self.device
+        heat = 1.0 if e.temperature is None else e.temperature / self.config.temperature
+        return Narrowing(
+            torch.full((rows,), heat, device=device), torch.full((rows,), e.top_k, device=device),
+            torch.full((rows,), e.top_p, device=device),
+        )  # fmt: skip
+
+    def _forced(self, units: Tensor) -> Tensor:
+        """With `force_end`, replies [B, A] that fill every place end there."""
+        if self.config.force_end:
+            units = units.clone()
+            units[:, -1] = torch.where(units[:, -1] == PAD, PAD, self.end[0])
+        return units
+
+    def _chosen(self, units: Tensor) -> Tensor:
+        """[B, A] bool, tokens that the policy chose itself."""
+        chosen = units != PAD
+        if self.config.force_end:
+            chosen[:, -1] = False
+        return chosen
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
         """Log-probabilities and entropies [N, A], 0 at PAD; values [N, A] or [N] (critic.level)."""
@@ -153,6 +184,11 @@ class CausalLM(nn.Module):
             value = lay(self._judge(seen)) if level == "unit" else self._judge(hidden[packed.last])[group]
         return Evaluation(lay(logp), None if spread is None else lay(spread), value)
 
+    def encode(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Replies [N, 1, A] as units [N, A] and mask: they are the same ids."""
+        units = action[:, 0]
+        return units, units != PAD
+
     def value(self, obs: Obs) -> Tensor:
         """[N] the critic's estimate before the first token of a reply."""
         with torch.no_grad():
@@ -162,6 +198,10 @@ class CausalLM(nn.Module):
 
     def observe(self, obs: Obs) -> None:
         """Nothing: a language model has no running statistics."""
+
+    def evaluating(self, on: bool) -> None:
+        """Sample by `evaluation` from here on, or as in training again."""
+        self._evaluating = on
 
     def anneal(self, temperature: Tensor | None) -> None:
         """Give every token of a reply a temperature [A] of its own, in place of the recipe's; None takes it back."""
@@ -200,8 +240,20 @@ class CausalLM(nn.Module):
             return self._judge(states[:, 0])
         return self._judge(states).masked_fill(units == PAD, 0.0)
 
-    def _write(self, context: Tensor, uniform: Tensor | None, states: bool) -> Written:
-        """Generate for all rows, in batches that fit into memory."""
+    def write(
+        self, context: Tensor, uniform: Tensor | None, *, states: bool = False, narrow: Narrowing | None = None
+    ) -> Written:
+        """Generate for all rows, in batches that fit into memory.
+
+        Args:
+            context: [B, P] int64 with PAD.
+            uniform: [B, A] float64 in [0, 1), one number decides one token; None takes the likeliest.
+            states: Return the hidden states as well.
+            narrow: How each row is sampled beside the policy's temperature; None as in training.
+
+        Raises:
+            UserError: There is not enough memory for one row.
+        """
         head, temperature = self._head(), self._temperature()
 
         def logits(h: Tensor, t: int) -> Tensor:
@@ -212,13 +264,29 @@ class CausalLM(nn.Module):
             contexts, group = distinct(context[rows])
             packed = pack(contexts, group[:0], contexts.new_zeros(0, 0), self.config.attention)
             drawn = None if uniform is None else uniform[rows]
+            here = None if narrow is None else Narrowing(*(x[rows] for x in narrow))
             # One cast of every weight for all tokens: autocast forgets its casts when its outermost block ends.
             with self._autocast():
                 return generate(
-                    self._hidden, logits, packed, contexts, group, self.num_units, self.end, drawn, states=states
-                )
+                    self._hidden, logits, packed, contexts, group, self.num_units, self.end, drawn, states=states,
+                    narrow=here, stop=self._stops[0] if self._stops else None,
+                )  # fmt: skip
 
         return in_batches(some, len(context), self.config.rows)
+
+
+class Stops:
+    """Which rows of token ids have one of some texts in them."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        """Keep both."""
+        self.tokenizer, self.texts = tokenizer, texts
+
+    def __call__(self, units: Tensor) -> Tensor:
+        """[n] bool of rows [n, t], PAD left out."""
+        rows = [[i for i in row if i != PAD] for row in units.tolist()]
+        told = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return torch.tensor([any(s in text for s in self.texts) for text in told], device=units.device)
 
 
 def in_batches(write: Callable[[slice], Written], rows: int, most: int | None) -> Written:

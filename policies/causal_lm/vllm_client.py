@@ -123,7 +123,10 @@ class VllmGenerator:
             raise CapabilityError(f"vLLM did not take the weights: {answer.get('error', answer)}")
         self._mark = mark
 
-    def write(self, context: Tensor, seeds: Tensor | None, length: int, end: Tensor, temperature: float) -> Written:
+    def write(
+        self, context: Tensor, seeds: Tensor | None, length: int, end: Tensor, temperature: float,
+        top_p: float = 1.0, top_k: int = 0,
+    ) -> Written:  # fmt: skip
         """Continue contexts.
 
         Args:
@@ -132,6 +135,8 @@ class VllmGenerator:
             length: Tokens after which a row is cut.
             end: [E] int64, ids that end a row.
             temperature: Of the samples.
+            top_p: Sum of the probabilities of the likeliest tokens that may be drawn.
+            top_k: Likeliest tokens that may be drawn; 0 for all.
 
         Returns:
             written: With vLLM's own log-probabilities.
@@ -140,7 +145,7 @@ class VllmGenerator:
         answer = self._ask(
             "write", contexts=[[i for i in row if i != PAD] for row in context.tolist()], length=length,
             seeds=[0] * b if seeds is None else seeds.tolist(), end=end.tolist(),
-            temperature=0.0 if seeds is None else temperature,
+            temperature=0.0 if seeds is None else temperature, top_p=top_p, top_k=top_k,
         )  # fmt: skip
         if "error" in answer:
             raise CapabilityError(f"vLLM could not write: {answer['error']}")

@@ -84,7 +84,7 @@ def write(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
 
     common = {
         "max_tokens": request["length"], "stop_token_ids": request["end"], "ignore_eos": True, "logprobs": 0,
-        "temperature": request["temperature"], "top_p": 1.0, "top_k": 0, "detokenize": False,
+        "detokenize": False, **{name: request[name] for name in ("temperature", "top_p", "top_k")},
     }  # fmt: skip
     settings = [SamplingParams(seed=seed, **common) for seed in request["seeds"]]
     prompts = [{"prompt_token_ids": ids} for ids in request["contexts"]]

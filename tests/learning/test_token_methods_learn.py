@@ -16,7 +16,7 @@ from tests.kit import TOYS
 
 pytestmark = pytest.mark.learning
 SEEDS = (0, 1, 2)
-ON_TOP = {"ead": "grpo", "ghpo": "grpo"}
+ON_TOP = {"ead": "grpo", "ghpo": "grpo", "knapsack": "grpo", "curriculum": "grpo"}
 """Recipes that change how is collected and need a method below them."""
 PARTS = sorted({path.stem for path in (packaged_configs() / "method").glob("*.yaml")} - ON_TOP.keys()) + [*ON_TOP]
 
@@ -29,9 +29,13 @@ SLOWER = {
 }
 """Recipe -> (updates, step size, threshold), with the range over seeds 0 to 5; the others have (25, 0.15, 0.85)."""
 CHANGES = {
+    # Agreement only leads to what the policy leans to: it begins with 29 % right replies.
+    "ttrl": "policy.lean=2.0",
+    "evol_rl": "policy.lean=2.0",
     "dr_grpo": "algorithm.loss.constant_units=3",
     "canon": "algorithm.loss.constant_units=3",
     "ppo_units": "policy.critic=unit",
+    "spear": "algorithm.replay.ramp=10",
     "prorl": "algorithm.loss.kl.reset_every=10",
     "ead": "collect.anneal={plain: 1, delay: 3.0, floor: 0.3, delay_growth: 0.0}",
 }

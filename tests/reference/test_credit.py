@@ -285,6 +285,17 @@ def test_canon_by_hand():
     close(chain(rollout, **canon, between=0.25).advantage, [0.3125, -0.5625, -0.1875, 0.4375])
 
 
+def test_canon_with_a_preferred_half_by_hand():
+    # As above with alpha 1/2: short 1 - 0.25 and 0.5 - 0.25, long 0 - 0.75 and 0.5 - 0.75; equal returns differ by length.
+    mask = torch.arange(3) < torch.tensor([1, 3, 2, 3]).view(1, 4, 1)
+    canon = {"gamma": 1.0, "returns": "trajectory", "baseline": "other_half", "between": 1.0, "larger": 0.5}
+    close(chain(group_rollout([1.0, 0.0, 0.5, 1.0], mask=mask, num_units=3), **canon).advantage, [0.75, -0.75, 0.25, -0.25])
+    close(chain(group_rollout([1.0] * 4, mask=mask, num_units=3), **canon).advantage, [0.5, -0.5, 0.5, -0.5])
+    close(chain(group_rollout([0.0] * 4, mask=mask, num_units=3), **canon).advantage, [0.0] * 4)
+    with pytest.raises(ValueError, match=r"larger \(0.5\) does nothing with baseline \(group_mean\)"):
+        Credit(returns="trajectory", baseline="group_mean", larger=0.5)
+
+
 def test_canon_by_surprise():
     # Mean -log pi per unit 2, 1, 3, 1.5: halves {1, 3} and {0, 2}
     logp = -torch.tensor([[[2.0, 9.0], [0.5, 1.5], [3.0, 9.0], [1.0, 2.0]]], dtype=F64)

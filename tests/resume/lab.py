@@ -98,6 +98,24 @@ RECIPES: dict[str, dict[str, Any]] = {
         "algorithm": {"type": "grpo"},
         "collect": {"mode": "episodes", "decisions": 1, "group_size": 4, "hints": [0.3, 0.7], "dynamic_sampling": "drop"},
     },
+    "budget": {
+        "env": {"type": str(TOYS / "words.py")},
+        "policy": {"type": str(TOYS / "table.py"), "spread": 0.5},
+        "algorithm": {"type": "grpo"},
+        "collect": {
+            "mode": "episodes", "decisions": 1, "copies": 16, "group_size": 4, "budget": {"high": 8},
+            "curriculum": {"kind": "success", "starts": 6, "window": 4}, "hints": [0.5],
+        },
+    },
+    "replay and demonstrations": {
+        "env": {"type": str(TOYS / "words.py")},
+        "policy": {"type": str(TOYS / "table.py"), "spread": 0.5},
+        "algorithm": {
+            "type": "grpo", "update": {"epochs": 1, "minibatches": 2},
+            "replay": {"coef": 0.5, "rows": 6, "episodes": 5, "recent": 20, "ramp": 6}, "guide": {"kind": "importance", "coef": 0.1},
+        },
+        "collect": {"mode": "episodes", "decisions": 1, "group_size": 4},
+    },
     "pendulum": {
         "env": {"type": "gymnasium", "id": "Pendulum-v1", "max_steps": 23},
         "algorithm": {"credit": {"reward_scale": "running_return_std"}},

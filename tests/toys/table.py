@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from embodied_rl.section import Section
 from embodied_rl.types import PAD, EnvSpec, Evaluation, Obs, PolicyOutput
+from tests.toys import words
 
 
 class Config(Section):
@@ -18,6 +19,8 @@ class Config(Section):
     critic: Literal["none", "decision", "unit"] = "none"
     spread: float = 0.0
     """Deviation of the initial logits."""
+    lean: float = 0.0
+    """Added to the logits of the ids that words.py (one turn) pays for: a policy that knows a little."""
 
 
 class Table(nn.Module):
@@ -33,6 +36,11 @@ class Table(nn.Module):
         v, contexts = env.action.size, int(env.observation["context"].high or 0) + 1
         self.num_units, self.end = env.action.length, env.vocabulary.end[0]
         self.logits = nn.Parameter(config.spread * torch.randn(contexts, self.num_units, v + 1, v))
+        for context in range(contexts if config.lean else 0):
+            reply = words.word(context, words.Config(letters=v - 1, length=self.num_units))
+            for place, (before, right) in enumerate(zip([v, *reply], reply, strict=False)):
+                if right != PAD:
+                    self.logits.data[context, place, before, right] += config.lean
         self.has_critic, self.value_per_unit = config.critic != "none", config.critic == "unit"
         shape = (contexts, self.num_units, v + 1) if self.value_per_unit else (contexts,)
         self.values = nn.Parameter(torch.zeros(shape)) if self.has_critic else None
@@ -94,6 +102,9 @@ class Table(nn.Module):
         first = self._value(context, torch.zeros(len(context), self.num_units, dtype=torch.int64, device=context.device))
         assert first is not None
         return first[:, 0] if self.value_per_unit else first
+
+    def encode(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        return action[:, 0], action[:, 0] != PAD
 
     def observe(self, obs: Obs) -> None:
         pass

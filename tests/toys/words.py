@@ -46,7 +46,7 @@ class Words:
         self.spec = EnvSpec(
             observation={"context": TensorSpec((1,), torch.int64, low=PAD, high=2 * contexts - 1, constant=config.turns == 1)},
             action=ActionSpec("tokens", config.letters + 1, length=config.length),
-            num_envs=num_envs, max_steps=config.turns, tasks=("spell",), seedable=True, has_state=True, has_success=True,
+            num_envs=num_envs, max_steps=config.turns, tasks=("spell",), seedable=True, has_state=True, has_success=True, has_results=True,
             vocabulary=Vocabulary("letters", config.letters + 1, "letters", (config.letters,)),
         )  # fmt: skip
         self.number = torch.zeros(num_envs, dtype=torch.int64, device=device)
@@ -62,6 +62,9 @@ class Words:
 
     def hint(self, share: float) -> None:
         self.share = share
+
+    def demonstrate(self) -> tuple[Tensor, Tensor]:
+        return self.target[self.number], torch.ones_like(self.number, dtype=torch.bool)
 
     def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
         for i in mask.nonzero().flatten().tolist():
@@ -80,7 +83,9 @@ class Words:
         reward = same.float().mean(-1) if self.config.partial else right.float()
         self.turn, self.right = self.turn + 1, self.right & right
         ended = self.turn >= self.config.turns
-        return Step(self._obs(), reward, ended, torch.zeros_like(ended), self.right & ended)
+        places = (self.config.letters + 2) ** torch.arange(self.config.length, device=self.device)
+        result = ((action + 1) * places).sum(-1)
+        return Step(self._obs(), reward, ended, torch.zeros_like(ended), self.right & ended, result=result)
 
     def get_state(self) -> State:
         return {"number": self.number, "turn": self.turn, "right": self.right, "shown": self.shown}

@@ -203,7 +203,7 @@ def test_a_calculator_answers_and_the_replies_are_kept_as_they_were_sampled(mode
 
 
 def test_a_reply_that_was_cut_is_closed_before_it_is_answered(model):
-    env = make(model, ["calculator"], copies=1)
+    env = make(model, ["calculator"], copies=1, max_reply=len("<calc>1+1</calc>"))
     begin(env, 2)
     step = env.step(reply(env, "<calc>1+1</calc>", end=False))
     assert shown(env, step.obs, 0).endswith("assistant\n<calc>1+1</calc><|end|>\n<|start|>user\n2<|end|>\n<|start|>assistant\n")

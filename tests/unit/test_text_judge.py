@@ -88,16 +88,16 @@ def test_every_way_to_fail_is_told_and_none_is_a_score(nasty, caplog):
 def test_a_reply_is_answered_there_too_and_the_last_one_is_judged(nasty):
     j = judges(nasty)
     assert j.ask(cases("tell me", last=False)) == [{"say": "you said  me"}]
-    assert j.ask(cases("tell me", last=True)) == [{"score": 0.0}]
+    assert j.ask(cases("tell me", last=True)) == [{"score": 0.0, "result": "tell me"}]
     j.close()
 
 
 def test_tasks_that_cannot_hang_are_judged_here_and_start_no_process(nasty):
     j = judges(nasty)
-    assert j.ask([Case(1, Question("What is 1 + 1?", "2"), ["2"], False)]) == [{"score": 1.0}]
+    assert j.ask([Case(1, Question("What is 1 + 1?", "2"), ["2"], False)]) == [{"score": 1.0, "result": "2"}]
     assert j._judges[0]._process is None
     both = j.ask([*cases("ok"), Case(1, Question("What is 1 + 1?", "2"), ["3"], False), *cases("half")])
-    assert both == [{"score": 1.0}, {"score": 0.0}, {"score": 0.5}]
+    assert [a["score"] for a in both] == [1.0, 0.0, 0.5]
     j.close()
 
 

@@ -58,8 +58,14 @@ class Arithmetic(Task):
         """1 for the right number, else 0."""
         if self.config.answer == "reply":
             return super().score(question, reply)
+        return float(self.result(question, reply) == question.answer)
+
+    def result(self, question: Question, reply: str) -> str | None:
+        """The whole reply, or the last number in it."""
+        if self.config.answer == "reply":
+            return super().result(question, reply)
         numbers = NUMBER.findall(reply)
-        return float(bool(numbers) and numbers[-1].replace(",", "") == question.answer)
+        return numbers[-1].replace(",", "") if numbers else None
 
 
 def number(rng: np.random.Generator, low: int, high: int) -> int:

@@ -1,5 +1,7 @@
 """Questions and answers from a file: one JSON object per line, {"question": "...", "answer": "..."}.
 
+A line may also have {"solution": "..."}: the answer with the way to it, for hints and demonstrations.
+
 One file is split by the hash of each question's text (`env.heldout`). A folder has train.jsonl and eval.jsonl instead.
 math-verify judges whether a reply is mathematically equal to the answer.
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,11 +43,12 @@ class Questions(Task):
         import math_verify
 
         self._judge, self.path = math_verify, Path(config.path)
+        self._latest: tuple[str, list[Any]] = ("", [])
         self.own_split = self.path.is_dir()
         self.splits: list[list[Question]] | None = None
         """For training and for evaluation; made by the first `draw` where one file holds both."""
         if not self.own_split:
-            self.questions = [Question(text, answer) for text, (answer, _) in read(self.path).items()]
+            self.questions = [q for q, _ in read(self.path).values()]
             return
         train, evaluation = (read(self.path / name) for name in FILES)
         both = next((text for text in evaluation if text in train), None)
@@ -54,7 +58,7 @@ class Questions(Task):
                 "so evaluation would not be of unseen questions; remove one of the two"
             )
         parts = (train, evaluation)
-        self.splits = [[Question(text, answer) for text, (answer, _) in part.items()] for part in parts]
+        self.splits = [[q for q, _ in part.values()] for part in parts]
 
     def draw(self, random: Random, evaluation: bool, heldout: float) -> Question:
         """A random question of the split's own file, or of the file's part.
@@ -87,15 +91,29 @@ class Questions(Task):
         gold = self._judge.parse(question.answer, parsing_timeout=None, raise_on_error=True)
         if not gold:
             raise ValueError(f"math-verify finds no answer in '{question.answer}'")
-        said = self._judge.parse(reply, parsing_timeout=None)
-        return float(self._judge.verify(gold, said, timeout_seconds=None, raise_on_error=True))
+        return float(self._judge.verify(gold, self._read(reply), timeout_seconds=None, raise_on_error=True))
+
+    def result(self, question: Question, reply: str) -> str | None:
+        """The answer that math-verify finds in the reply, with decimals as fractions, so that 0.5 is 1/2."""
+        import sympy
+
+        said = self._read(reply)
+        if not said:
+            return None
+        return str(sympy.nsimplify(said[0], rational=True) if isinstance(said[0], sympy.Expr) else said[0])
+
+    def _read(self, reply: str) -> list[Any]:
+        """What math-verify finds; asked for twice in a row, by the score and by the result."""
+        if self._latest[0] != reply:
+            self._latest = reply, list(self._judge.parse(reply, parsing_timeout=None))
+        return self._latest[1]
 
 
-def read(path: Path) -> dict[str, tuple[str, int]]:
+def read(path: Path) -> dict[str, tuple[Question, int]]:
     """The questions of a file.
 
     Returns:
-        questions: Text -> (answer, line number).
+        questions: Text -> (question, line number).
 
     Raises:
         NotFoundError: There is no such file.
@@ -103,22 +121,23 @@ def read(path: Path) -> dict[str, tuple[str, int]]:
     """
     if not path.is_file():
         raise NotFoundError(f"{path}: no such file of questions")
-    out: dict[str, tuple[str, int]] = {}
+    out: dict[str, tuple[Question, int]] = {}
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not a text file in UTF-8 ({error})") from None
     for number, line in enumerate(lines, start=1):
-        text, answer = _parsed(line, f"{path}:{number}")
-        if text in out and out[text][0] != answer:
+        question = _parsed(line, f"{path}:{number}")
+        text = question.text
+        if text in out and out[text][0].answer != question.answer:
             raise ConfigError(
                 f"{path}:{number}: the question of line {out[text][1]} again, with another answer; remove one of them"
             )
-        out.setdefault(text, (answer, number))
+        out.setdefault(text, (question, number))
     return out
 
 
-def _parsed(line: str, where: str) -> tuple[str, str]:
+def _parsed(line: str, where: str) -> Question:
     wanted = 'expected {"question": "...", "answer": "..."}'
     if not line.strip():
         raise ConfigError(f"{where}: is empty, {wanted}; remove the line")
@@ -131,13 +150,15 @@ def _parsed(line: str, where: str) -> tuple[str, str]:
     for key in ("question", "answer"):
         if key not in row:
             raise ConfigError(f"{where}: has no '{key}', {wanted}")
-    text, answer = row["question"], row["answer"]
+    text, answer, solution = row["question"], row["answer"], row.get("solution", "")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     for key, value in (("question", text), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
             raise ConfigError(f"{where}: '{key}' is {json.dumps(value)}, expected a text that is not empty")
-    return text, answer
+    if not isinstance(solution, str):
+        raise ConfigError(f"{where}: 'solution' is {json.dumps(solution)}, expected a text")
+    return Question(text, answer, solution=solution)
 
 
 def build(config: Config) -> Questions:
