@@ -109,9 +109,9 @@ def test_two_pythons_are_one_too_many():
 
 def test_a_worker_of_another_version_is_refused(tmp_path, monkeypatch):
     other = tmp_path / "worker.py"
-    other.write_text(workers.WORKER.read_text().replace("PROTOCOL = 1", "PROTOCOL = 0"))
+    other.write_text(workers.WORKER.read_text().replace(f"PROTOCOL = {workers.PROTOCOL}", "PROTOCOL = 0"))
     monkeypatch.setattr(workers, "WORKER", other)
-    assert "speaks protocol 0, this engine speaks 1: install both from one version of embodied_rl" in refused()
+    assert f"speaks protocol 0, this engine speaks {workers.PROTOCOL}: install both from one version of embodied_rl" in refused()
 
 
 # ---- environments of simulators -------------------------------------------------------------------------------------
