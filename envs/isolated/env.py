@@ -54,6 +54,7 @@ class IsolatedEnv:
         self._losses, self._fd = 0, -1
         self._workers: list[Worker] = []
         self._native: dict[str, Any] = {}
+        self._about: dict[str, Any] = {}
         try:
             for low, high in split_rows(num_envs, workers):
                 self._workers.append(Worker(foreign, low, high))
@@ -200,6 +201,23 @@ class IsolatedEnv:
         finally:
             os.close(fd)
         return torch.from_numpy(pictures.copy()).to(self.device)
+
+    def manifest(self) -> dict[str, Any]:
+        """What the simulator's results depend on, as its worker tells it: its file, its packages, and its own words.
+
+        Raises:
+            SimulatorError: No worker could tell.
+        """
+        if not self._about:
+            for worker in self._workers:
+                if not worker.ready:
+                    self._admit(worker)
+                if about := self._ask(worker, {"ask": "manifest", "pins": list(self.foreign.versions)}):
+                    self._about = about
+                    break
+            else:
+                raise SimulatorError(f"{self.where}: no worker could tell its manifest; {self._workers[0].output()}")
+        return dict(self._about)
 
     def close(self) -> None:
         """End the workers; may be called twice."""

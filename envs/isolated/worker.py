@@ -11,6 +11,7 @@ where something has to be said once.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -156,6 +157,10 @@ class Copies:
         """Build them."""
         self.low, self.high = hello["rows"]
         self.simulators = [module.Simulator(dict(hello["settings"])) for _ in range(self.low, self.high)]
+        # Later imports, as of what only draws films, would make two manifests differ.
+        self.modules = frozenset(sys.modules)
+        with open(hello["simulator"], "rb") as file:
+            self.checksum = hashlib.sha256(file.read()).hexdigest()
         self.spec = complete(self.simulators[0].spec)
         self.limit = hello["max_steps"] or self.spec["max_steps"]
         self.spec["max_steps"] = self.limit
@@ -223,7 +228,7 @@ class Copies:
             array[at] = obs[name]
 
     def talk(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Answer a rare request: a picture, or the words of the running episodes."""
+        """Answer a rare request: a picture, what results depend on, or the words of the running episodes."""
         if message["ask"] == "render":
             pictures = share(message["fd"], message["fields"])["pictures"]
             os.close(message["fd"])
@@ -232,7 +237,23 @@ class Copies:
                 simulator = self.simulators[at - self.low]
                 pictures[place] = simulator.render(message["camera"], *pictures.shape[1:3])
             return {}
+        if message["ask"] == "manifest":
+            self.doing = "the simulator failed in manifest"
+            told = getattr(self.simulators[0], "manifest", dict)()
+            packages = versions(message["pins"]) if message["pins"] else self.packages()
+            python = sys.version.split()[0]
+            return {"simulator": self.checksum, "python": python, "packages": packages, **told}
         return {"texts": [str(simulator.instruction()) for simulator in self.simulators]}
+
+    def packages(self) -> dict[str, str]:
+        """Version of every distribution that the simulator had imported when it was built."""
+        found: dict[str, str] = {}
+        for one in importlib.metadata.distributions():
+            tops = (one.read_text("top_level.txt") or "").split()
+            tops = tops or [str(file).split("/")[0].split(".")[0] for file in one.files or ()]
+            if self.modules.intersection(tops):
+                found[one.metadata["Name"]] = one.version
+        return dict(sorted(found.items()))
 
     def close(self) -> None:
         """Close every simulator that can be closed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from embodied_rl.envs.tabletop.layout import draw_starts
 from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
 from embodied_rl.envs.tabletop.physics import Physics
 from embodied_rl.envs.tabletop.pictures import told, told_spec
-from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene
+from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene, scene_xml
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
 from embodied_rl.errors import CheckpointError, NotFoundError, nearest
+from embodied_rl.runfolder import checksum, installed
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class TabletopEnv:
         self._reward = reward
         self._max_steps = max_steps
         self._end_on_success = end_on_success
+        self._sentences = evaluation_sentences
         self._evaluation_sentences = evaluation_sentences
         self.arm = ArmKinematics(scene.model, HOME, physics.qpos)
         self.controller = PoseController(self.arm)
@@ -203,6 +205,19 @@ class TabletopEnv:
         goal_marker, colors = paint(self.scene, self.episode.colors[rows], self.episode.goal[rows])
         pictures = self._camera.render(self.physics.qpos[rows], (camera,), height, width, goal_marker, colors)
         return pictures[camera].to(self.device)
+
+    def manifest(self) -> dict[str, Any]:
+        """What results depend on: the scene, the engines that move and draw it, and the task's settings."""
+        engine = type(self.physics).__name__
+        drawn = self._pictures is not None or engine != "NativePhysics"
+        return {
+            "scene": checksum(scene_xml(float(self.scene.model.opt.timestep)).encode()),
+            "physics": engine,
+            "reward": self._reward,
+            "end_on_success": self._end_on_success,
+            "sentences": self._sentences,
+            "packages": installed(["mujoco", *(["mujoco-warp", "warp-lang"] if drawn else [])]),
+        }
 
     def close(self) -> None:
         """Stop the physics threads and drop the camera."""
