@@ -172,6 +172,15 @@ def test_a_lock_that_no_longer_resolves_is_told_and_leaves_nothing(home):
     assert not (home / "sims" / "mine").exists()
 
 
+@pytest.mark.parametrize(("content", "what"), [(b"", "empty"), (b"\x80\x81", "no text")])
+def test_a_file_that_is_no_lock_is_told_before_anything_is_made(home, content, what):
+    lock = home / "mine.txt"
+    lock.write_bytes(content)
+    with pytest.raises(SimulatorError, match=f"^sim 'mine': {lock} is {what}, expected a lock file: a line name==version"):
+        sims.install(str(lock))
+    assert not (home / "sims" / "mine").exists()
+
+
 def test_a_package_of_another_content_is_refused(home):
     with pytest.raises(SimulatorError, match="no longer resolves .*[Hh]ash"):
         sims.install(str(write_lock(home, digest="0" * 64)))
