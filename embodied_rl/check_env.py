@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embodied_rl import checkpoint
+from embodied_rl import checkpoint, manifest
 from embodied_rl.check_tools import (
     Broken,
     EnvCase,
@@ -60,6 +60,15 @@ def reset_keeps_the_spec(case: EnvCase) -> None:
     """A start has the entries, shapes, types and bounds of the spec, for every task."""
     for first in range(len(case.env.spec.tasks)):
         check_obs(start(case.env, first), case.env.spec, case.copies, case.env.device, "after reset")
+
+
+def manifest_is_plain(case: EnvCase) -> str:
+    """What the env tells of itself for an evaluation's manifest is plain data, and stays as it is."""
+    start(case.env)
+    first = manifest.make(case.env, {}, {})["env"]
+    move(case.env, zeros_for(case.env))
+    expect(first == manifest.make(case.env, {}, {})["env"], "manifest() changes within an episode")
+    return ", ".join(first) if hasattr(case.env, "manifest") else "it tells nothing"
 
 
 def one_copy_works(case: EnvCase) -> None:
@@ -430,5 +439,5 @@ CHECKS: tuple[Callable[[EnvCase], str | None], ...] = (
     last_observation_is_true, same_seed_same_start, evaluation_starts_are_new, partial_reset_is_local,
     partial_reset_starts_a_whole_episode, active_copies_do_not_mind_idle_ones, idle_copies_wait,
     wrong_actions_are_refused, actions_are_clipped, state_round_trip, constants_are_constant, pictures_are_as_asked,
-    transcripts_are_as_asked, close_twice,
+    transcripts_are_as_asked, manifest_is_plain, close_twice,
 )  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from embodied_rl import __version__
-from embodied_rl.errors import NotFoundError, UserError, nearest
+from embodied_rl.errors import CapabilityError, NotFoundError, UserError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,12 +107,15 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run folder or one of its checkpoints")
+    target = "a run folder, one of its checkpoints, or a stored evaluation (evaluation.json), which is not made again"
+    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help=target)
     parser.add_argument("other", metavar="OTHER", nargs="?", help="a second one, evaluated on the same starts")
     parser.add_argument("--episodes", type=_count, help="number of episodes (default: the recipe's evaluate.episodes)")
     parser.add_argument("--copies", type=_count, help="copies of the env (default: the recipe's evaluate.copies)")
     parser.add_argument("--sampled", action="store_true", help="sample as in training instead of taking the mode")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:<index> (default: the recipe's device)")
+    anyway = "compare two results although they were not made with the same simulator"
+    parser.add_argument("--compare-anyway", action="store_true", help=anyway)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,12 +186,29 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from embodied_rl.compare import evaluate_targets, print_targets
-
     targets = [args.target] if args.other is None else [args.target, args.other]
+    stored = [target for target in targets if target.endswith(".json")]
+    _check_evaluate(args, targets, stored)
+    from embodied_rl.compare import evaluate_targets, print_targets, stored_results
+
     greedy = False if args.sampled else None
-    results = evaluate_targets(targets, episodes=args.episodes, copies=args.copies, greedy=greedy, device=args.device)
-    print_targets(targets, results, _console())
+    given = {"episodes": args.episodes, "copies": args.copies, "greedy": greedy, "device": args.device}
+    results = stored_results(targets) if stored else evaluate_targets(targets, **given)
+    print_targets(targets, results, _console(), anyway=args.compare_anyway)
+
+
+def _check_evaluate(args: argparse.Namespace, targets: Sequence[str], stored: Sequence[str]) -> None:
+    """Refuse options of `evaluate` that could do nothing."""
+    if args.compare_anyway and len(targets) < 2:
+        raise CapabilityError("--compare-anyway compares two results, and one was given: name a second one")
+    if stored and len(stored) < len(targets):
+        raise CapabilityError(
+            f"{stored[0]} is a stored evaluation and the other is not: name two stored ones, or two runs, which are "
+            "evaluated on the same starts"
+        )
+    idle = [f"--{name}" for name in ("episodes", "copies", "sampled", "device") if getattr(args, name)]
+    if stored and idle:
+        raise CapabilityError(f"{', '.join(idle)} does nothing to {stored[0]}, which has been made: remove it")
 
 
 def _collect(args: argparse.Namespace) -> int:
@@ -299,6 +319,7 @@ COMMANDS: dict[str, tuple[Fill, Run, str, tuple[str, ...]]] = {
             "runs/tabletop_demo",
             "runs/a runs/b --episodes 1000         paired comparison (McNemar)",
             "runs/a/checkpoints/update_000040 --sampled",
+            "runs/a/evaluation.json runs/b/evaluation.json   compare what was measured before",
         ),
     ),
     "report": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from embodied_rl import checkpoint
+from embodied_rl import checkpoint, manifest
 from embodied_rl.config import load_resolved
 from embodied_rl.errors import CapabilityError, NotFoundError
 from embodied_rl.recipe import HELDOUT, Recipe
@@ -24,6 +25,8 @@ from embodied_rl.session import build_env, build_policy, choose_device
 from embodied_rl.stats import Interval, bootstrap, mcnemar, paired_difference, wilson
 from embodied_rl.suites import suites_of
 from embodied_rl.types import Env, Policy
+
+log = logging.getLogger(__name__)
 
 Success = Literal["once", "at_end"]
 
@@ -142,12 +145,22 @@ def summarize(
         assert before is not None
         if name in out:
             out[name]["start"] = start
-            if rows := _paired_rows(after[name], before[name]):
+            if same_simulator(after[name], before[name], name) and (rows := _paired_rows(after[name], before[name])):
                 out[name]["since_start"] = {
                     task: {"before": p.rate_b.value, "after": p.rate_a.value, **_difference(p)}
                     for task, p in rows.items()
                 }
     return out
+
+
+def same_simulator(after: EvaluationResult, before: EvaluationResult, suite: str) -> bool:
+    """Whether two evaluations of one run may be compared; where not (it went on elsewhere), the log says why."""
+    try:
+        manifest.compare(after.manifest, before.manifest, (f"{suite} after training", f"{suite} before it"))
+    except CapabilityError as error:
+        log.warning("what training changed is not told: %s", str(error).split(". Evaluate both")[0])
+        return False
+    return True
 
 
 def _paired_rows(a: EvaluationResult, b: EvaluationResult) -> dict[str, Paired]:
@@ -265,8 +278,24 @@ def evaluate_targets(
     return results
 
 
+def stored_results(targets: Sequence[str | Path]) -> list[dict[str, EvaluationResult]]:
+    """Read evaluations that have been made before, as `evaluate_targets` returns them.
+
+    Args:
+        targets: Files such as `runs/a/evaluation.json`.
+
+    Raises:
+        UserError: See `EvaluationResult.load`.
+    """
+    return [{HELDOUT: EvaluationResult.load(Path(target))} for target in targets]
+
+
 def print_targets(
-    targets: Sequence[str | Path], results: Sequence[dict[str, EvaluationResult]], console: Console | None = None
+    targets: Sequence[str | Path],
+    results: Sequence[dict[str, EvaluationResult]],
+    console: Console | None = None,
+    *,
+    anyway: bool = False,
 ) -> None:
     """Print what `evaluate_targets` found: each evaluation, each suite beside `heldout`, and two targets in pairs.
 
@@ -274,6 +303,10 @@ def print_targets(
         targets: One or two names.
         results: Of each, suite -> evaluation.
         console: Where to print; standard output when None.
+        anyway: Compare also what was not made with the same simulator, and say so.
+
+    Raises:
+        CapabilityError: Two targets were evaluated on different starts or with different simulators.
     """
     for target, suites in zip(targets, results, strict=True):
         for suite, result in suites.items():
@@ -284,7 +317,12 @@ def print_targets(
         for suite in results[0]:
             of = "" if suite == HELDOUT else f", {suite}"
             names = (f"{targets[0]}{of}", f"{targets[1]}{of}")
-            print_comparison(compare(results[0][suite], results[1][suite]), names, console)
+            a, b = results[0][suite], results[1][suite]
+            comparison = compare(a, b)
+            remark = manifest.compare(a.manifest, b.manifest, names, anyway=anyway)
+            print_comparison(comparison, names, console)
+            if remark:
+                (console or Console()).print(f"note: {remark}", markup=False, soft_wrap=True)
 
 
 def print_evaluation(name: str, result: EvaluationResult, console: Console | None = None) -> None:

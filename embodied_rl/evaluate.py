@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embodied_rl import manifest
 from embodied_rl.collect import execute
 from embodied_rl.decide import decide
 from embodied_rl.errors import CapabilityError, DivergenceError
@@ -69,7 +70,15 @@ def evaluate(
         raise CapabilityError(f"evaluate needs at least 1 episode, got {episodes}; set evaluate.episodes")
     numbers = torch.arange(episodes)
     starts = _Starts(run_seed, split, stream, len(env.spec.tasks))
-    columns = _play(policy, env, numbers, starts, greedy=greedy, generator=generator, on_frame=on_frame)
+    frames: dict[str, dict[str, Any]] = {}
+
+    def on_start(number: int, obs: Obs, row: int) -> None:
+        if number < len(env.spec.tasks) and env.spec.seedable:
+            frames[env.spec.tasks[number]] = manifest.frame(obs, row, int(starts.seeds(numbers[number : number + 1])))
+
+    columns = _play(
+        policy, env, numbers, starts, greedy=greedy, generator=generator, on_frame=on_frame, on_start=on_start
+    )
     valid = ~columns["invalid"]
     if not bool(valid.any()):
         raise DivergenceError(
@@ -80,11 +89,12 @@ def evaluate(
     if bad:
         raise DivergenceError(f"the env paid rewards that are not finite in evaluation episodes {bad[:8]}: mend it")
     has = env.spec.has_success
+    made = {"run_seed": run_seed, "split": split, "stream": stream, "episodes": episodes}
     return EvaluationResult(
         tasks=env.spec.tasks, run_seed=run_seed, stream=stream, split=split, greedy=greedy, seedable=env.spec.seedable,
         seed=starts.seeds(numbers), task=starts.tasks(numbers), returns=columns["returns"], length=columns["length"],
         success_once=columns["once"] if has else None, success_at_end=columns["at_end"] if has else None,
-        invalid=None if bool(valid.all()) else ~valid,
+        invalid=None if bool(valid.all()) else ~valid, manifest=manifest.make(env, made, frames),
     )  # fmt: skip
 
 
@@ -259,8 +269,12 @@ def _play(
     greedy: bool,
     generator: torch.Generator | None,
     on_frame: OnFrame | None,
+    on_start: Callable[[int, Obs, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Play the episodes with the given numbers [E]; returns, length, once, at_end and invalid [E], on the CPU."""
+    """Play the episodes with the given numbers [E]; returns, length, once, at_end and invalid [E], on the CPU.
+
+    `on_start` is told of every episode that begins: its number, what all copies show, and its copy.
+    """
     b, e, device = env.spec.num_envs, len(numbers), env.device
     out = {
         "returns": torch.zeros(e, dtype=torch.float64), "length": torch.zeros(e, dtype=torch.int64),
@@ -278,6 +292,9 @@ def _play(
         which = numbers[row.clamp(max=e - 1)]
         obs = env.reset(mask.to(device), starts.seeds(which).to(device), starts.tasks(which).to(device))
         check_observation(obs, env.spec, start=True)
+        for copy in mask.nonzero().flatten().tolist() if on_start else ():
+            assert on_start is not None
+            on_start(int(which[copy]), obs, copy)
         if watched is not None:
             watched.playing = torch.where(row < e, which, -1)
             watched.on_frame(env, torch.where(mask, which, -1))

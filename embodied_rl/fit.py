@@ -113,8 +113,9 @@ def check_extras(recipe: Recipe, policy: Policy, env: Env) -> None:
         "collect.mode is stream (set episodes)": collect.mode == "stream",
         "collect.hints shows solutions as well (remove one of the two)": bool(collect.hints),
     }
-    if why := next((reason for reason, so in lacks.items() if so), None):
+    lack = next((reason for reason, so in lacks.items() if so), None)
+    if lack:
         raise CapabilityError(
-            f"algorithm.guide.kind ({guide.kind}) learns from demonstrations of the env, and {why}; or set "
+            f"algorithm.guide.kind ({guide.kind}) learns from demonstrations of the env, and {lack}; or set "
             "algorithm.guide.kind: none"
         )

@@ -12,7 +12,7 @@ from embodied_rl.charts import CHARTS, Baseline, baselines, draw, save_curves
 from embodied_rl.console import stop_sentence
 from embodied_rl.errors import NotFoundError, RunFolderError
 from embodied_rl.recipe import HELDOUT
-from embodied_rl.report_evaluation import changes, films, percent_interval, results, samples, spoken
+from embodied_rl.report_evaluation import changes, films, made_with, percent_interval, results, samples, spoken
 from embodied_rl.report_style import PAGE, STYLE
 from embodied_rl.runfolder import Summary, explained, write_text_atomic
 from embodied_rl.suites import evaluation_file
@@ -62,7 +62,7 @@ def write_report(run: Path) -> Path:
         films(_json(run / "videos" / PAIRS / INDEX), _json(run / "videos" / INDEX), run / "videos"),
         _curves(rows, start),
         _time(rows),
-        _origin(run, versions),
+        _origin(run, versions, _json(run / evaluation_file(HELDOUT))),
     ]
     path = run / "report.html"
     with explained(run / "learning_curve.png", "write it"):
@@ -184,7 +184,7 @@ def _time(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _origin(run: Path, versions: dict[str, Any]) -> str:
+def _origin(run: Path, versions: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     parts = []
     recipe = run / "recipe.yaml"
     if recipe.exists():
@@ -195,6 +195,8 @@ def _origin(run: Path, versions: dict[str, Any]) -> str:
         cells = ((escape(str(k)), escape(str(v))) for k, v in flat.items())
         lines = "".join(f"<tr><th scope=row>{k}</th><td>{v}</td></tr>" for k, v in cells)
         parts.append(f"<details><summary>Versions</summary><table>{lines}</table></details>")
+    if evaluation:
+        parts.append(made_with(evaluation, run / evaluation_file(HELDOUT)))
     git = _json(run / "git.json")
     if git:
         state = "with uncommitted changes (git.diff)" if git["dirty"] else "clean"

@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from embodied_rl import manifest
+from embodied_rl.errors import RunFolderError
 from embodied_rl.recipe import HELDOUT
 from embodied_rl.runfolder import Change, Difference, Rate, Result, SuiteResult, Summary
 from embodied_rl.video import PAIRS
@@ -136,6 +138,26 @@ def _interval(rate: Rate) -> str:
 def percent_interval(rate: Rate) -> str:
     """The 95 % interval of a success rate in percent: 90.7–96.2."""
     return f"{100 * rate['low95']:.1f}–{100 * rate['high95']:.1f}"
+
+
+def made_with(evaluation: dict[str, Any], path: Path) -> str:
+    """The manifest of an evaluation: simulator, protocol, starts, and checksums of the first frames.
+
+    Args:
+        evaluation: `evaluation.json`.
+        path: Its path, for messages.
+
+    Raises:
+        RunFolderError: The manifest is damaged.
+    """
+    try:
+        found = manifest.read(evaluation.get("manifest"))
+    except ValueError as error:
+        raise RunFolderError(f"{path}: {error}; evaluate the run again") from None
+    if found is None:
+        return "<p>The evaluation has no manifest: it is older than manifests.</p>"
+    rows = "".join(f"<tr><th scope=row>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in manifest.lines(found))
+    return f"<details><summary>What was evaluated</summary><table>{rows}</table></details>"
 
 
 def samples(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:

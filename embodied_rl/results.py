@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embodied_rl import manifest as manifests
 from embodied_rl.errors import NotFoundError, RunFolderError
 from embodied_rl.metrics import Partials
 from embodied_rl.runfolder import Rate, Result, SuiteResult, write_json_atomic
@@ -51,6 +52,8 @@ class EvaluationResult:
     """[E] bool, the judge or the simulator failed: the episode is in no rate and no mean. None when none did."""
     transcripts: dict[int, str] = field(default_factory=dict)
     """Episode number -> what happened in words, of the first few, where the env tells it."""
+    manifest: manifests.Manifest | None = None
+    """What it was made with (see `embodied_rl.manifest`); None of an evaluation that is older than manifests."""
 
     @property
     def episodes(self) -> int:
@@ -111,7 +114,7 @@ class EvaluationResult:
         return out
 
     def save(self, path: Path) -> None:
-        """Write `evaluation.json`: how it was made, the summary, and one record per episode."""
+        """Write `evaluation.json`: how it was made, the summary, the manifest, and one record per episode."""
         columns: dict[str, list[Any]] = {
             "seed": self.seed.tolist(),
             "task": [self.tasks[i] for i in self.task.tolist()],
@@ -126,7 +129,8 @@ class EvaluationResult:
         records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         for number, text in self.transcripts.items():
             records[number]["transcript"] = text
-        document = {"format": FORMAT, **made, "tasks": list(self.tasks), "summary": self.to_dict(), "episodes": records}
+        document = {"format": FORMAT, **made, "tasks": list(self.tasks), "summary": self.to_dict()}
+        document |= {"manifest": self.manifest, "episodes": records}
         write_json_atomic(path, document)
 
     @classmethod
@@ -156,6 +160,7 @@ class EvaluationResult:
                 success_once=success.get("success_once"),
                 success_at_end=success.get("success_at_end"),
                 invalid=torch.tensor([r["invalid"] for r in rows]) if "invalid" in rows[0] else None,
+                manifest=manifests.read(document.get("manifest")),
                 transcripts={i: r["transcript"] for i, r in enumerate(rows) if "transcript" in r},
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:

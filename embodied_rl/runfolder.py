@@ -21,12 +21,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -303,15 +304,11 @@ def write_json_atomic(path: Path, data: Any) -> None:
 
 def versions(device: torch.device) -> dict[str, Any]:
     """What the run computes with: versions of Python and of the packages that matter, platform, processor, device."""
-    packages = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
     on_cuda = device.type == "cuda"
     return {
         "embodied_rl": importlib.metadata.version("embodied-rl"),
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": installed(PACKAGES),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "device": str(device),
@@ -319,6 +316,23 @@ def versions(device: torch.device) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if on_cuda else None,
     }
+
+
+def checksum(*parts: bytes) -> str:
+    """SHA-256 of bytes, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Version of each distribution of `names` that is installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _cpu_name() -> str:

@@ -92,7 +92,7 @@ def find(name: str) -> Sim:
 
 def pins(name: str) -> dict[str, str]:
     """Every distribution of a simulator's lock file with its version."""
-    return dict(_PIN.findall(find(name).lock.read_text()))
+    return dict(_PIN.findall(_text(find(name))))
 
 
 def interpreter(name: str) -> Path:
@@ -129,7 +129,7 @@ def install(name: str) -> Sim:
     sim = find(name)
     if sim.state == "ready":
         return sim
-    text = sim.lock.read_text()
+    text = _text(sim)
     wanted = _PYTHON.search(text)
     version = wanted[1] if wanted else f"{sys.version_info.major}.{sys.version_info.minor}"
     remove(sim.name)
@@ -182,6 +182,18 @@ def _reason(output: str) -> str:
     """What a tool complains of, in one line."""
     text = " ".join(line.strip(" ×╰─▶│") for line in output.splitlines() if line.strip())
     return text[:400] or "no reason was given"
+
+
+def _text(sim: Sim) -> str:
+    """The lock file's text; SimulatorError where it pins nothing."""
+    text = sim.lock.read_bytes().decode("utf-8", errors="replace")
+    # An environment of nothing would be "ready", and fail later for a reason that is harder to see.
+    if not text.strip() or "\ufffd" in text:
+        raise SimulatorError(
+            f"sim '{sim.name}': {sim.lock} is {'no text' if text.strip() else 'empty'}, expected a lock file: a line "
+            "name==version for every package, as `pip freeze` or `uv pip compile` write it"
+        )
+    return text
 
 
 def _digest(lock: Path) -> str:

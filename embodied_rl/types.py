@@ -142,6 +142,9 @@ class Env(Protocol):
 
     # An env whose episodes can be read may offer as well:
     #     transcript(copies: Tensor) -> list[str]    what has happened so far in the copies asked for, in words
+    #     manifest() -> dict[str, Any]    plain data on what its results depend on (versions, checksums of models and
+    #                                     assets, the protocol) and nothing of the machine (paths, threads, times):
+    #                                     evaluations in which it differs are not compared
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from embodied_rl.envs._spaces import ActionMap, Array, check_action, leaves
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, nearest
+from embodied_rl.runfolder import installed
 from embodied_rl.section import Section
 from embodied_rl.types import EnvSpec, Obs, Split, State, Step
 
@@ -50,6 +51,7 @@ class EnvpoolEnv:
         """Wrap a pool in synchronous mode (batch size = number of copies)."""
         self.where = f"env envpool: '{config.id}'"
         self.device = device
+        self._kwargs = config.kwargs
         self._pool: Any = pool
         settings = pool.config
         b = self._b = int(settings["num_envs"])
@@ -159,6 +161,10 @@ class EnvpoolEnv:
             f"{self.where}: camera '{camera}' does not exist: this env draws no pictures; use env.type: gymnasium with "
             "env.render: true"
         )
+
+    def manifest(self) -> dict[str, Any]:
+        """What results depend on."""
+        return {"id": self.spec.tasks[0], "kwargs": self._kwargs, "packages": installed(["envpool"])}
 
     def close(self) -> None:
         """Stop the threads; may be called twice."""

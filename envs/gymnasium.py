@@ -6,10 +6,12 @@ one and the same seed always starts the same episode. Observations of a plain Bo
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from embodied_rl.envs._spaces import ActionMap, Array, check_action, leaves, resized
 from embodied_rl.errors import CapabilityError, CheckpointError, ConfigError, MissingExtraError, NotFoundError, nearest
+from embodied_rl.runfolder import checksum, installed
 from embodied_rl.section import Section
 from embodied_rl.types import EnvSpec, Obs, Split, State, Step
 
@@ -186,6 +189,19 @@ class GymnasiumEnv:
         if not frames:
             return torch.empty(0, height, width, 3, dtype=torch.uint8, device=self.device)
         return resized(torch.stack(frames), height, width).to(self.device)
+
+    def manifest(self) -> dict[str, Any]:
+        """What results depend on: the env's package, and MuJoCo's version and the model's file where there is one."""
+        inner: Any = self._envs[0].unwrapped
+        package = type(inner).__module__.split(".")[0]
+        names = {"gymnasium", *importlib.metadata.packages_distributions().get(package, ())}
+        model: dict[str, Any] = {}
+        if isinstance(getattr(inner, "model", None), mujoco.MjModel):
+            names.add("mujoco")
+            file = Path(str(getattr(inner, "fullpath", "")))
+            model = {"model": checksum(file.read_bytes())} if file.is_file() else {}
+        packages = installed(sorted(names))
+        return {"id": self.config.id, "kwargs": self.config.kwargs, "packages": packages, **model}
 
     def close(self) -> None:
         """Close every copy; may be called twice."""

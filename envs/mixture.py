@@ -71,8 +71,9 @@ def part_name(part: MixturePart) -> str:
 class MixtureEnv:
     """See the module docstring and `embodied_rl.types.Env`."""
 
-    def __init__(self, envs: list[Env], joined: Joined, device: torch.device) -> None:
+    def __init__(self, envs: list[Env], names: list[str], joined: Joined, device: torch.device) -> None:
         """Join envs of B copies each."""
+        self.names = names
         self.envs, self.device, self._joined, self.spec = envs, device, joined, joined.spec
         self.conformance = joined.report
         """What was filled, padded, renamed, mapped or left out, one sentence each."""
@@ -173,6 +174,11 @@ class MixtureEnv:
                 out[rows] = env.render(copies[rows], camera, height, width)
         return out
 
+    def manifest(self) -> dict[str, Any]:
+        """What each part tells of itself, by the part's name."""
+        told = [getattr(env, "manifest", dict)() for env in self.envs]
+        return {"parts": dict(zip(self.names, told, strict=True))}
+
     def close(self) -> None:
         """Close every part; may be called twice."""
         for env in self.envs:
@@ -219,11 +225,12 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
                 envs.append(module.build(settings, num_envs=num_envs, device=device, split=split, seed=seed))
             except UserError as error:
                 raise type(error)(f"{where} ({part_name(part)}): {error}") from error
-        joined = join(config, [part_name(part) for part in config.parts], [env.spec for env in envs])
+        names = [part_name(part) for part in config.parts]
+        joined = join(config, names, [env.spec for env in envs])
     except BaseException:
         for env in envs:
             env.close()
         raise
     for line in joined.report:
         log.info("mixture: %s", line)
-    return MixtureEnv(envs, joined, device)
+    return MixtureEnv(envs, names, joined, device)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embodied_rl.envs._words import WORD_IDS, encode_words
-from embodied_rl.envs.isolated.worker import OBSERVE, RESET, STEP, layout, share
+from embodied_rl.envs.isolated.worker import OBSERVE, RESET, STEP, layout, name_rows, share
 from embodied_rl.envs.isolated.workers import Foreign, Lost, Worker, shared_memory, split_rows
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, SimulatorError, nearest
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 Array = NDArray[Any]
 TRIES = 3
 """Attempts to start one episode, each with a new worker."""
+LOWEST, HIGHEST = np.float32(-1.0), np.float32(1.0)
+"""Ends of a continuous action."""
 INSTRUCTION = "instruction"
 """Entry of the observation that holds the word ids."""
 LOSSES = 10
@@ -48,10 +50,11 @@ class IsolatedEnv:
             SimulatorError: A worker does not start, or has other versions.
         """
         self.foreign, self.where, self.device = foreign, foreign.where, device
-        self.restarts, self.void = 0, 0
+        self.restarts, self.void, self._on_host = 0, 0, device.type == "cpu"
         self._losses, self._fd = 0, -1
         self._workers: list[Worker] = []
         self._native: dict[str, Any] = {}
+        self._about: dict[str, Any] = {}
         try:
             for low, high in split_rows(num_envs, workers):
                 self._workers.append(Worker(foreign, low, high))
@@ -60,6 +63,7 @@ class IsolatedEnv:
             # Kept open: workers that are replaced later are given the same memory.
             self._fd = shared_memory(self._fields[-1][3])
             self._shared = share(self._fd, self._fields)
+            self._shared.update(name_rows(self._shared, self._native))
             for worker in self._workers:
                 self._admit(worker, introduced=worker is self._workers[0])
         except BaseException:
@@ -90,7 +94,7 @@ class IsolatedEnv:
         for row in np.flatnonzero(rows).tolist():
             self._actions[row] = []
         self._start(rows)
-        self._shared["success"][rows] = 0
+        self._shared["success"][rows] = False
         if self._native["words"]:
             self._listen(rows)
         if self.spec.on_demand:
@@ -100,17 +104,15 @@ class IsolatedEnv:
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         """Advance one control step; copies that are not active or have ended stay where they are, with reward 0."""
-        given = self._checked(action)
-        assert (self._seeds >= 0).any(), "step before the first reset"
+        given = self._take(action)
         go = self._running if active is None else self._running & active.cpu().numpy()
         moving = go & ~self._lost
         if self.spec.has_state:
             for row in moving.nonzero()[0].tolist():
                 self._actions[row].append(given[row].copy())
-        self._shared["action"][...] = given
         self._shared["active"][...] = moving
-        self._command(STEP, moving, self.foreign.step_seconds)
-        moving &= ~self._lost  # without those whose worker was lost on the way
+        if self._command(STEP, moving, self.foreign.step_seconds):
+            moving &= ~self._lost
         obs: Obs = {}
         if self.spec.on_demand:
             self._stale |= moving
@@ -200,6 +202,23 @@ class IsolatedEnv:
             os.close(fd)
         return torch.from_numpy(pictures.copy()).to(self.device)
 
+    def manifest(self) -> dict[str, Any]:
+        """What the simulator's results depend on, as its worker tells it: its file, its packages, and its own words.
+
+        Raises:
+            SimulatorError: No worker could tell.
+        """
+        if not self._about:
+            for worker in self._workers:
+                if not worker.ready:
+                    self._admit(worker)
+                if about := self._ask(worker, {"ask": "manifest", "pins": list(self.foreign.versions)}):
+                    self._about = about
+                    break
+            else:
+                raise SimulatorError(f"{self.where}: no worker could tell its manifest; {self._workers[0].output()}")
+        return dict(self._about)
+
     def close(self) -> None:
         """End the workers; may be called twice."""
         for worker in self._workers:
@@ -227,7 +246,7 @@ class IsolatedEnv:
 
     def _command(self, command: bytes, rows: Array, seconds: float) -> list[Worker]:
         """Have the workers of some rows do something side by side; returns those that were lost over it."""
-        busy = [w for w in self._workers if w.ready and rows[w.rows].any()]
+        busy = [w for w in self._workers if w.ready and np.count_nonzero(rows[w.rows])]
         for worker in busy:
             worker.tell(command)
         lost = []
@@ -282,17 +301,20 @@ class IsolatedEnv:
             )
         worker.restart()
 
-    def _checked(self, action: Tensor) -> Array:
-        """The action [B, ...] as NumPy has it, clipped; ShapeError for anything else."""
-        spec, where = self.spec.action, self.where
-        if spec.kind != "continuous" or action.shape != self._shared["action"].shape or action.dtype != spec.dtype:
-            spec.check(action, self.spec.num_envs, self.device, where)
+    def _take(self, action: Tensor) -> Array:
+        """Write the action [B, ...] where the workers read it, clipped; ShapeError for anything else."""
+        spec, shared = self.spec.action, self._shared["action"]
         given = action.detach().cpu().numpy()
+        # What is all right is seen from the array; only what is not is looked at as `check` does, which takes longer.
+        alike = given.shape == shared.shape and given.dtype == shared.dtype and action.device.type == self.device.type
+        if not (alike and spec.kind == "continuous" and all_finite(given)):
+            spec.check(action, self.spec.num_envs, self.device, self.where)
         if spec.kind == "continuous":
-            if not all_finite(given) or action.device.type != self.device.type:
-                spec.check(action, self.spec.num_envs, self.device, where)
-            given = np.minimum(np.maximum(given, -1.0), 1.0)
-        return given
+            np.maximum(given, LOWEST, out=shared)
+            np.minimum(shared, HIGHEST, out=shared)
+        else:
+            shared[...] = given
+        return shared
 
     def _read(self, rows: Array) -> Obs:
         """Take over what the copies show: rows that moved must be finite, lost ones stay as they were seen last."""
@@ -301,7 +323,7 @@ class IsolatedEnv:
             shown = fresh[name] = self._shared[f"obs/{name}"].copy()
             if shown.dtype.kind == "f" and not all_finite(shown):
                 self._give_up(rows & ~np.isfinite(shown).reshape(len(shown), -1).all(axis=1), f"'{name}'")
-        if self._lost.any():
+        if np.count_nonzero(self._lost):
             for name, shown in fresh.items():
                 shown[self._lost] = self._seen[name][self._lost]
         self._seen = fresh
@@ -320,36 +342,34 @@ class IsolatedEnv:
         return seen | {INSTRUCTION: self._tensor(self._words)} if self._native["words"] else seen
 
     def _tensor(self, x: Array) -> Tensor:
-        tensor = torch.from_numpy(x)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+        return torch.from_numpy(x) if self._on_host else torch.from_numpy(x).to(self.device)
 
     def _judge(self, go: Array, moving: Array, obs: Obs) -> Step:
         """The step as the engine wants it: 0 where nothing moved, and the end of every episode that is lost."""
-        shared, names = self._shared, self._native["metrics"]
-        numbers = {name: shared[name].copy() for name in ("reward", *(f"metric/{name}" for name in names))}
-        for name, x in numbers.items():
-            if not all_finite(x):
-                self._give_up(moving & ~np.isfinite(x), name.replace("metric/", "reward term "))
-        counts = moving & ~self._lost
+        names = ("reward", *self._native["metrics"])
+        numbers, flags = self._shared["numbers"].copy(), self._shared["flags"].copy()
+        if not all_finite(numbers):
+            for name, x in zip(names, numbers, strict=True):
+                self._give_up(moving & ~np.isfinite(x), name if x is numbers[0] else f"reward term {name}")
         invalid = go & self._lost
-        if not counts.all():
-            for x in numbers.values():
-                x[~counts] = 0
-            shared["success"][invalid] = 0
-        terminated = shared["terminated"].view(bool) & counts
-        truncated = (shared["truncated"].view(bool) & counts) | invalid
-        ended = terminated | truncated
-        if ended.any():
-            self._running &= ~ended
-            self.void += int(invalid.sum())
+        ending, success = flags[:2], flags[2]
+        if np.count_nonzero(moving) < len(moving) or np.count_nonzero(self._lost):
+            still = ~moving | self._lost
+            numbers[:, still], ending[:, still] = 0, False
+            success[invalid] = self._shared["success"][invalid] = False
+            ending[1] |= invalid
+        if np.count_nonzero(ending):
+            ended = ending[0] | ending[1]
+            self._running = self._running & ~ended
+            self.void += int(np.count_nonzero(invalid))
             self._losses = 0 if (ended & ~invalid).any() else self._losses
         return Step(
             obs=obs,
-            reward=self._tensor(numbers["reward"]),
-            terminated=self._tensor(terminated),
-            truncated=self._tensor(truncated),
-            success=self._tensor(shared["success"].astype(bool)) if self.spec.has_success else None,
-            metrics={name: self._tensor(numbers[f"metric/{name}"]) for name in names},
+            reward=self._tensor(numbers[0]),
+            terminated=self._tensor(flags[0]),
+            truncated=self._tensor(flags[1]),
+            success=self._tensor(success) if self.spec.has_success else None,
+            metrics={name: self._tensor(numbers[i]) for i, name in enumerate(names) if i},
             invalid=self._tensor(invalid),
         )
 

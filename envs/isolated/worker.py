@@ -11,6 +11,7 @@ where something has to be said once.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -25,13 +26,14 @@ from typing import Any
 
 import numpy as np
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever frames, layout or the meaning of a field change."""
 RESET, STEP, OBSERVE, TALK, DONE = b"r", b"s", b"o", b"j", b"d"
 """Commands of one byte, JSON that follows, and the answer to a command."""
 ALIGNMENT = 64
 """Bytes: fields begin at cache lines, so that two workers never write to the same one."""
-FLAGS = ("active", "terminated", "truncated", "success")
+FLAGS = ("terminated", "truncated", "success")
+"""Rows of `flags`; those of `numbers` are the reward and the metrics: each is read in one go."""
 
 Array = np.ndarray
 
@@ -44,18 +46,18 @@ def layout(spec: dict[str, Any], copies: int) -> list[list[Any]]:
         copies: B.
 
     Returns:
-        fields: [name, dtype, shape with B in front, offset in bytes]; the last one is "end", of no size.
+        fields: [name, dtype, shape, offset in bytes]; the last one is "end", of no size. Shapes have B in front, or
+            behind the names of the rows (see `name_rows`).
     """
     action = spec["action"]
     fields = [(f"obs/{name}", one["dtype"], one["shape"]) for name, one in spec["observation"].items()]
     fields.append(("action", *(("float32", [action["size"]]) if action["kind"] == "continuous" else ("int64", []))))
-    fields += [("reward", "float32", []), ("seed", "int64", []), ("task", "int64", [])]
-    fields += [(name, "uint8", []) for name in FLAGS]
-    fields += [(f"metric/{name}", "float32", []) for name in spec["metrics"]]
+    fields += [("seed", "int64", []), ("task", "int64", []), ("active", "bool", [])]
+    wholes = [(name, dtype, [copies, *shape]) for name, dtype, shape in fields]
+    wholes += [("numbers", "float32", [1 + len(spec["metrics"]), copies]), ("flags", "bool", [len(FLAGS), copies])]
     placed: list[list[Any]] = []
     at = 0
-    for name, dtype, shape in fields:
-        whole = [copies, *shape]
+    for name, dtype, whole in wholes:
         placed.append([name, dtype, whole, at])
         size = int(np.prod(whole)) * np.dtype(dtype).itemsize
         at += -(-size // ALIGNMENT) * ALIGNMENT
@@ -63,12 +65,18 @@ def layout(spec: dict[str, Any], copies: int) -> list[list[Any]]:
 
 
 def share(fd: int, fields: list[list[Any]]) -> dict[str, Array]:
-    """Map the shared memory behind a file descriptor as arrays, name -> [B, ...]."""
+    """Map the shared memory behind a file descriptor as arrays, by the names of `layout`."""
     memory = mmap.mmap(fd, max(fields[-1][3], 1))
     return {
         name: np.frombuffer(memory, dtype, int(np.prod(shape)), at).reshape(shape)
         for name, dtype, shape, at in fields[:-1]
     }
+
+
+def name_rows(shared: dict[str, Array], spec: dict[str, Any]) -> dict[str, Array]:
+    """Views [B] of the rows of `numbers` and `flags`: reward, one for each metric, terminated, truncated, success."""
+    names = ("reward", *(f"metric/{name}" for name in spec["metrics"]), *FLAGS)
+    return dict(zip(names, [*shared["numbers"], *shared["flags"]]))  # noqa: B905 (strict is newer than Python 3.9)
 
 
 def complete(spec: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +105,16 @@ class Line:
         """Take over a connected stream socket."""
         self.sock = sock
 
+    def patience(self, seconds: float) -> None:
+        """Wait no longer than this in `hear`.
+
+        The kernel counts, not Python, which would ask it twice (poll, then recv) for every byte.
+        """
+        whole = int(seconds)
+        # One microsecond at least: none means for ever.
+        duration = struct.pack("ll", whole, max(int((seconds - whole) * 1e6), 0 if whole else 1))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, duration)
+
     def say(self, message: dict[str, Any]) -> None:
         """Send one JSON message."""
         data = json.dumps(message).encode()
@@ -111,7 +129,7 @@ class Line:
 
         Raises:
             EOFError: The other side is gone.
-            TimeoutError: Nothing came within the socket's timeout.
+            BlockingIOError: Nothing came within `patience`.
         """
         code = self.sock.recv(1)
         if code == TALK:
@@ -139,6 +157,10 @@ class Copies:
         """Build them."""
         self.low, self.high = hello["rows"]
         self.simulators = [module.Simulator(dict(hello["settings"])) for _ in range(self.low, self.high)]
+        # Later imports, as of what only draws films, would make two manifests differ.
+        self.modules = frozenset(sys.modules)
+        with open(hello["simulator"], "rb") as file:
+            self.checksum = hashlib.sha256(file.read()).hexdigest()
         self.spec = complete(self.simulators[0].spec)
         self.limit = hello["max_steps"] or self.spec["max_steps"]
         self.spec["max_steps"] = self.limit
@@ -154,6 +176,7 @@ class Copies:
     def attach(self, fd: int, fields: list[list[Any]]) -> None:
         """Map the shared memory."""
         self.shared = share(fd, fields)
+        self.shared.update(name_rows(self.shared, self.spec))
         self.seen = [(name[4:], array) for name, array in self.shared.items() if name.startswith("obs/")]
 
     def reset(self) -> None:
@@ -177,11 +200,11 @@ class Copies:
             if not self.running[row]:
                 shared["reward"][at] = shared["terminated"][at] = shared["truncated"][at] = 0
                 continue
-            self.doing = f"copy {at} failed in step {self.steps[row] + 1}"
+            self.steps[row] += 1
+            self.doing = f"copy {at} failed in step {self.steps[row]}"
             action = shared["action"][at]
             obs, reward, terminated, truncated, info = simulator.step(action.copy() if action.ndim else int(action))
             self._show(at, obs)
-            self.steps[row] += 1
             truncated = not terminated and (truncated or self.steps[row] == self.limit)
             shared["reward"][at], shared["terminated"][at], shared["truncated"][at] = reward, terminated, truncated
             if self.spec["success"]:
@@ -205,7 +228,7 @@ class Copies:
             array[at] = obs[name]
 
     def talk(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Answer a rare request: a picture, or the words of the running episodes."""
+        """Answer a rare request: a picture, what results depend on, or the words of the running episodes."""
         if message["ask"] == "render":
             pictures = share(message["fd"], message["fields"])["pictures"]
             os.close(message["fd"])
@@ -214,7 +237,23 @@ class Copies:
                 simulator = self.simulators[at - self.low]
                 pictures[place] = simulator.render(message["camera"], *pictures.shape[1:3])
             return {}
+        if message["ask"] == "manifest":
+            self.doing = "the simulator failed in manifest"
+            told = getattr(self.simulators[0], "manifest", dict)()
+            packages = versions(message["pins"]) if message["pins"] else self.packages()
+            python = sys.version.split()[0]
+            return {"simulator": self.checksum, "python": python, "packages": packages, **told}
         return {"texts": [str(simulator.instruction()) for simulator in self.simulators]}
+
+    def packages(self) -> dict[str, str]:
+        """Version of every distribution that the simulator had imported when it was built."""
+        found: dict[str, str] = {}
+        for one in importlib.metadata.distributions():
+            tops = (one.read_text("top_level.txt") or "").split()
+            tops = tops or [str(file).split("/")[0].split(".")[0] for file in one.files or ()]
+            if self.modules.intersection(tops):
+                found[one.metadata["Name"]] = one.version
+        return dict(sorted(found.items()))
 
     def close(self) -> None:
         """Close every simulator that can be closed."""

@@ -66,17 +66,12 @@ class Worker:
 
     def __init__(self, foreign: Foreign, low: int, high: int) -> None:
         """Start it; `introduce` and `attach` make it ready."""
-        self.foreign, self.low, self.high = foreign, low, high
+        self.foreign, self.low, self.high, self.rows = foreign, low, high, slice(low, high)
         self.restarts = 0
         handle, name = tempfile.mkstemp(prefix="embodied_rl-", suffix=".log")
         os.close(handle)
         self.log = Path(name)
         self.launch()
-
-    @property
-    def rows(self) -> slice:
-        """Its copies."""
-        return slice(self.low, self.high)
 
     @property
     def copies(self) -> str:
@@ -196,11 +191,11 @@ class Worker:
 
     def _listen(self, seconds: float) -> bytes | dict[str, Any]:
         if self._patience != seconds:  # a system call that most steps save
-            self.line.sock.settimeout(seconds)
+            self.line.patience(seconds)
             self._patience = seconds
         try:
             answer = self.line.hear()
-        except TimeoutError:
+        except BlockingIOError:
             raise Lost(f"gave no sign for {seconds:g} s") from None
         except (EOFError, ConnectionError):
             raise Lost(self._death()) from None

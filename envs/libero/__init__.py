@@ -153,7 +153,7 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         SimulatorError: A task that does not exist, no EGL, or another version than the lock file's.
     """
     settings = {
-        "protocol": config.in_force(),
+        "protocol": {"name": config.protocol, **config.in_force()},
         "states": config.states,
         "tasks": list(config.tasks),
         "assets": str(find_assets(config.assets)),

@@ -283,7 +283,7 @@ class Simulator:
             settings: tasks, states, assets, and the protocol `p` (see protocols.yaml).
         """
         self.p = p = settings["protocol"]
-        self.states = settings["states"]
+        self.states, self.assets = settings["states"], settings["assets"]
         self.tasks = choose(settings["tasks"])
         self.limits = [p["steps"][task.split("/")[0]] for task in self.tasks]
         if not POOLS:
@@ -360,9 +360,26 @@ class Simulator:
         assert self.scene is not None
         return self.scene.draw(CAMERAS[camera], height, width, self.scene.env.sim.data._data)[::-1, ::-1]
 
+    def manifest(self) -> dict[str, Any]:
+        """What results depend on: the protocol in force, where episodes start, and every file of the assets."""
+        return {"protocol": self.p, "states": self.states, "assets": checksum_of(self.assets)}
+
     def instruction(self) -> str:
         """What the task asks for."""
         return language(self.scene.task) if self.scene is not None else ""
+
+
+def checksum_of(folder: str) -> str:
+    """SHA-256 of the names and contents of all files of a folder, in the order of their names."""
+    whole = hashlib.sha256()
+    names = sorted(os.path.join(at, name) for at, _, files in os.walk(folder) for name in files)
+    for name in names:
+        one = hashlib.sha256()
+        with open(name, "rb") as file:
+            while block := file.read(1 << 20):
+                one.update(block)
+        whole.update(os.path.relpath(name, folder).encode() + b"\0" + one.digest())
+    return whole.hexdigest()
 
 
 def choose_start(states: str, seed: int, fixtures: int, given: int | None) -> tuple[int | None, int]:

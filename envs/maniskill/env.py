@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from embodied_rl.envs._spaces import resized
 from embodied_rl.envs.maniskill.scene import Moment, Scene
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, nearest
+from embodied_rl.runfolder import installed
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step
 
 if TYPE_CHECKING:
@@ -160,6 +161,13 @@ class ManiSkillEnv:
             return torch.empty(0, height, width, 3, dtype=torch.uint8, device=self.device)
         shots = [self._scenes[i].film(camera)[0] for i in rows] if self._alone else self._scenes[0].film(camera)[copies]
         return resized(torch.stack(list(shots)), height, width).to(self.device)
+
+    def manifest(self) -> dict[str, Any]:
+        """What results depend on."""
+        settings = ("task", "observation", "pixels", "control", "reward", "end_on_success", "kwargs")
+        told = {name: getattr(self.config, name) for name in settings}
+        # PhysX on a GPU is another solver, with another scene.
+        return {**told, "physics": self.device.type, "packages": installed(["mani_skill", "sapien"])}
 
     def close(self) -> None:
         """Free every scene; may be called twice."""

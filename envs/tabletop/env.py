@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from embodied_rl.envs.tabletop.layout import draw_starts, rephrase
 from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
 from embodied_rl.envs.tabletop.physics import Physics
 from embodied_rl.envs.tabletop.pictures import told, told_spec
-from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene
+from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene, scene_xml
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
 from embodied_rl.errors import CheckpointError, NotFoundError, nearest
+from embodied_rl.runfolder import checksum, installed
 from embodied_rl.seeding import split_of
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
@@ -214,6 +215,20 @@ class TabletopEnv:
         pictures = self._camera.render(self.physics.qpos[rows], (camera,), height, width, goal_marker, colors)
         return pictures[camera].to(self.device)
 
+    def manifest(self) -> dict[str, Any]:
+        """What results depend on: the scene, the engines that move and draw it, and the task's settings."""
+        engine = type(self.physics).__name__
+        drawn = self._pictures is not None or engine != "NativePhysics"
+        return {
+            "scene": checksum(scene_xml(float(self.scene.model.opt.timestep)).encode()),
+            "physics": engine,
+            "reward": self._reward,
+            "end_on_success": self._end_on_success,
+            "sentences": self._evaluation_sentences,
+            "names": list(self._names),
+            "packages": installed(["mujoco", *(["mujoco-warp", "warp-lang"] if drawn else [])]),
+        }
+
     def close(self) -> None:
         """Stop the physics threads and drop the camera."""
         self.physics.close()
@@ -257,10 +272,10 @@ class TabletopEnv:
         training = ~split_of(episode.seed)
         rows = (training if active is None else training & active).nonzero()[:, 0]
         columns = (episode.task, episode.seed, self._steps, episode.a, episode.b, episode.relation)
-        told = zip(*(x[rows].tolist() for x in columns), strict=True)
+        told = zip(*(x[rows].tolist() for x in columns), episode.colors[rows].cpu().numpy(), strict=True)
         texts = [
-            rephrase(self._tasks[task], *numbers, colors, self._names)
-            for (task, *numbers), colors in zip(told, episode.colors[rows].cpu().numpy(), strict=True)
+            rephrase(self._tasks[task], seed, step, a, b, relation, colors, self._names)
+            for task, seed, step, a, b, relation, colors in told
         ]
         if texts:
             episode.words[rows] = torch.tensor([encode(text) for text in texts], device=rows.device)

@@ -16,6 +16,7 @@ from embodied_rl.envs.text.speech import Speech
 from embodied_rl.envs.text.task import Question
 from embodied_rl.envs.text.tasks import build_task, read_entry
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError
+from embodied_rl.runfolder import installed
 from embodied_rl.seeding import numpy_rng
 from embodied_rl.types import PAD, ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
@@ -303,6 +304,12 @@ class TextEnv:
     def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
         """There is no camera."""
         raise NotFoundError(f"camera '{camera}' does not exist: conversations are read with `transcript`")
+
+    def manifest(self) -> dict[str, Any]:
+        """What results depend on."""
+        settings = ("tasks", "system", "max_context", "max_reply", "max_turns", "heldout", "overlong")
+        told = {name: getattr(self.config, name) for name in settings}
+        return {**told, "packages": installed(["reasoning-gym", "math-verify"])}
 
     def close(self) -> None:
         """End the judges' processes."""

@@ -109,9 +109,9 @@ def test_two_pythons_are_one_too_many():
 
 def test_a_worker_of_another_version_is_refused(tmp_path, monkeypatch):
     other = tmp_path / "worker.py"
-    other.write_text(workers.WORKER.read_text().replace("PROTOCOL = 1", "PROTOCOL = 0"))
+    other.write_text(workers.WORKER.read_text().replace(f"PROTOCOL = {workers.PROTOCOL}", "PROTOCOL = 0"))
     monkeypatch.setattr(workers, "WORKER", other)
-    assert "speaks protocol 0, this engine speaks 1: install both from one version of embodied_rl" in refused()
+    assert f"speaks protocol 0, this engine speaks {workers.PROTOCOL}: install both from one version of embodied_rl" in refused()
 
 
 # ---- environments of simulators -------------------------------------------------------------------------------------
@@ -168,6 +168,15 @@ def test_an_environment_is_made_used_checked_and_removed(home, monkeypatch, tool
 def test_a_lock_that_no_longer_resolves_is_told_and_leaves_nothing(home):
     lock = write_lock(home, version="2.0")
     with pytest.raises(SimulatorError, match=r"^sim 'mine': its lock file .*mine.txt no longer resolves \(.*tinysim.*\)$"):
+        sims.install(str(lock))
+    assert not (home / "sims" / "mine").exists()
+
+
+@pytest.mark.parametrize(("content", "what"), [(b"", "empty"), (b"\x80\x81", "no text")])
+def test_a_file_that_is_no_lock_is_told_before_anything_is_made(home, content, what):
+    lock = home / "mine.txt"
+    lock.write_bytes(content)
+    with pytest.raises(SimulatorError, match=f"^sim 'mine': {lock} is {what}, expected a lock file: a line name==version"):
         sims.install(str(lock))
     assert not (home / "sims" / "mine").exists()
 

@@ -1,5 +1,6 @@
 """Simulators in processes of another Python: what they show, and what becomes of episodes when they are lost."""
 
+import hashlib
 import logging
 import os
 import signal
@@ -335,3 +336,24 @@ def test_however_the_engine_ends_no_process_stays(bare_python, what, number):
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, pids))
+
+
+def test_the_manifest_is_of_the_simulators_own_python(make, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(POINT.read_text() + "\n    def manifest(self):\n        return {'protocol': {'name': 'toy'}}\n")
+    env = make(simulator=str(file))
+    start(env)
+    told = env.manifest()
+    assert told["simulator"] == hashlib.sha256(file.read_bytes()).hexdigest() and told["protocol"] == {"name": "toy"}
+    assert told["packages"]["numpy"] == np.__version__ and "torch" not in told["packages"]
+    assert told["python"].count(".") == 2
+    os.kill(env._workers[0].process.pid, signal.SIGKILL)
+    assert env.manifest() == told, "asked once: a lost worker does not change what was played"
+
+
+def test_a_manifest_that_fails_costs_a_worker_and_is_told(make, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(POINT.read_text() + "\n    def manifest(self):\n        raise KeyError('assets')\n")
+    env = make(1, simulator=str(file))
+    with pytest.raises(SimulatorError, match="no worker could tell its manifest; its output is in .*KeyError: 'assets'"):
+        env.manifest()

@@ -1,0 +1,184 @@
+"""What an evaluation was made with: kept beside its episodes, and compared before two evaluations are.
+
+A manifest is a plain dict:
+
+    engine    version, commit, Python and packages of the engine: told, and not compared
+    starts    run seed, split, stream, number of episodes; the starts themselves stand in the episodes
+    env       what decides what happens in the simulator: time limit, control rate, and what the env tells of itself
+    frames    task -> seed of the first episode of the task, and a checksum of every entry of its first observation
+
+`env` and `frames` have to agree for a difference in success to be one of the policies: a library that was upgraded has
+changed pixels before without a word (MuJoCo 3.3.3 and LIBERO's objects).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embodied_rl import __version__
+from embodied_rl.errors import CapabilityError
+from embodied_rl.runfolder import PACKAGES, checksum, git_state, installed
+from embodied_rl.types import Env, Obs
+
+Manifest = dict[str, Any]
+PARTS = ("engine", "starts", "env", "frames")
+TOLD = 4
+"""Differences that one sentence names."""
+
+
+def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) -> Manifest:
+    """Put a manifest together.
+
+    Args:
+        env: That was evaluated in; its `manifest()`, if it has one, says what its results depend on.
+        starts: What the starts were made from.
+        frames: Task -> `frame`.
+
+    Raises:
+        CapabilityError: The env tells something of itself that is not plain data.
+    """
+    told = getattr(env, "manifest", dict)()
+    spec = env.spec
+    rates: dict[str, Any] = {"max_steps": spec.max_steps, "control_hz": spec.control_hz}
+    if spec.vocabulary is not None:
+        rates["vocabulary"] = spec.vocabulary.fingerprint
+    try:
+        # As it will be read again: tuples become lists, and no number is NaN.
+        plain = json.loads(json.dumps({**rates, **told}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CapabilityError(
+            f"manifest() of {type(env).__name__} is no plain data ({error}): return a dict of text, numbers, lists and "
+            "dicts"
+        ) from None
+    return {"engine": dict(_engine()), "starts": starts, "env": plain, "frames": frames}
+
+
+@functools.cache
+def _engine() -> tuple[tuple[str, Any], ...]:
+    state, _ = git_state(Path(__file__).parent)
+    source = {"commit": state["commit"], "uncommitted_changes": state["dirty"]} if state else {}
+    about = {"embodied_rl": __version__, **source, "python": platform.python_version()}
+    return tuple({**about, "packages": installed(PACKAGES)}.items())
+
+
+def frame(obs: Obs, row: int, seed: int) -> dict[str, Any]:
+    """Checksums of what one copy shows.
+
+    Args:
+        obs: name -> [B, ...].
+        row: The copy.
+        seed: Its start seed.
+
+    Returns:
+        frame: "seed", and entry -> checksum of its type, shape and bytes.
+    """
+    return {"seed": seed, **{name: _of_tensor(x[row]) for name, x in sorted(obs.items())}}
+
+
+def _of_tensor(x: Tensor) -> str:
+    array = x.detach().cpu().contiguous()
+    # As bytes: NumPy does not know every type that torch does.
+    data = array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b""
+    return checksum(f"{array.dtype} {list(array.shape)} ".encode(), data)
+
+
+def read(found: Any) -> Manifest | None:
+    """A manifest from a file; None where there is none, as in evaluations that are older than manifests.
+
+    Raises:
+        ValueError: It is damaged; says how.
+    """
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ValueError(f"its manifest is {type(found).__name__}, expected an object")
+    for part in PARTS:
+        if not isinstance(found.get(part), dict):
+            raise ValueError(f"its manifest has no '{part}'")
+    if not all(isinstance(one, dict) for one in found["frames"].values()):
+        raise ValueError("a frame of its manifest is no object")
+    return found
+
+
+def differences(a: Manifest, b: Manifest) -> list[str]:
+    """What differs in what matters, one clause each.
+
+    Example: ["packages.mujoco is 3.3.2 in A and 3.3.3 in B", "the first 'table' of task reach is 1f2e... in A ..."].
+    """
+    clauses = []
+    for key, x, y in _unlike(_flat(a["env"]), _flat(b["env"])):
+        clauses.append(f"{key} is {x} in A and {y} in B")
+    for task in sorted(a["frames"].keys() | b["frames"].keys()):
+        for entry, x, y in _unlike(a["frames"].get(task, {}), b["frames"].get(task, {})):
+            what = f"the seed of task {task}" if entry == "seed" else f"the first '{entry}' of task {task}"
+            clauses.append(f"{what} is {x} in A and {y} in B")
+    return clauses
+
+
+def compare(a: Manifest | None, b: Manifest | None, names: tuple[str, str], *, anyway: bool = False) -> str | None:
+    """Refuse a comparison of results that were made with different simulators.
+
+    Args:
+        a: Of the first result; None where it has none.
+        b: Of the second.
+        names: Of the two results.
+        anyway: Tell instead of refusing.
+
+    Returns:
+        remark: What a reader of the comparison has to know; None when nothing.
+
+    Raises:
+        CapabilityError: They differ; says in what, in which, and how to compare them nevertheless.
+    """
+    lacking = [name for name, manifest in zip(names, (a, b), strict=True) if manifest is None]
+    if a is None or b is None:
+        verb = "has" if len(lacking) == 1 else "have"
+        return (
+            f"{' and '.join(lacking)} {verb} no manifest (older than manifests), so whether both were made with the "
+            "same simulator is not known"
+        )
+    found = differences(a, b)
+    if not found:
+        return None
+    more = f"; and {len(found) - TOLD} more" if len(found) > TOLD else ""
+    what = f"A = {names[0]} and B = {names[1]} were not made with the same simulator: {'; '.join(found[:TOLD])}{more}"
+    if anyway:
+        return what
+    raise CapabilityError(f"{what}. Evaluate both again with one installation, or compare them with --compare-anyway")
+
+
+def lines(manifest: Manifest) -> list[tuple[str, str]]:
+    """The manifest as rows (what, value) for a reader; long checksums are cut."""
+    starts, engine = manifest["starts"], {k: v for k, v in manifest["engine"].items() if k != "packages"}
+    rows = [("starts", ", ".join(f"{k} {v}" for k, v in starts.items()))]
+    rows += [(key, _short(value)) for key, value in _flat(manifest["env"]).items()]
+    rows.append(("engine", ", ".join(f"{k} {_short(v)}" for k, v in engine.items())))
+    for task, one in manifest["frames"].items():
+        rows.append((f"first frame of {task}", ", ".join(f"{k} {_short(v)}" for k, v in one.items())))
+    return rows
+
+
+def _unlike(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, value in a, value in b) where they differ."""
+    keys = dict.fromkeys([*a, *b])
+    return [(k, _short(a.get(k)), _short(b.get(k))) for k in keys if k not in a or k not in b or a[k] != b[k]]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def _short(value: Any) -> str:
+    text = "not told" if value is None else str(value)
+    is_checksum = len(text) >= 40 and all(c in "0123456789abcdef" for c in text)
+    return text[:12] if is_checksum else text[:120]

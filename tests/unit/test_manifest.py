@@ -1,0 +1,226 @@
+"""What an evaluation says it was made with, and what that forbids."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from embodied_rl import manifest, registry
+from embodied_rl.cli import main
+from embodied_rl.compare import evaluate_targets, summarize
+from embodied_rl.config import load_component
+from embodied_rl.errors import CapabilityError, RunFolderError
+from embodied_rl.evaluate import evaluate
+from embodied_rl.report_evaluation import made_with
+from embodied_rl.results import EvaluationResult
+from embodied_rl.runfolder import checksum
+from embodied_rl.seeding import start_seeds
+from tests.kit import CPU, TOYS, Scripted
+
+
+def built(name, overrides=(), num_envs=2):
+    config = load_component("env", name, list(overrides))
+    return registry.load("env", name).build(config, num_envs=num_envs, device=CPU, split="eval", seed=0)
+
+
+@pytest.fixture
+def two(toy_run, tmp_path):
+    """Two copies of one stored evaluation, and a way to change the second."""
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        shutil.copy(toy_run / "evaluation.json", path)
+
+    def change(edit, path=paths[1]):
+        document = json.loads(path.read_text())
+        edit(document)
+        path.write_text(json.dumps(document))
+
+    return [str(path) for path in paths], change
+
+
+def test_a_checksum_is_the_standard_one():
+    assert checksum(b"a", b"bc") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_frame_changes_with_one_pixel_and_with_its_type_but_not_with_the_copy():
+    obs = {"picture": torch.zeros(3, 4, 4, 3, dtype=torch.uint8)}
+    first, same = manifest.frame(obs, 0, 7), manifest.frame(obs, 2, 7)
+    assert first == same and set(first) == {"seed", "picture"}
+    obs["picture"][2, 1, 1, 0] = 1
+    assert manifest.frame(obs, 2, 7)["picture"] != first["picture"] and manifest.frame(obs, 0, 7) == first
+    assert manifest.frame({"picture": obs["picture"].view(torch.int8)}, 0, 7)["picture"] != first["picture"]
+    assert manifest.frame({"x": torch.zeros(1, 0)}, 0, 7)["x"], "nothing at all has a checksum too"
+
+
+def test_a_finished_run_has_a_manifest_of_what_was_played(toy_run):
+    document = json.loads((toy_run / "evaluation.json").read_text())
+    found, tasks = document["manifest"], document["tasks"]
+    assert set(found) == {"engine", "starts", "env", "frames"}
+    assert found["engine"]["packages"]["torch"] == str(torch.__version__)
+    assert found["starts"] == {"run_seed": 0, "split": "eval", "stream": 0, "episodes": len(document["episodes"])}
+    assert found["frames"].keys() == set(tasks), "one frame per task"
+    for i, task in enumerate(tasks):
+        expected = int(start_seeds(0, "eval", torch.tensor([0]), torch.tensor([i])))
+        assert found["frames"][task]["seed"] == expected == document["episodes"][i]["seed"]
+
+
+def test_the_frames_are_of_the_first_observations_whatever_the_copies_and_the_policy(toy_run):
+    few, many = (evaluate_targets([toy_run], episodes=6, copies=n)[0]["heldout"] for n in (1, 5))
+    assert few.manifest["frames"] == many.manifest["frames"] and few.manifest["frames"]
+    assert manifest.differences(few.manifest, many.manifest) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "keys"),
+    [
+        ("tabletop", ["tasks=[reach]"], {"scene", "physics", "reward", "packages"}),
+        ("gymnasium", ["id=HalfCheetah-v5"], {"id", "model", "packages"}),
+    ],
+)
+def test_built_in_envs_tell_what_their_results_depend_on(name, overrides, keys):
+    env = built(name, overrides)
+    told = manifest.make(env, {}, {})["env"]
+    env.close()
+    assert keys <= told.keys() and told["max_steps"] == env.spec.max_steps
+    assert re.fullmatch(r"[\d.]+\w*", told["packages"]["mujoco"])
+
+
+def test_a_mixture_joins_what_its_parts_tell():
+    cart = "{name: cart, env: {type: gymnasium, id: CartPole-v1}}"
+    again = "{name: long, env: {type: gymnasium, id: CartPole-v1, max_steps: 9}}"
+    env = built("mixture", [f"parts=[{cart}, {again}]"])
+    told = env.manifest()["parts"]
+    env.close()
+    assert set(told) == {"cart", "long"} and told["cart"]["id"] == "CartPole-v1" and "gymnasium" in told["cart"]["packages"]
+
+
+def test_an_env_that_tells_no_plain_data_is_refused():
+    env = built("target")
+    env.manifest = lambda: {"model": object()}
+    with pytest.raises(CapabilityError, match=r"manifest\(\) of TargetEnv is no plain data \(.*object.*\): return a dict of text"):
+        manifest.make(env, {}, {})
+    env.manifest = lambda: {"weight": float("nan")}
+    with pytest.raises(CapabilityError, match="no plain data"):
+        manifest.make(env, {}, {})
+
+
+# ---- comparing ----------------------------------------------------------------------------------------------------
+
+
+def test_two_stored_evaluations_of_one_simulator_are_compared(two, capsys):
+    files, _ = two
+    assert main(["evaluate", *files]) == 0
+    shown = capsys.readouterr()
+    assert "on the same starts" in shown.out and "note:" not in shown.out and not shown.err
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        (lambda d: d["manifest"]["env"].update(packages={"mujoco": "3.3.3"}), "packages.mujoco is not told in A and 3.3.3 in B"),
+        (lambda d: d["manifest"]["env"].update(max_steps=99), "max_steps is [0-9a-z ]+ in A and 99 in B"),
+        (lambda d: d["manifest"]["env"].update(protocol={"name": "openpi"}), "protocol.name is not told in A and openpi in B"),
+        (
+            lambda d: d["manifest"]["frames"]["second"].update(position="0" * 64),
+            "the first 'position' of task [a-z]+ is [0-9a-f ]+ in A and 000000000000 in B",
+        ),
+    ],
+)
+def test_results_of_unlike_simulators_are_not_compared_unless_told_to(two, edit, complaint, capsys):
+    files, change = two
+    change(edit)
+    assert main(["evaluate", *files]) == 2
+    message = capsys.readouterr().err
+    assert re.search(rf"error: A = .*a.json and B = .*b.json were not made with the same simulator: .*{complaint}", message)
+    assert message.endswith("or compare them with --compare-anyway\n") and message.count("\n") == 1
+    assert main(["evaluate", *files, "--compare-anyway"]) == 0
+    shown = capsys.readouterr().out
+    assert "on the same starts" in shown and re.search(f"note: A = .*{complaint}", shown)
+
+
+def test_what_does_not_matter_forbids_nothing(two, capsys):
+    files, change = two
+    change(lambda d: d["manifest"]["engine"].update(python="3.12.0", commit="0" * 40, packages={}))
+    assert main(["evaluate", *files]) == 0
+
+
+def test_many_differences_are_told_in_one_sentence():
+    one = {"engine": {}, "starts": {}, "env": {f"k{i}": 0 for i in range(9)}, "frames": {}}
+    other = one | {"env": {f"k{i}": 1 for i in range(9)}}
+    with pytest.raises(CapabilityError, match="k3 is 0 in A and 1 in B; and 5 more. Evaluate both again"):
+        manifest.compare(one, other, ("a", "b"))
+
+
+def test_a_task_that_only_one_of_them_played_is_a_difference():
+    one = {"engine": {}, "starts": {}, "env": {}, "frames": {"x": {"seed": 1, "state": "a"}}}
+    found = manifest.differences(one, one | {"frames": {}})
+    assert found == ["the seed of task x is 1 in A and not told in B", "the first 'state' of task x is a in A and not told in B"]
+
+
+def test_an_evaluation_without_a_manifest_is_compared_and_said_to_have_none(two, capsys):
+    files, change = two
+    change(lambda d: d.pop("manifest"))
+    assert EvaluationResult.load(Path(files[1])).manifest is None
+    assert main(["evaluate", *files]) == 0
+    assert "b.json has no manifest (older than manifests), so whether both were made" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [([1], "its manifest is list, expected an object"), ({}, "its manifest has no 'engine'"),
+     ({"engine": {}, "starts": {}, "env": {}, "frames": {"x": 1}}, "a frame of its manifest is no object")],
+)  # fmt: skip
+def test_a_damaged_manifest_is_told(two, found, why, capsys):
+    files, change = two
+    change(lambda d: d.update(manifest=found))
+    assert main(["evaluate", *files]) == 2
+    message = capsys.readouterr().err
+    assert f"b.json: is not an evaluation that this version can read ({why}); make it again" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["A", "--compare-anyway"], "--compare-anyway compares two results, and one was given: name a second one"),
+        (["A", "B", "--episodes", "3", "--sampled"], "--episodes, --sampled does nothing to "),
+        (["A", "runs/b"], "is a stored evaluation and the other is not: name two stored ones, or two runs"),
+    ],
+)
+def test_options_that_could_do_nothing_are_refused(two, arguments, complaint, capsys):
+    names = dict(zip("AB", two[0], strict=True))
+    assert main(["evaluate", *(names.get(a, a) for a in arguments)]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_what_training_changed_is_not_told_across_simulators(toy_run, caplog):
+    after = EvaluationResult.load(toy_run / "evaluation.json")
+    assert "since_start" in summarize({"heldout": after}, {"heldout": after})["heldout"]
+    other = json.loads(json.dumps(after.manifest))
+    other["env"]["max_steps"] = 99
+    before = EvaluationResult(**{**vars(after), "manifest": other})
+    assert "since_start" not in summarize({"heldout": after}, {"heldout": before})["heldout"]
+    assert "what training changed is not told: A = heldout after training" in caplog.text
+
+
+def test_the_report_shows_the_manifest(toy_run):
+    stored = json.loads((toy_run / "evaluation.json").read_text())
+    assert "What was evaluated" in (toy_run / "report.html").read_text()
+    page = made_with(stored, toy_run)
+    task, frame = next(iter(stored["manifest"]["frames"].items()))
+    checksums = [value for key, value in frame.items() if key != "seed"]
+    assert f"first frame of {task}" in page and checksums[0][:12] in page
+    stored["manifest"]["env"] = None
+    with pytest.raises(RunFolderError, match="its manifest has no 'env'; evaluate the run again"):
+        made_with(stored, toy_run)
+    stored.pop("manifest")
+    assert "The evaluation has no manifest: it is older than manifests." in made_with(stored, toy_run)
+
+
+def test_an_env_that_cannot_repeat_a_start_has_no_frames():
+    env = built(str(TOYS / "forgetful.py"))
+    policy = Scripted(lambda obs: torch.zeros(len(next(iter(obs.values()))), 1, 1), lambda obs: None, has_critic=False)
+    assert evaluate(policy, env, episodes=2, run_seed=0).manifest["frames"] == {}
