@@ -44,7 +44,7 @@ def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) ->
     Raises:
         CapabilityError: The env tells something of itself that is not plain data.
     """
-    told = getattr(env, "manifest", dict)()
+    told: dict[str, Any] = getattr(env, "manifest", dict)()
     spec = env.spec
     rates: dict[str, Any] = {"max_steps": spec.max_steps, "control_hz": spec.control_hz}
     if spec.vocabulary is not None:

@@ -176,7 +176,7 @@ class MixtureEnv:
 
     def manifest(self) -> dict[str, Any]:
         """What each part tells of itself, by the part's name."""
-        told = [getattr(env, "manifest", dict)() for env in self.envs]
+        told: list[dict[str, Any]] = [getattr(env, "manifest", dict)() for env in self.envs]
         return {"parts": dict(zip(self.names, told, strict=True))}
 
     def close(self) -> None:

@@ -239,7 +239,7 @@ class Copies:
             return {}
         if message["ask"] == "manifest":
             self.doing = "the simulator failed in manifest"
-            told = getattr(self.simulators[0], "manifest", dict)()
+            told: dict[str, Any] = getattr(self.simulators[0], "manifest", dict)()
             packages = versions(message["pins"]) if message["pins"] else self.packages()
             python = sys.version.split()[0]
             return {"simulator": self.checksum, "python": python, "packages": packages, **told}
