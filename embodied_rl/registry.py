@@ -66,7 +66,7 @@ def load(kind: Kind, name: str) -> ModuleType:
     """
     if name.endswith(".py"):
         try:
-            module = _load_file(kind, Path(name))
+            module = load_file(kind, Path(name))
         except ModuleNotFoundError as error:
             _tell_what_to_install(kind, name, error)
     elif "." in name:
@@ -105,7 +105,16 @@ def _tell_what_to_install(kind: Kind, name: str, error: ModuleNotFoundError) -> 
     ) from error
 
 
-def _load_file(kind: Kind, path: Path) -> ModuleType:
+def load_file(kind: str, path: Path) -> ModuleType:
+    """Import a file of the user's own, once.
+
+    Args:
+        kind: What it is called in messages.
+        path: Of a `.py` file.
+
+    Raises:
+        NotFoundError: No such file.
+    """
     path = path.expanduser().resolve()
     if not path.is_file():
         raise NotFoundError(f"{kind} '{path}': no such file")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal
 
 import torch
@@ -13,9 +12,9 @@ from pydantic import Field, field_validator, model_validator
 
 from embodied_rl.envs.tabletop.env import TabletopEnv
 from embodied_rl.envs.tabletop.instructions import NAMES, Name, Sentences
-from embodied_rl.envs.tabletop.physics import NativePhysics, Physics
+from embodied_rl.envs.tabletop.physics import make_physics
 from embodied_rl.envs.tabletop.pictures import Pictures
-from embodied_rl.envs.tabletop.scene import CAMERAS, Scene, build_scene
+from embodied_rl.envs.tabletop.scene import CAMERAS, build_scene
 from embodied_rl.envs.tabletop.tasks import TASKS
 from embodied_rl.errors import nearest
 from embodied_rl.section import Section
@@ -125,12 +124,10 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         env: Every copy at rest; call `reset` before the first step.
     """
     scene = build_scene()
-    physics = _physics(config, scene, num_envs, device)
+    physics = make_physics(config.physics, scene.model, num_envs, device, config.threads)
     pictures = None
     if config.observation == "pictures":
-        size = config.picture_size
-        shape = (size, size) if isinstance(size, int) else size
-        pictures = Pictures(scene, num_envs, config.cameras, shape, physics.device)
+        pictures = Pictures(scene.model, num_envs, config.cameras, config.picture_size, physics.device)
     return TabletopEnv(
         scene,
         physics,
@@ -146,13 +143,3 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         rephrase=config.rephrase,
     )
 
-
-def _physics(config: Config, scene: Scene, num_envs: int, device: torch.device) -> Physics:
-    engine = config.physics
-    if engine == "auto":
-        engine = "warp" if device.type == "cuda" else "native"
-    if engine == "warp":
-        from embodied_rl.envs.tabletop.warp_physics import WarpPhysics
-
-        return WarpPhysics(scene.model, num_envs, device)
-    return NativePhysics(scene.model, num_envs, config.threads or len(os.sched_getaffinity(0)))

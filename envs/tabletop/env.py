@@ -153,7 +153,7 @@ class TabletopEnv:
         """Observation of all copies as they are now; draws only those that have moved since the last call."""
         seen = self._observer.observation()
         if self._pictures is not None:
-            pictures = self._pictures.look(self.physics.qpos, self.episode)
+            pictures = self._pictures.look(self.physics.qpos, self._paint)
             shown = pictures | {"hand": seen["proprio"][:, HAND], "instruction": seen["instruction"]}
             if self._told:
                 task = torch.nn.functional.one_hot(self.episode.task, len(self._tasks))
@@ -206,13 +206,12 @@ class TabletopEnv:
         if camera not in CAMERAS:
             raise NotFoundError(f"camera '{camera}' does not exist in the tabletop scene{nearest(camera, CAMERAS)}")
         # Only those who ask for pictures pay for importing and compiling the ray tracer.
-        from embodied_rl.envs.tabletop.camera import BatchCamera, paint
+        from embodied_rl.envs.tabletop.camera import BatchCamera
 
         if self._camera is None:
             self._camera = BatchCamera(self.scene.model, self.physics.device)
         rows = copies.to(self.physics.device)
-        goal_marker, colors = paint(self.scene, self.episode.colors[rows], self.episode.goal[rows])
-        pictures = self._camera.render(self.physics.qpos[rows], (camera,), height, width, goal_marker, colors)
+        pictures = self._camera.render(self.physics.qpos[rows], (camera,), height, width, *self._paint(rows))
         return pictures[camera].to(self.device)
 
     def manifest(self) -> dict[str, Any]:
@@ -260,6 +259,11 @@ class TabletopEnv:
         return self._observer.object_poses()
 
     # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _paint(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        from embodied_rl.envs.tabletop.camera import paint
+
+        return paint(self.scene, self.episode.colors[rows], self.episode.goal[rows])
 
     def _meant(self) -> Tensor:
         """[B, 7] pose of the object meant."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from typing import Protocol
+from typing import Literal, Protocol
 
 import mujoco
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from embodied_rl.errors import CheckpointError
 from embodied_rl.types import State
+
+Engine = Literal["auto", "native", "warp"]
 
 
 class Physics(Protocol):
@@ -155,7 +158,7 @@ class NativePhysics:
             path[broken, -1] = state[broken]
             path[broken, -1, 1 + self.model.nq :] = 0.0
             warnings.warn(
-                f"tabletop physics: copies {np.arange(self.num_envs)[rows][broken].tolist()} became unstable and were "
+                f"physics: copies {np.arange(self.num_envs)[rows][broken].tolist()} became unstable and were "
                 "put back to rest where they were one control step before",
                 RuntimeWarning,
                 stacklevel=2,
@@ -188,3 +191,24 @@ class NativePhysics:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+
+
+def make_physics(
+    engine: Engine, model: mujoco.MjModel, num_envs: int, device: torch.device, threads: int | None, **room: int
+) -> Physics:
+    """Make an engine for B copies of a model.
+
+    Args:
+        engine: native: MuJoCo's C engine on CPU threads; warp: MuJoCo Warp on `device`; auto: by the device.
+        model: Without activations.
+        num_envs: Copies B.
+        device: Of the Warp engine.
+        threads: Of the native engine; None for every core this process may use.
+        **room: For `WarpPhysics`: contacts and constraint_rows of each copy.
+    """
+    if engine == "warp" or (engine == "auto" and device.type == "cuda"):
+        # Only those who ask for it pay for importing and compiling it.
+        from embodied_rl.envs.tabletop.warp_physics import WarpPhysics
+
+        return WarpPhysics(model, num_envs, device, **room)
+    return NativePhysics(model, num_envs, threads or len(os.sched_getaffinity(0)))

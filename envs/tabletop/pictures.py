@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import mujoco
 import torch
 from torch import Tensor
 
-from embodied_rl.envs.tabletop.observe import Episode
-from embodied_rl.envs.tabletop.scene import Scene
 from embodied_rl.envs.tabletop.tasks import View
 from embodied_rl.types import Obs, TensorSpec
+
+Paint = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+"""Rows of copies -> their mocap positions and colours, as `BatchCamera.render` takes them."""
 
 
 class Pictures:
     """The latest picture of every copy from each camera."""
 
     def __init__(
-        self, scene: Scene, num_envs: int, cameras: tuple[str, ...], shape: tuple[int, int], device: torch.device
+        self,
+        model: mujoco.MjModel,
+        num_envs: int,
+        cameras: tuple[str, ...],
+        size: int | tuple[int, int],
+        device: torch.device,
     ) -> None:
         """Start the ray tracer.
 
         Args:
-            scene: The tabletop scene.
+            model: Of the scene.
             num_envs: Copies B.
-            cameras: Names out of `scene.CAMERAS`.
-            shape: Rows and columns of each picture.
+            cameras: Names of its cameras.
+            size: Rows and columns of each picture; one number for both, or two.
             device: Where pictures are made.
         """
         # Only those who ask for pictures pay for importing and compiling the ray tracer.
-        from embodied_rl.envs.tabletop.camera import BatchCamera, paint
+        from embodied_rl.envs.tabletop.camera import BatchCamera
 
+        shape = self._shape = (size, size) if isinstance(size, int) else size
         self.specs = {
             name: TensorSpec((*shape, 3), torch.uint8, low=0, high=255, meaning=f"RGB picture of camera {name}")
             for name in cameras
         }
-        self._scene, self._shape, self._paint = scene, shape, paint
         # Shadows would make a picture a quarter dearer and tell the policy little.
-        self._camera = BatchCamera(scene.model, device, shadows=False)
+        self._camera = BatchCamera(model, device, shadows=False)
         self._latest = {
             name: torch.zeros(num_envs, *shape, 3, dtype=torch.uint8, device=device) for name in cameras
         }
@@ -45,12 +54,11 @@ class Pictures:
         """The masked copies [B] bool (None: all) have moved: their pictures are to be drawn again."""
         self._stale |= True if copies is None else copies
 
-    def look(self, qpos: Tensor, episode: Episode) -> Obs:
+    def look(self, qpos: Tensor, paint: Paint) -> Obs:
         """Camera name -> [B, H, W, 3] uint8 of the state given, positions [B, nq]."""
         rows = self._stale.nonzero()[:, 0]
         if len(rows):
-            painted = self._paint(self._scene, episode.colors[rows], episode.goal[rows])
-            drawn = self._camera.render(qpos[rows], tuple(self._latest), *self._shape, *painted)
+            drawn = self._camera.render(qpos[rows], tuple(self._latest), *self._shape, *paint(rows))
             for name, picture in self._latest.items():
                 picture[rows] = drawn[name]
             self._stale.fill_(False)

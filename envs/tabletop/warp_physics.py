@@ -196,7 +196,7 @@ class WarpPhysics:
         """Say what went wrong since the last look: a warning for unstable copies, an error for lost contacts."""
         if bool(self._broken.any()):
             warnings.warn(
-                f"tabletop physics: copies {self._broken.nonzero().flatten().tolist()} became unstable and were put "
+                f"physics: copies {self._broken.nonzero().flatten().tolist()} became unstable and were put "
                 "back to rest where they were one control step before",
                 RuntimeWarning,
                 stacklevel=3,
@@ -207,7 +207,7 @@ class WarpPhysics:
             copies = lost.nonzero().flatten().tolist()
             more = f" and {len(copies) - 8} more" if len(copies) > 8 else ""
             raise CapabilityError(
-                f"tabletop physics (warp): copies {copies[:8]}{more} had more contacts than there is room for, so what "
+                f"physics (warp): copies {copies[:8]}{more} had more contacts than there is room for, so what "
                 f"they did is wrong; found room for {self._room[0]} contacts and {self._room[1]} constraint rows per "
-                "copy; give WarpPhysics more (contacts=, constraint_rows=) or choose physics: native"
+                "copy; allow more (contacts, constraint_rows) or choose physics: native"
             )

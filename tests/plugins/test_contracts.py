@@ -10,11 +10,13 @@ from tests.kit import TOYS
 from tests.toys import echo
 from tests.toys.tiny_lm import tiny_lm
 
+REACHER = TOYS.parents[1] / "examples" / "reacher"
 ENV_SETTINGS = {
     "gymnasium": [["id=HalfCheetah-v5", "max_steps=60"], ["id=CartPole-v1"], ["id=Pendulum-v1", "max_steps=40"], ["id=FrozenLake-v1"]],
     "text": [["model=TINY_LM", "tasks=[calculator, {task: arithmetic, digits: [1, 3]}]", "max_context=300", "overlong=4"], ["model=TINY_LM"]],
     "isolated": [[f"simulator={TOYS / 'foreign' / 'point.py'}", "workers=1"]],
-    "envpool": [["id=HalfCheetah-v4", "max_steps=60"], ["id=CartPole-v1"], ["id=FetchReach-v4", "reward_terms=true"]],
+    "envpool": [["id=HalfCheetah-v4", "max_steps=60"], ["id=CartPole-v1"], ["id=FetchReach-v4", "reward_terms=true"], ["id=[CartPole-v0, CartPole-v1]", "instructions={CartPole-v0: soon, CartPole-v1: later}"]],
+    "mjcf": [[f"scene={REACHER / 'reacher.xml'}", f"task={REACHER / 'task.py'}:Reach", "max_steps=12"]],
     "mixture": [
         ["missing=zeros", "parts=[{env: {type: target, max_steps: 12}, action: [5, 2]}, {env: {type: tabletop, tasks: [reach, push], max_steps: 12}, weight: 2}]"],
         ["parts=[{env: {type: gymnasium, id: CartPole-v1, max_steps: 30}}, {name: longer, env: {type: gymnasium, id: CartPole-v1, max_steps: 40}}]"],

@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from embodied_rl import registry
+from embodied_rl.collect import Collector
+from embodied_rl.envs._words import encode_words
 from embodied_rl.errors import CapabilityError, ConfigError, MissingExtraError, NotFoundError, ShapeError
+from tests.kit import mlp
 
 envpool = pytest.importorskip("envpool")
 from embodied_rl.envs.envpool import Config, build  # noqa: E402
+from embodied_rl.envs.envpool.metaworld import SENTENCES, sentence_of  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -148,9 +152,11 @@ def test_dictionaries_categories_images_and_success_are_understood():
         "direction": (torch.int64, (2,)), "image": (torch.uint8, (2, 7, 7, 3)), "mission": (torch.uint8, (2, 512)),
     }  # fmt: skip
     env = make("FetchReach-v4", copies=2)
-    assert set(reset(env)) == {"observation", "achieved_goal", "desired_goal"} and env.spec.has_success
+    assert set(reset(env)) == {"state"} and env.spec.has_success
+    assert env.spec.observation["state"].meaning == "observation 10, achieved_goal 3, desired_goal 3"
     step = env.step(torch.zeros(2, 4))
-    distance = (step.obs["achieved_goal"] - step.obs["desired_goal"]).norm(dim=-1)
+    assert step.obs["state"].shape == (2, 16)
+    distance = (step.obs["state"][:, 10:13] - step.obs["state"][:, 13:]).norm(dim=-1)
     assert step.success.dtype == torch.bool and torch.equal(step.success, distance < 0.05)
 
 
@@ -202,6 +208,11 @@ def test_wrong_actions_are_refused_with_the_copies_named():
         ({"id": "CartPole-v1", "kwargs": {"reward_treshold": 1}}, ConfigError, "no setting 'reward_treshold' in kwargs; did you mean 'reward_threshold'?"),
         ({"id": "CartPole-v1", "kwargs": {"seed": 1}}, ConfigError, "no setting 'seed' in kwargs"),
         ({"id": "HalfCheetah-v4", "kwargs": {"frame_skip": "many"}}, ConfigError, "cannot be made"),
+        ({"id": "MetaWorld/Drower*"}, NotFoundError, r"'MetaWorld/Drower\*' does not exist; did you mean 'MetaWorld/Drawer"),
+        ({"id": ("CartPole-v0", "CartPole-v1")}, CapabilityError, "'CartPole-v0' is one of several tasks and has no instruction.*set env.instructions: {CartPole-v0: a sentence}"),
+        ({"id": ("CartPole-v1", "Pendulum-v1"), "instructions": {"CartPole-v1": "balance", "Pendulum-v1": "swing"}}, CapabilityError, r"'CartPole-v1' shows state \[4\], instruction \[16\], takes 2 numbers, 'Pendulum-v1' state \[3\].*env.type: mixture"),
+        ({"id": "CartPole-v1", "instructions": {"CartPole-v2": "balance"}}, ConfigError, "a sentence for 'CartPole-v2'; did you mean 'CartPole-v1'?"),
+        ({"id": "CartPole-v1", "instructions": {"CartPole-v1": "on " * 17}}, CapabilityError, "has 17 words.*reads 1 to 16"),
     ],
 )
 def test_what_cannot_be_made_is_told_in_a_sentence(settings, error, message):
@@ -214,3 +225,99 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "embodied_rl.envs.envpool")
     with pytest.raises(MissingExtraError, match=r"pip install 'embodied-rl\[envpool\]'"):
         registry.load("env", "envpool")
+
+
+POLES = {"CartPole-v0": "balance for a while", "CartPole-v1": "balance for long"}
+
+
+def several(copies=5, **settings):
+    return make(tuple(POLES), copies=copies, instructions=POLES, **settings)
+
+
+def begin(env, tasks, mask=None):
+    b = len(tasks)
+    mask = torch.ones(b, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    return env.reset(mask, torch.zeros(b, dtype=torch.int64), torch.tensor(tasks))
+
+
+def test_copies_of_several_ids_give_what_the_pools_of_those_ids_give():
+    env = several()
+    # 5 copies and 2 ids: a pool of three rows each. Id 1 is asked for by four copies, so it gets a second pool.
+    pools = [raw_pool("CartPole-v0", copies=3, seed=7), raw_pool("CartPole-v1", copies=3, seed=7), raw_pool("CartPole-v1", copies=3, seed=10)]
+    at = {0: (1, 0), 1: (0, 0), 2: (1, 1), 3: (1, 2), 4: (2, 0)}  # copy -> (pool, row)
+    seen = [pool.reset()[0] for pool in pools]
+    obs = begin(env, [1, 0, 1, 1, 1])
+    assert env.spec.tasks == tuple(POLES) and env.spec.max_steps == 500
+    for t in range(6):
+        assert all(np.array_equal(obs["state"][copy].numpy(), seen[p][row]) for copy, (p, row) in at.items())
+        action = torch.tensor([1, 0, 0, 1, t % 2])
+        inner = [np.zeros(3, np.int32) for _ in pools]
+        for copy, (p, row) in at.items():
+            inner[p][row] = action[copy]
+        stepped = [pool.step(a) for pool, a in zip(pools, inner, strict=True)]
+        seen, step = [x[0] for x in stepped], env.step(action)
+        obs = step.obs
+        assert all(step.reward[copy] == stepped[p][1][row] for copy, (p, row) in at.items())
+    words = [encode_words(POLES[id], 16, "", "") for id in POLES]
+    assert [tuple(row) for row in obs["instruction"].tolist()] == [words[1], words[0], words[1], words[1], words[1]]
+
+
+def test_a_copy_that_is_given_another_task_gives_its_row_back_and_the_others_stay():
+    env = several(copies=4)
+    before = begin(env, [0, 1, 0, 1])
+    kept = {name: x.clone() for name, x in before.items()}
+    after = begin(env, [1, 0, 0, 1], mask=[True, True, False, False])
+    assert torch.equal(after["state"][2:], kept["state"][2:]) and not torch.equal(after["state"][:2], kept["state"][:2])
+    assert torch.equal(after["instruction"][[0, 1, 2, 3]], kept["instruction"][[1, 0, 2, 3]])
+    assert all(torch.equal(x, kept[name]) for name, x in before.items()), "what was handed out stays as it was"
+    assert len(env._blocks) == 2, "the rows that were given back were enough"
+    action = torch.ones(4, dtype=torch.int64)
+    step = env.step(action, torch.tensor([True, False, False, True]))
+    assert torch.equal(step.obs["state"][1:3], after["state"][1:3]) and step.reward.tolist() == [1, 0, 0, 1]
+    assert not torch.equal(step.obs["state"][0], after["state"][0])
+    env.close(), env.close()
+
+
+class InOnePiece:
+    """An env without send and recv."""
+
+    def __init__(self, env):
+        self.spec, self.device = env.spec, env.device
+        self.reset, self.step, self.close = env.reset, env.step, env.close
+
+
+def test_pipelined_collection_in_the_pools_own_threads_gives_what_plain_steps_give():
+    def rollouts(wrap):
+        envs = [wrap(several(copies=3, seed=seed, threads=2)) for seed in (1, 2)]
+        collector = Collector(envs, mlp(envs[0].spec), decisions=40, generator=torch.Generator().manual_seed(0))
+        out = [collector.collect() for _ in range(2)]
+        collector.close()
+        return out
+
+    for ours, plain in zip(rollouts(lambda env: env), rollouts(InOnePiece), strict=True):
+        assert ours.terminated.any()
+        for name in ("units", "logp", "reward", "terminated", "truncated", "task", "value", "next_value"):
+            assert torch.equal(getattr(ours, name), getattr(plain, name)), name
+        assert all(torch.equal(ours.obs[name], plain.obs[name]) for name in ours.obs)
+
+
+def test_every_metaworld_task_has_a_sentence_and_tells_its_success():
+    ids = [id for id in envpool.list_all_envs() if id.startswith("MetaWorld/")]
+    assert len(ids) == len(SENTENCES) == 50 and all(sentence_of(id) for id in ids)
+    assert sentence_of("HalfCheetah-v4") is None
+    env = make(("MetaWorld/DrawerClose-v3", "MetaWorld/Reach-v3"), copies=2, kwargs={"partially_observable": False}, threads=1)
+    pool = raw_pool("MetaWorld/DrawerClose-v3", copies=1, partially_observable=False, num_threads=1)
+    obs, raw = begin(env, [1, 0]), pool.reset()[0]
+    assert obs["instruction"][1].tolist() == list(encode_words("push and close a drawer", 16, "", ""))
+    reached = []
+    for _ in range(120):
+        # The hand is at 0:3 and the handle at 4:7: go above it, in front of it, then push.
+        hand, handle = raw[0, :3], raw[0, 4:7]
+        ahead = handle + [0, -0.08, 0.02] if abs(hand[0] - handle[0]) > 0.02 or hand[2] > handle[2] + 0.04 else handle + [0, 0.3, 0.02]
+        push = np.concatenate([np.clip(10 * (ahead - hand), -1, 1), [1.0]]).astype(np.float32)
+        raw, _, _, _, info = pool.step(push[None])
+        step = env.step(torch.stack([torch.zeros(4), torch.from_numpy(push)]))
+        assert step.success.tolist() == [False, bool(info["success"][0])]
+        assert torch.equal(step.obs["state"][1], torch.from_numpy(raw[0].astype(np.float32)))
+        reached.append(bool(info["success"][0]))
+    assert any(reached) and not reached[0]
