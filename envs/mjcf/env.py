@@ -212,7 +212,7 @@ class MjcfEnv:
 
     def _drawn(self, task: str, seed: int) -> Start:
         """One start, checked."""
-        start = self.task.start(task, numpy_rng(seed, f"mjcf/{task}"))
+        start: object = self.task.start(task, numpy_rng(seed, f"mjcf/{task}"))
         if not isinstance(start, Start):
             found = type(start).__name__
             raise ConfigError(f"{self.where}: start returned {found}, expected embodied_rl.envs.mjcf.Start")
