@@ -13,6 +13,7 @@ from embodied_rl.errors import CapabilityError, NotFoundError, ShapeError, UserE
 from embodied_rl.policies import causal_lm
 from embodied_rl.policies.causal_lm import decode, head, pack
 from embodied_rl.policies.causal_lm.policy import in_batches
+from embodied_rl.policies.causal_lm.product import product
 from embodied_rl.types import PAD
 from tests.toys import echo
 from tests.toys.tiny_lm import tiny_lm
@@ -182,6 +183,50 @@ def test_what_a_row_says_does_not_depend_on_how_many_others_are_there(llama):
     assert not torch.equal(policy.act(obs, generator=torch.Generator().manual_seed(4)).units, whole)
 
 
+def test_rows_that_say_the_same_are_written_as_one_line_until_they_part(llama, monkeypatch):
+    policy, env = make(llama, length=8, logp="decoder", temperature=0.3)
+    obs = {k: v[:1].expand(12, -1) for k, v in contexts(env).items()}
+    lines, plain = [], decode.Cache.attend
+
+    def counted(cache, layer, query, *others):
+        lines.append(len(query)) if layer == 0 else None
+        return plain(cache, layer, query, *others)
+
+    monkeypatch.setattr(decode.Cache, "attend", counted)
+    out = policy.act(obs, generator=torch.Generator().manual_seed(0))
+    said = [[i for i in row if i != PAD] for row in out.units.tolist()]
+    end = set(policy.end.tolist())
+    parted = [{tuple(u[: t + 1]) for u in said if len(u) > t and u[t] not in end} for t in range(7)]
+    wanted = [len(x) for x in parted if x]
+    assert 1 < wanted[0] < 12 and wanted[-1] > wanted[0], "rows must part, and not all at once"
+    assert len(lines) == len(wanted) and all(w <= n <= w / decode.LEAVE for n, w in zip(lines, wanted, strict=True))
+    assert (policy.evaluate(obs, out.units).logp - out.logp).abs().max() < 2e-5
+    lines.clear()
+    policy.act(obs, generator=None, greedy=True)
+    assert set(lines) == {1}
+
+
+def test_replies_after_an_update_are_by_the_new_weights(llama):
+    policy, env = make(llama, logp="decoder")
+    obs = contexts(env)
+    policy.act(obs, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.02)
+    out = policy.act(obs, generator=torch.Generator().manual_seed(0))
+    assert (policy.evaluate(obs, out.units).logp - out.logp).abs().max() < 2e-5
+    assert not any("forward" in vars(m) for m in policy.modules())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_by_arranged_weights_is_the_product(bias):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(37, 53, bias=bias), torch.randn(1, 9, 37)
+    times = product(layer.weight, layer.bias, 9)
+    torch.testing.assert_close(times(x), layer(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(times(x[0, :1]), layer(x[0, :1]), atol=1e-5, rtol=1e-5)
+
+
 def test_a_shelf_is_found_by_cumulative_probability():
     z = torch.full((3, 600), -1e9)
     z[:, [0, 300, 599]] = torch.tensor([0.5, 0.3, 0.2]).log()
@@ -198,6 +243,8 @@ def test_logits_in_pieces_give_what_they_give_at_once(monkeypatch):
         monkeypatch.setattr(head, "KEEP", keep), monkeypatch.setattr(head, "AT_ONCE", at_once)
         x, y = h.clone().requires_grad_(), w.clone().requires_grad_()
         assert torch.autograd.gradcheck(lambda a, b: head.TokenLogp.apply(a, b, ids, True), (x, y))
+        for one in (0, 1):  # the other has no gradient
+            assert torch.autograd.gradcheck(lambda a, b, one=one: head.TokenLogp.apply(a, b, ids, True)[one], (x, y))
         logp, entropy = head.token_logp(x, y, ids, entropy=True)
         exact = torch.distributions.Categorical(logits=h @ w.T)
         torch.testing.assert_close(logp, exact.log_prob(ids))
