@@ -63,10 +63,11 @@ def contexts(env, rows: int = 12, groups: int = 4) -> dict[str, torch.Tensor]:
 
 
 def ragged(env, rows: int = 12) -> torch.Tensor:
-    """Replies of 1 to `length` tokens."""
+    """Replies of 1 to `length` tokens, some of which begin alike."""
     g = torch.Generator().manual_seed(6)
     a = env.spec.action
     units = torch.randint(4, a.size, (rows, a.length), generator=g)
+    units[:, :2] = units[:, :2] % 2 + 4
     count = torch.arange(rows) % a.length + 1
     return units.masked_fill(torch.arange(a.length) >= count[:, None], PAD)
 
@@ -251,14 +252,33 @@ def test_logits_in_pieces_give_what_they_give_at_once(monkeypatch):
         torch.testing.assert_close(entropy, exact.entropy())
 
 
-def test_packing_leaves_no_padding_and_computes_equal_contexts_once(llama):
+def test_packing_leaves_no_padding_and_computes_equal_beginnings_once(llama):
     _, env = make(llama)
     obs, units = contexts(env)["context"], ragged(env)
     each, group = pack.distinct(obs)
     packed = pack.pack(each, group, units)
     assert len(each) == 4 and torch.equal(each[group], obs)
-    assert len(packed.ids) == int((each != PAD).sum() + (units != PAD).sum()) - len(units)
+    rows = [(c, [i for i in u if i != PAD][:-1]) for c, u in zip(obs.tolist(), units.tolist(), strict=True)]
+    beginnings = {(tuple(c), *u[: t + 1]) for c, u in rows for t in range(len(u))}
+    assert len(packed.ids) == int((each != PAD).sum()) + len(beginnings)
     assert (packed.ids >= 0).all()
+
+
+def test_replies_that_begin_alike_are_computed_once_up_to_where_they_part(llama):
+    policy, env = make(llama, length=6)
+    obs = {k: v[:1].expand(6, -1) for k, v in contexts(env).items()}
+    a, b, c = 5, 7, 9
+    units = torch.tensor([
+        [a, b, c, PAD, PAD, PAD], [a, b, c, a, b, c], [a, b, c, a, b, c], [b, b, c, a, b, c], [a, b, c, b, a, a], [a, *[PAD] * 5],
+    ])  # fmt: skip
+    packed = pack.pack(*pack.distinct(obs["context"]), units)
+    # ab, then c a b of the second, b b c a b of the fourth and b a of the fifth: last tokens are not packed.
+    said = [a, b, c, a, b, b, b, c, a, b, b, a]
+    assert packed.ids[int((obs["context"][0] != PAD).sum()):].tolist() == said
+    wanted = by_transformers(unchanged(policy, llama), obs["context"], units)
+    found = policy.evaluate(obs, units)
+    torch.testing.assert_close(found.logp, wanted[0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found.entropy, wanted[1], atol=2e-5, rtol=1e-5)
 
 
 def test_blocks_of_similar_rows_hold_every_row_once():
