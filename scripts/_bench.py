@@ -85,22 +85,25 @@ def _run(script: str, job: Job, timeout: float) -> dict[str, Any] | None:
 class Parts:
     """Exclusive seconds by part: time in a nested part does not count for the outer one."""
 
-    def __init__(self, names: Sequence[str], wait: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, names: Sequence[str], wait: Callable[[], object] = lambda: None, clock: Callable[[], float] = perf_counter
+    ) -> None:
         """Nothing measured yet.
 
         Args:
             names: Parts; the last is what runs when no other does.
             wait: Called before the clock is read: what a GPU still does belongs to the part that asked for it.
+            clock: Tells seconds.
         """
         self.seconds = dict.fromkeys(names, 0.0)
         self._running = [names[-1]]
-        self._wait = wait
-        self._since = perf_counter()
+        self._wait, self._clock = wait, clock
+        self._since = clock()
 
     def switch(self) -> None:
         """Book the time since the last switch on the part that runs."""
         self._wait()
-        now = perf_counter()
+        now = self._clock()
         self.seconds[self._running[-1]] += now - self._since
         self._since = now
 

@@ -2,13 +2,15 @@
 
     python scripts/bench_grpo.py              3 interleaved rounds of 3 steps (about 15 minutes on 2 cores)
     python scripts/bench_grpo.py --quick      one round of one step
+    python scripts/bench_grpo.py --clock cpu --threads 1   CPU seconds instead, on a machine that has other work to do
 
 One step is 8 questions x 8 samples of at most 32 new tokens at temperature 1, one pass over them, one optimizer step, no
 reference model: "What is A + B? Answer with just the number." with two-digit numbers. Both sides ask questions of one kind of
 SmolLM2-135M-Instruct (models/smollm2; see scripts/get_smollm2.py). A reply is paid by a hash of its text, so that every
 group has contrast and no row can be left out, and the step size is so small that replies stay as long as they were.
-TRL runs with micro-batches of 8, its best here, when it is installed (`pip install -e '.[trl]'`); otherwise only ours is
-measured. Both are in float32; `--dtypes float32 bfloat16` adds bfloat16 weights where the CPU multiplies them. The first step warms up and does not count.
+TRL runs when it is installed (`pip install -e '.[trl]'`), with micro-batches of 8 replies unless `--micro` names others;
+otherwise only ours is measured. Both are in float32; `--dtypes float32 bfloat16` adds bfloat16 weights where the CPU
+multiplies them. The first step warms up and does not count. The ceiling is that of a matrix product with as many threads.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import tempfile
 import zlib
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -28,6 +30,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from _bench import Job, Parts, finish, machine, measure_all, median, parser, spread, table, worker_main
 
 MODEL, LENGTH, LR = "models/smollm2", 32, 1e-9
+CLOCKS = {"wall": perf_counter, "cpu": process_time}
 PARTS = ("generation", "update", "rest")
 TASK = '''
 """Sums whose replies are paid by a hash."""
@@ -58,16 +61,17 @@ def measure_ours(job: Job) -> dict[str, Any]:
             f"policy.dtype={job['dtype']}", f"algorithm.update.lr={LR}", f"threads={job['threads']}",
         ]  # fmt: skip
         s = Session.build(load_recipe("arithmetic_grpo", options).recipe)
-        parts = Parts(PARTS)
+        clock = CLOCKS[job["clock"]]
+        parts = Parts(PARTS, clock=clock)
         parts.watch(s.policy, "act", "generation")
         parts.watch(s.updater, "update", "update")
         s.iterate(Clock())
         parts.take()
-        tokens, start = 0.0, perf_counter()
+        tokens, start = 0.0, clock()
         for _ in range(job["steps"]):
             row = s.iterate(Clock()).reduce()
             tokens += row["rollout/reward_tokens_mean"] * s.recipe.collect.copies
-        seconds = perf_counter() - start
+        seconds = clock() - start
         spent = parts.take()
         s.close()
     return _result(job, seconds, tokens, spent, memory_mib())
@@ -103,24 +107,25 @@ def measure_trl(job: Job) -> dict[str, Any]:
         lengths.append(sum(map(len, completion_ids)))
         return [zlib.crc32(c[0]["content"].encode()) % 1000 / 1000 for c in completions]
 
-    parts, mark = Parts(PARTS), {}
+    clock = CLOCKS[job["clock"]]
+    parts, mark = Parts(PARTS, clock=clock), {}
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 1:
                 parts.take(), lengths.clear()
-                mark["start"] = perf_counter()
+                mark["start"] = clock()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == job["steps"] + 1:
-                mark["stop"], mark["spent"] = perf_counter(), parts.take()
+                mark["stop"], mark["spent"] = clock(), parts.take()
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, use_cpu=not torch.cuda.is_available(), per_device_train_batch_size=8, gradient_accumulation_steps=8,
-            num_generations=8, max_completion_length=LENGTH, temperature=1.0, beta=0.0, num_iterations=1, learning_rate=LR,
-            max_steps=job["steps"] + 1, report_to=[], save_strategy="no", logging_strategy="no", bf16=False, gradient_checkpointing=False,
-            disable_tqdm=True, seed=0,
+            output_dir=folder, use_cpu=not torch.cuda.is_available(), per_device_train_batch_size=job["micro"],
+            gradient_accumulation_steps=64 // job["micro"], num_generations=8, max_completion_length=LENGTH, temperature=1.0,
+            beta=0.0, num_iterations=1, learning_rate=LR, max_steps=job["steps"] + 1, report_to=[], save_strategy="no",
+            logging_strategy="no", bf16=False, gradient_checkpointing=False, disable_tqdm=True, seed=0,
         )  # fmt: skip
         asked = [{"prompt": [{"role": "user", "content": q}]} for q in questions(8 * (job["steps"] + 2))]
         model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=getattr(torch, job["dtype"]), local_files_only=True)
@@ -142,9 +147,23 @@ def _result(job: Job, seconds: float, tokens: float, spent: dict[str, float], me
     }  # fmt: skip
 
 
+def measure_ceiling(job: Job) -> dict[str, Any]:
+    """GFLOP/s of a product of two large matrices."""
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    clock, dtype, rates = CLOCKS[job["clock"]], getattr(torch, job["dtype"]), []
+    a, b = torch.randn(2, 2048, 2048, dtype=dtype)
+    for _ in range(8):
+        start = clock()
+        a @ b
+        rates.append(2 * 2048**3 / (clock() - start) / 1e9)
+    return {"gflop_per_s": max(rates)}
+
+
 def measure(job: Job) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    return measure_ours(job) if job["side"] == "ours" else measure_trl(job)
+    return {"ours": measure_ours, "trl": measure_trl, "ceiling": measure_ceiling}[job["side"]](job)
 
 
 def main() -> None:
@@ -152,29 +171,37 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of torch (default all)")
     p.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="default float32")
+    p.add_argument("--micro", nargs="+", type=int, default=[8], help="replies per micro-batch of TRL (default 8; 64 needs 12 GiB)")
+    p.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: seconds of the process (default wall)")
     args = p.parse_args()
     if not (Path(MODEL) / "config.json").exists():
         raise SystemExit(f"there is no {MODEL}: make it by `python scripts/get_smollm2.py`")
-    sides = ["ours"]
+    repeats, steps = args.repeats or (1 if args.quick else 3), 1 if args.quick else 3
+    common = {"threads": args.threads, "clock": args.clock, "steps": steps}
+    jobs = [{"side": "ours", "dtype": d, **common} for d in args.dtypes]
     if importlib.util.find_spec("trl") is None:
         print("TRL is not installed: measuring ours only (pip install -e '.[trl]' to compare)")
     else:
-        sides.append("trl")
-    repeats, steps = args.repeats or (1 if args.quick else 3), 1 if args.quick else 3
-    jobs = [{"side": side, "dtype": d, "threads": args.threads, "steps": steps} for side in sides for d in args.dtypes]
-    results = measure_all(os.path.abspath(__file__), jobs, repeats, timeout=1800)
+        jobs += [{"side": "trl", "dtype": d, "micro": m, **common} for d in args.dtypes for m in args.micro]
+    jobs += [{"side": "ceiling", "dtype": d, **common} for d in args.dtypes]
+    results = measure_all(os.path.abspath(__file__), jobs, repeats, timeout=3600)
     keys = ["s_per_step", *PARTS, "tokens_per_step", "tokens_per_s", "generated_per_s", "memory_mib"]
-    rows = [
-        [f"{job['side']} {job['dtype']}", *(median(results[i], key) for key in keys), spread(results[i], "s_per_step")]
-        for i, job in enumerate(jobs)
-    ]
+    rows = {
+        f"{job['side']} {job['dtype']}" + (f", micro-batch {job['micro']}" if "micro" in job else ""):
+        [*(median(results[i], key) for key in keys), spread(results[i], "s_per_step")]
+        for i, job in enumerate(jobs) if job["side"] != "ceiling"
+    }  # fmt: skip
     print(machine())
-    print(table(["", "s/step", *PARTS, "tokens/step", "tokens/s", "generated/s", "peak MiB", "spread"], rows))
-    seconds = {side: [r[1] for r, job in zip(rows, jobs, strict=True) if job["side"] == side and r[1]] for side in sides}
-    ratio = min(seconds["trl"]) / min(seconds["ours"]) if len(sides) == 2 and all(seconds.values()) else None
+    header = ["", f"s/step ({args.clock})", *PARTS, "tokens/step", "tokens/s", "generated/s", "peak MiB", "spread"]
+    print(table(header, [[name, *row] for name, row in rows.items()]))
+    ceiling = {job["dtype"]: median(results[i], "gflop_per_s") for i, job in enumerate(jobs) if job["side"] == "ceiling"}
+    for dtype, rate in ceiling.items():
+        print(f"matrix products in {dtype}: {rate or 0:.0f} GFLOP/s")
+    best = {side: min((r[0] for n, r in rows.items() if n.startswith(side) and r[0]), default=None) for side in ("ours", "trl")}
+    ratio = best["trl"] / best["ours"] if best["trl"] and best["ours"] else None
     if ratio is not None:
         print(f"TRL's best takes {ratio:.2f} times as long as our best")
-    finish({"ratio": ratio, "rows": {r[0]: dict(zip(keys, r[1:], strict=False)) for r in rows}})
+    finish({"ratio": ratio, "ceiling": ceiling, "rows": {n: dict(zip(keys, r, strict=False)) for n, r in rows.items()}})
 
 
 if __name__ == "__main__":

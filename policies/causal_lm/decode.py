@@ -1,4 +1,7 @@
-"""Generation: contexts are computed once, their keys and values shared by all samples; who has finished leaves."""
+"""Generation: what rows have in common, a context and then the same first tokens, is computed once.
+
+A line of the cache is written for all rows that have said the same so far. It splits where they part.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from embodied_rl.types import PAD
 SHELF = 256
 """Width of the first of two steps in which a token is looked up by its cumulative probability."""
 LEAVE = 0.9
-"""The batch is made smaller when this share of it, or less, is still being written."""
+"""Where no line splits, the cache is made smaller when this share of its lines, or less, is still being written."""
 
 
 @dataclass
 class Cache:
-    """Keys and values of G contexts and of the tokens that n rows have written since, layer by layer."""
+    """Keys and values of G contexts and of what n lines have written since, layer by layer."""
 
     contexts: Tensor
     """[G] int64, length of each."""
     group: Tensor
-    """[n] int64, context of each row, ascending."""
+    """[n] int64, context of each line, ascending."""
     written: int = 0
-    """Tokens that every row has written."""
+    """Tokens that every line has."""
     shared: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Per layer keys and values [G, Hk, P, d]."""
     own: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -39,7 +42,7 @@ class Cache:
         self._arrange()
 
     def _arrange(self) -> None:
-        """Give each row a seat [G, S] beside the others of its context."""
+        """Give each line a seat [G, S] beside the others of its context."""
         count = torch.bincount(self.group, minlength=len(self.contexts))
         seats = int(count.max())
         rank = torch.arange(len(self.group), device=self.group.device) - (count.cumsum(0) - count)[self.group]
@@ -64,7 +67,7 @@ class Cache:
         return x if self.full else x.index_select(0, self.seat)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attention of one new token per row.
+        """Attention of one new token per line.
 
         Args:
             layer: Which.
@@ -104,10 +107,10 @@ class Cache:
             for k, v in self.own
         ]  # fmt: skip
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these [m] (ascending), and the contexts that nobody continues any more."""
-        self.own = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.own]
-        left, self.group = torch.unique(self.group[rows], return_inverse=True)
+    def go_on(self, before: Tensor) -> None:
+        """Take m lines that continue the lines `before` [m] (ascending, equal where one splits); forget the others."""
+        self.own = [(k.index_select(0, before), v.index_select(0, before)) for k, v in self.own]
+        left, self.group = torch.unique(self.group[before], return_inverse=True)
         if len(left) < len(self.contexts):
             self.contexts = self.contexts[left]
             longest = int(self.contexts.max())
@@ -233,32 +236,32 @@ def generate(
         written: For the rows in their own order.
     """
     b, device = len(group), group.device
-    order = group.argsort(stable=True)
-    cache = Cache(lengths(contexts), group[order])
+    cache = Cache(lengths(contexts), torch.arange(len(contexts), device=device))
     h = hidden(packed.ids, packed.positions, Prefill(packed, cache))[packed.last]
     units = torch.full((b, length), PAD, dtype=torch.int64, device=device)
     logp = torch.zeros(b, length, device=device)
     kept = h.new_zeros(b, length, h.shape[1]) if states else None
-    rows, alive = order, torch.ones(b, dtype=torch.bool, device=device)
-    z, h = logits(h, 0)[cache.group], h[cache.group]
+    rows, line, z = torch.arange(b, device=device), group, logits(h, 0)
     for t in range(length):
+        of_rows = z[line]
         if narrow is not None and uniform is not None:
-            z = narrow(z, rows)
-        ids, of_ids = sample(z, None if uniform is None else uniform[rows, t])
-        units[rows, t] = torch.where(alive, ids, PAD)
-        logp[rows, t] = torch.where(alive, of_ids, 0.0)
+            of_rows = narrow(of_rows, rows)
+        ids, of_ids = sample(of_rows, None if uniform is None else uniform[rows, t])
+        units[rows, t], logp[rows, t] = ids, of_ids
         if kept is not None:
-            kept[rows, t] = h
-        alive = alive & ~torch.isin(ids, end)
+            kept[rows, t] = h[line]
+        alive = ~torch.isin(ids, end)
         if stop is not None:
             alive = alive & ~stop(units[rows, : t + 1])
-        count = int(alive.sum())
-        if t + 1 == length or not count:
+        if t + 1 == length or not bool(alive.any()):
             break
-        if count <= LEAVE * len(alive):
-            stay = alive.nonzero().squeeze(-1)
-            cache.keep(stay)
-            rows, ids, alive = rows[stay], ids[stay], alive[stay]
+        rows = rows[alive]
+        said, line = torch.unique(torch.stack([line, ids], 1)[alive], dim=0, return_inverse=True)
+        before, ids = said.unbind(1)
+        if len(before) > LEAVE * len(cache.group) and bool((before.diff() > 0).all()):
+            line, ids = before[line], ids.new_zeros(len(cache.group)).index_copy_(0, before, ids)
+        else:
+            cache.go_on(before)
         cache.make_room(length)
         h = hidden(ids, cache.contexts[cache.group] + t, cache)
         cache.written += 1

@@ -40,11 +40,13 @@ class TokenLogp(torch.autograd.Function):
         out = torch.cat(logp)
         h_out = torch.cat(spread) if entropy else out.new_zeros(())
         ctx.save_for_backward(hidden, weight, ids, h_out, *kept)
-        ctx.rows, ctx.entropy = rows, entropy
+        ctx.rows = rows
+        # An entropy that is only looked at has no gradient, and its logarithms are not taken.
+        ctx.set_materialize_grads(False)
         return out, h_out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
         """Gradients of the hidden states and, where they are trained, of the weights."""
         hidden, weight, ids, spread, *kept = ctx.saved_tensors
         of_logp, of_entropy = gradients
@@ -52,14 +54,15 @@ class TokenLogp(torch.autograd.Function):
         into_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for n, start in enumerate(range(0, len(hidden), ctx.rows)):
             cut = slice(start, start + ctx.rows)
-            h, g = hidden[cut], of_logp[cut, None]
+            h, g = hidden[cut], 0.0 if of_logp is None else of_logp[cut, None]
             p = kept[n].clone() if kept else torch.softmax(h @ weight.T, dim=-1)
-            if ctx.entropy:
+            if of_entropy is not None:
                 e = of_entropy[cut, None]
                 dz = torch.xlogy(p, p).addcmul_(p, spread[cut, None]).mul_(-e).sub_(p.mul_(g))
             else:
                 dz = p.mul_(-g)
-            dz.scatter_add_(-1, ids[cut, None], g)
+            if of_logp is not None:
+                dz.scatter_add_(-1, ids[cut, None], of_logp[cut, None])
             torch.mm(dz, weight, out=into_hidden[cut])
             if into_weight is not None:
                 into_weight.addmm_(dz.T, h)

@@ -1,10 +1,11 @@
-"""Rows of tokens of different lengths as one long row without padding, in which equal contexts stand once.
+"""Rows of tokens of different lengths as one long row without padding, in which equal beginnings stand once.
 
-    contexts [c c c c] [d d]          replies a, b continue c and e continues d
-    packed   c c c c | d d | a a a | b | e e
+    contexts [c c c c] [d d]          replies a a a, a b and e e f, of which a, b continue c and e continues d
+    packed   c c c c | d d | a a a | b | e e f
 
 Linear layers see the packed row. Attention is computed in blocks of rows of similar length, whose queries and keys are
-gathered from it: a reply's keys are those of its context, wherever that stands, and its own.
+gathered from it: a reply's keys are those of its context and of what it has in common with an earlier reply, wherever
+that stands, and its own.
 """
 
 from __future__ import annotations
@@ -56,6 +57,30 @@ def distinct(context: Tensor) -> tuple[Tensor, Tensor]:
 def lengths(rows: Tensor) -> Tensor:
     """[N] int64, tokens before PAD."""
     return (rows != PAD).sum(-1)
+
+
+def owners(group: Tensor, units: Tensor, inside: Tensor) -> Tensor:
+    """Who says a token first: the first row with the same context and the same tokens up to and with this one.
+
+    Args:
+        group: [N] int64, the context of each row.
+        units: [N, A] int64.
+        inside: [N, A] bool, the tokens that are asked about, from the first of each row on.
+
+    Returns:
+        owner: [N, A] int64 row; the row itself where `inside` is False.
+    """
+    n, length = units.shape
+    rows = torch.arange(n, device=units.device)
+    owner, state = rows[:, None].repeat(1, length), group
+    for t in range(length):
+        said = torch.stack([torch.where(inside[:, t], state, n + rows), units[:, t]], dim=1)
+        _, inverse = torch.unique(said, dim=0, return_inverse=True)
+        first = torch.full_like(rows, n).scatter_reduce(0, inverse, rows, "amin")
+        state = owner[:, t] = first[inverse]
+        if torch.equal(state, rows):
+            break
+    return owner
 
 
 @dataclass
@@ -126,7 +151,8 @@ class Packed:
 def pack(contexts: Tensor, group: Tensor, units: Tensor, kernel: Kernel = "sdpa") -> Packed:
     """Lay contexts and their continuations in one row.
 
-    The last token of a reply predicts nothing that counts, so it is left out.
+    The last token of a reply predicts nothing that counts, so it is left out; what replies to one context have in
+    common at their beginning stands once.
 
     Args:
         contexts: [G, P] int64 with PAD.
@@ -135,36 +161,45 @@ def pack(contexts: Tensor, group: Tensor, units: Tensor, kernel: Kernel = "sdpa"
         kernel: How attention is computed.
 
     Returns:
-        packed: T = tokens of all contexts + tokens of all replies - N.
+        packed: T = tokens of all contexts + tokens of all replies - N - tokens that an earlier reply has in common.
     """
     device = contexts.device
     of_context, of_reply = lengths(contexts), (lengths(units) - 1).clamp(min=0)
     start = of_context.cumsum(0) - of_context
     total = int(of_context.sum())
-    reply = total + of_reply.cumsum(0) - of_reply
     places = torch.arange(max(contexts.shape[1], units.shape[1]), device=device)
     inside = places[: units.shape[1]] < of_reply[:, None]
+    owner = owners(group, units, inside)
+    own = inside & (owner == torch.arange(len(units), device=device)[:, None])
+    alone = own.sum(1)
+    common = of_reply - alone
+    reply = total + alone.cumsum(0) - alone
+    stands = (reply - common)[owner] + places[: units.shape[1]]  # [N, A], of each token that is inside
     counts = contexts != PAD
-    ids = torch.cat([contexts[counts], units[inside]])
+    ids = torch.cat([contexts[counts], units[own]])
     positions = torch.cat(
         [
             places[: contexts.shape[1]].expand_as(contexts)[counts],
-            (of_context[group][:, None] + places[: units.shape[1]])[inside],
+            (of_context[group][:, None] + places[: units.shape[1]])[own],
         ]
     )
     last = start + of_context - 1
     source = torch.zeros_like(units)
     if units.shape[1]:
-        source = torch.cat([last[group][:, None], reply[:, None] + places[: units.shape[1] - 1]], dim=1)
+        source = torch.cat([last[group][:, None], stands[:, :-1]], dim=1)
         source = source.masked_fill(units == PAD, 0)
     blocks, back, done = [], torch.zeros_like(ids), 0
-    jobs = [(start, of_context, None)] + ([(reply, of_reply, group)] if len(units) else [])
+    jobs = [(start, of_context, None)] + ([(reply, alone, group)] if len(units) else [])
     for begin, count, whose in jobs:
-        before = torch.zeros_like(count) if whose is None else of_context[whose]
+        before = torch.zeros_like(count) if whose is None else of_context[whose] + common
         for rows in similar(count.tolist(), before.tolist()):
             r = torch.tensor(rows, device=device)
             n = int(count[r].max())
-            ahead = None if whose is None else (start[whose[r]], before[r])
+            ahead = None
+            if whose is not None:
+                far, context = torch.arange(int(before[r].max()), device=device), of_context[whose[r]][:, None]
+                said = stands[r].gather(1, (far - context).clamp(0, units.shape[1] - 1))
+                ahead = (torch.where(far < context, start[whose[r]][:, None] + far, said), before[r])
             block = _block(begin[r], count[r], places[:n], ahead)
             real = places[:n] < count[r][:, None]
             back[block.query[real]] = done + torch.arange(real.numel(), device=device).view_as(real)[real]
@@ -174,15 +209,14 @@ def pack(contexts: Tensor, group: Tensor, units: Tensor, kernel: Kernel = "sdpa"
 
 
 def _block(begin: Tensor, count: Tensor, places: Tensor, ahead: tuple[Tensor, Tensor] | None) -> Block:
-    """The block of rows that begin at `begin` [R] and have `count` [R] tokens, with (begin, count) of what is ahead."""
+    """The block of rows that begin at `begin` [R] and have `count` [R] tokens; ahead of them keys [R, F], count [R]."""
     own = (begin[:, None] + places).masked_fill(places >= count[:, None], 0)
     seen = (places <= places[:, None]) & (places < count[:, None, None])  # [R, Q, Q]
     key = own
     if ahead is not None:
-        start, length = ahead
-        far = torch.arange(int(length.max()), device=begin.device)
-        before = far < length[:, None]
-        key = torch.cat([(start[:, None] + far).masked_fill(~before, 0), own], dim=1)
+        far, length = ahead
+        before = torch.arange(far.shape[1], device=begin.device) < length[:, None]
+        key = torch.cat([far.masked_fill(~before, 0), own], dim=1)
         seen = torch.cat([before[:, None].expand(-1, len(places), -1), seen], dim=2)
     seen[:, :, 0] = True
     return Block(own, key, seen)

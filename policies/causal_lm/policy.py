@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from embodied_rl.policies.causal_lm.decode import Narrowing, Written, generate
 from embodied_rl.policies.causal_lm.head import token_logp
 from embodied_rl.policies.causal_lm.model import add_adapters, load, open_folder, prove, run, same_language
 from embodied_rl.policies.causal_lm.pack import distinct, pack
+from embodied_rl.policies.causal_lm.product import arranged, product
 from embodied_rl.policies.causal_lm.vllm_client import VllmGenerator
 from embodied_rl.types import PAD, EnvSpec, Evaluation, Obs, PolicyOutput
 
@@ -254,11 +256,12 @@ class CausalLM(nn.Module):
         Raises:
             UserError: There is not enough memory for one row.
         """
-        head, temperature = self._head(), self._temperature()
+        temperature, most = self._temperature(), min(len(context), self.config.rows or len(context))
+        head = product(self._head(), None, most)
 
         def logits(h: Tensor, t: int) -> Tensor:
             with torch.autocast(h.device.type, enabled=False):
-                return (h.float() / temperature[t]) @ head.T
+                return head(h.float() / temperature[t])
 
         def some(rows: slice) -> Written:
             contexts, group = distinct(context[rows])
@@ -272,7 +275,9 @@ class CausalLM(nn.Module):
                     narrow=here, stop=self._stops[0] if self._stops else None,
                 )  # fmt: skip
 
-        return in_batches(some, len(context), self.config.rows)
+        # Autocast multiplies by copies of its own.
+        with nullcontext() if self.config.dtype == "bfloat16" else arranged(self.model.base_model, most):
+            return in_batches(some, len(context), self.config.rows)
 
 
 class Stops:

@@ -13,6 +13,7 @@ from embodied_rl.errors import CapabilityError, NotFoundError, ShapeError, UserE
 from embodied_rl.policies import causal_lm
 from embodied_rl.policies.causal_lm import decode, head, pack
 from embodied_rl.policies.causal_lm.policy import in_batches
+from embodied_rl.policies.causal_lm.product import product
 from embodied_rl.types import PAD
 from tests.toys import echo
 from tests.toys.tiny_lm import tiny_lm
@@ -62,10 +63,11 @@ def contexts(env, rows: int = 12, groups: int = 4) -> dict[str, torch.Tensor]:
 
 
 def ragged(env, rows: int = 12) -> torch.Tensor:
-    """Replies of 1 to `length` tokens."""
+    """Replies of 1 to `length` tokens, some of which begin alike."""
     g = torch.Generator().manual_seed(6)
     a = env.spec.action
     units = torch.randint(4, a.size, (rows, a.length), generator=g)
+    units[:, :2] = units[:, :2] % 2 + 4
     count = torch.arange(rows) % a.length + 1
     return units.masked_fill(torch.arange(a.length) >= count[:, None], PAD)
 
@@ -182,6 +184,50 @@ def test_what_a_row_says_does_not_depend_on_how_many_others_are_there(llama):
     assert not torch.equal(policy.act(obs, generator=torch.Generator().manual_seed(4)).units, whole)
 
 
+def test_rows_that_say_the_same_are_written_as_one_line_until_they_part(llama, monkeypatch):
+    policy, env = make(llama, length=8, logp="decoder", temperature=0.3)
+    obs = {k: v[:1].expand(12, -1) for k, v in contexts(env).items()}
+    lines, plain = [], decode.Cache.attend
+
+    def counted(cache, layer, query, *others):
+        lines.append(len(query)) if layer == 0 else None
+        return plain(cache, layer, query, *others)
+
+    monkeypatch.setattr(decode.Cache, "attend", counted)
+    out = policy.act(obs, generator=torch.Generator().manual_seed(0))
+    said = [[i for i in row if i != PAD] for row in out.units.tolist()]
+    end = set(policy.end.tolist())
+    parted = [{tuple(u[: t + 1]) for u in said if len(u) > t and u[t] not in end} for t in range(7)]
+    wanted = [len(x) for x in parted if x]
+    assert 1 < wanted[0] < 12 and wanted[-1] > wanted[0], "rows must part, and not all at once"
+    assert len(lines) == len(wanted) and all(w <= n <= w / decode.LEAVE for n, w in zip(lines, wanted, strict=True))
+    assert (policy.evaluate(obs, out.units).logp - out.logp).abs().max() < 2e-5
+    lines.clear()
+    policy.act(obs, generator=None, greedy=True)
+    assert set(lines) == {1}
+
+
+def test_replies_after_an_update_are_by_the_new_weights(llama):
+    policy, env = make(llama, logp="decoder")
+    obs = contexts(env)
+    policy.act(obs, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.02)
+    out = policy.act(obs, generator=torch.Generator().manual_seed(0))
+    assert (policy.evaluate(obs, out.units).logp - out.logp).abs().max() < 2e-5
+    assert not any("forward" in vars(m) for m in policy.modules())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_by_arranged_weights_is_the_product(bias):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(37, 53, bias=bias), torch.randn(1, 9, 37)
+    times = product(layer.weight, layer.bias, 9)
+    torch.testing.assert_close(times(x), layer(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(times(x[0, :1]), layer(x[0, :1]), atol=1e-5, rtol=1e-5)
+
+
 def test_a_shelf_is_found_by_cumulative_probability():
     z = torch.full((3, 600), -1e9)
     z[:, [0, 300, 599]] = torch.tensor([0.5, 0.3, 0.2]).log()
@@ -198,20 +244,41 @@ def test_logits_in_pieces_give_what_they_give_at_once(monkeypatch):
         monkeypatch.setattr(head, "KEEP", keep), monkeypatch.setattr(head, "AT_ONCE", at_once)
         x, y = h.clone().requires_grad_(), w.clone().requires_grad_()
         assert torch.autograd.gradcheck(lambda a, b: head.TokenLogp.apply(a, b, ids, True), (x, y))
+        for one in (0, 1):  # the other has no gradient
+            assert torch.autograd.gradcheck(lambda a, b, one=one: head.TokenLogp.apply(a, b, ids, True)[one], (x, y))
         logp, entropy = head.token_logp(x, y, ids, entropy=True)
         exact = torch.distributions.Categorical(logits=h @ w.T)
         torch.testing.assert_close(logp, exact.log_prob(ids))
         torch.testing.assert_close(entropy, exact.entropy())
 
 
-def test_packing_leaves_no_padding_and_computes_equal_contexts_once(llama):
+def test_packing_leaves_no_padding_and_computes_equal_beginnings_once(llama):
     _, env = make(llama)
     obs, units = contexts(env)["context"], ragged(env)
     each, group = pack.distinct(obs)
     packed = pack.pack(each, group, units)
     assert len(each) == 4 and torch.equal(each[group], obs)
-    assert len(packed.ids) == int((each != PAD).sum() + (units != PAD).sum()) - len(units)
+    rows = [(c, [i for i in u if i != PAD][:-1]) for c, u in zip(obs.tolist(), units.tolist(), strict=True)]
+    beginnings = {(tuple(c), *u[: t + 1]) for c, u in rows for t in range(len(u))}
+    assert len(packed.ids) == int((each != PAD).sum()) + len(beginnings)
     assert (packed.ids >= 0).all()
+
+
+def test_replies_that_begin_alike_are_computed_once_up_to_where_they_part(llama):
+    policy, env = make(llama, length=6)
+    obs = {k: v[:1].expand(6, -1) for k, v in contexts(env).items()}
+    a, b, c = 5, 7, 9
+    units = torch.tensor([
+        [a, b, c, PAD, PAD, PAD], [a, b, c, a, b, c], [a, b, c, a, b, c], [b, b, c, a, b, c], [a, b, c, b, a, a], [a, *[PAD] * 5],
+    ])  # fmt: skip
+    packed = pack.pack(*pack.distinct(obs["context"]), units)
+    # ab, then c a b of the second, b b c a b of the fourth and b a of the fifth: last tokens are not packed.
+    said = [a, b, c, a, b, b, b, c, a, b, b, a]
+    assert packed.ids[int((obs["context"][0] != PAD).sum()):].tolist() == said
+    wanted = by_transformers(unchanged(policy, llama), obs["context"], units)
+    found = policy.evaluate(obs, units)
+    torch.testing.assert_close(found.logp, wanted[0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found.entropy, wanted[1], atol=2e-5, rtol=1e-5)
 
 
 def test_blocks_of_similar_rows_hold_every_row_once():
