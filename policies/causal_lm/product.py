@@ -42,7 +42,7 @@ def arranged(model: nn.Module, rows: int) -> Iterator[None]:
     layers = [m for m in model.modules() if type(m) is nn.Linear]
     try:
         for layer in layers:
-            layer.forward = product(layer.weight, layer.bias, rows)  # type: ignore[method-assign]
+            layer.forward = product(layer.weight, layer.bias, rows)  # type: ignore[method-assign, assignment]
         yield
     finally:
         for layer in layers:
