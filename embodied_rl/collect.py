@@ -162,6 +162,27 @@ class _Received:
         return self._step
 
 
+def _playable_by_group(envs: Sequence[Env], group_size: int) -> Tensor | None:
+    """[groups, tasks] bool, which tasks each group can play; None where all can play all.
+
+    Raises:
+        CapabilityError: Copies of one group cannot play the same tasks.
+    """
+    tables = [env.spec.playable() for env in envs]
+    known = [table for table in tables if table is not None]
+    if not known:
+        return None
+    able = torch.cat(known)
+    groups = able[::group_size]
+    if not torch.equal(groups.repeat_interleave(group_size, 0)[: len(able)], able):
+        told = " and ".join(str(copies) for copies, _ in envs[0].spec.blocks or ())
+        raise CapabilityError(
+            f"collect.group_size {group_size} would put copies of different parts into one group: the parts have "
+            f"{told} copies; make each a multiple of {group_size}"
+        )
+    return groups
+
+
 class Collector:
     """Collects rollouts; iterate over it, or call `collect`. Every rollout has memory of its own."""
 
@@ -187,7 +208,8 @@ class Collector:
             greedy_baseline: The first copy of each group takes the policy's mode.
 
         Raises:
-            CapabilityError: Groups on an env that cannot be seeded, or a curriculum without tasks or success.
+            CapabilityError: Groups on an env that cannot be seeded, or of copies that cannot play the same tasks; a
+                curriculum without tasks or success.
         """
         self.policy, self.mode, self.group_size, self.run_seed = policy, mode, group_size, run_seed
         self.spec = envs[0].spec
@@ -198,7 +220,8 @@ class Collector:
                 f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, "
                 "and this one cannot; use group_size: 1 with a method that needs no groups, or the gymnasium env"
             )
-        self.sampler = TaskSampler(curriculum or Curriculum(), self.spec)
+        playable = _playable_by_group(envs, group_size)
+        self.sampler = TaskSampler(curriculum or Curriculum(), self.spec, playable)
         self.parts: list[Part] = []
         start = 0
         for env in envs:

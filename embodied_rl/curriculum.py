@@ -37,13 +37,18 @@ class Curriculum(Section):
 class TaskSampler:
     """A `Curriculum` with its running success rates, which are part of a checkpoint."""
 
-    def __init__(self, config: Curriculum, env: EnvSpec) -> None:
+    def __init__(self, config: Curriculum, env: EnvSpec, playable: Tensor | None = None) -> None:
         """Begin with a success rate of one half for every task, so that each is tried.
+
+        Args:
+            config: What to prefer.
+            env: Whose tasks.
+            playable: [groups, tasks] bool, the tasks that each group of copies can play; None: all can play all.
 
         Raises:
             CapabilityError: A curriculum over one task, or without a notion of success.
         """
-        self.config, self.tasks = config, env.tasks
+        self.config, self.tasks, self.playable = config, env.tasks, playable
         self.in_turn = config.kind == "none" and env.task_weights is None
         self.weights = torch.tensor(env.task_weights or (1.0,) * len(env.tasks), dtype=torch.float64)
         self.success = torch.full((len(env.tasks),), 0.5, dtype=torch.float64)
@@ -84,10 +89,23 @@ class TaskSampler:
             task: [n] int64, a function of the arguments and the success rates alone.
         """
         if self.in_turn:
-            return (group + index) % len(self.tasks)
+            if self.playable is None:
+                return (group + index) % len(self.tasks)
+            able = self.playable[group]
+            turn = (group + index) % able.sum(1)
+            return (able & (able.cumsum(1) == turn[:, None] + 1)).int().argmax(1)
         u = torch.tensor([numpy_rng(s, "task").random() for s in seed.tolist()], dtype=torch.float64)
-        border = self.probabilities().cumsum(0)
-        return torch.searchsorted(border, u, right=True).clamp(max=len(self.tasks) - 1)
+        border = self._by_group().cumsum(1)
+        border = border[group] if self.playable is not None else border.expand(len(u), -1)
+        # The first task whose border lies above u; rounding must not lead beyond the last one that has a share.
+        return torch.minimum((border <= u[:, None]).sum(1), (border < border[:, -1:]).sum(1))
+
+    def _by_group(self) -> Tensor:
+        """[groups, tasks] probability of each task in each group; a single row where all groups are alike."""
+        if self.playable is None:
+            return self.probabilities()[None]
+        share = self.probabilities() * self.playable
+        return share / share.sum(1, keepdim=True)
 
     def observe(self, finished: dict[str, Tensor]) -> None:
         """Move the success rates with the episodes that ended in a rollout (`Rollout.finished`).
@@ -107,7 +125,7 @@ class TaskSampler:
         """With a curriculum, the probability of each task in the next rollout."""
         out = Partials()
         if self.config.kind != "none":
-            for task, p in zip(self.tasks, self.probabilities().tolist(), strict=True):
+            for task, p in zip(self.tasks, self._by_group().mean(0).tolist(), strict=True):
                 out.last(f"rollout/task_probability/{task}", p)
         return out
 
