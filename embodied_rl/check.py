@@ -7,7 +7,7 @@ demonstrations are looked through by `embodied-rl check demos FOLDER`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -18,6 +18,7 @@ from embodied_rl import registry
 from embodied_rl.check_policy import examine_policy
 from embodied_rl.check_tools import EnvCase, Finding, attempt, examine
 from embodied_rl.config import load_component
+from embodied_rl.errors import ConfigError
 from embodied_rl.types import Env, EnvSpec, Policy, Split
 
 
@@ -123,17 +124,36 @@ def check_policy_factory(
     return examine_policy(make, specs, device or torch.device("cpu"))
 
 
-def run_check(kind: Literal["env", "policy", "demos"], name: str, overrides: Sequence[str] = ()) -> int:
+def run_check(
+    kind: Literal["env", "policy", "demos"],
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    copies: int | None = None,
+    steps: int | None = None,
+) -> int:
     """Check, print one line per finding, and return the exit code: 1 when something is broken, else 0.
 
+    Args:
+        kind: What it is.
+        name: As `check_env` takes it; of demos a folder.
+        overrides: Settings.
+        copies: Of an env, for slow simulators; None takes the default of `check_env`.
+        steps: Of an env, likewise.
+
     Raises:
-        UserError: It does not exist or refuses its settings.
+        UserError: It does not exist or refuses its settings, or copies and steps of something that is no env.
     """
+    fewer: dict[str, Any] = {k: v for k, v in {"copies": copies, "steps": steps}.items() if v is not None}
+    if fewer and kind != "env":
+        raise ConfigError(f"--{next(iter(fewer))} does nothing for check {kind}: remove it")
+    if copies == 1:
+        raise ConfigError("--copies is 1, expected at least 2: a partial reset needs a copy that goes on")
     if kind == "demos":
         from embodied_rl.demo_check import check_demos
 
         return print_findings(check_demos(name, overrides))
-    findings = check_env(name, overrides) if kind == "env" else check_policy(name, overrides)
+    findings = check_env(name, overrides, **fewer) if kind == "env" else check_policy(name, overrides)
     return print_findings(findings)
 
 

@@ -195,7 +195,11 @@ def seeds_of(env: Env, first: int = 0, split: Split = "train") -> Tensor:
 
 
 def tasks_of(env: Env, first: int = 0) -> Tensor:
-    """[B] tasks in turn."""
+    """[B] tasks in turn, of those that each copy can play."""
+    able = env.spec.playable()
+    if able is not None:
+        turn = (torch.arange(env.spec.num_envs) + first) % able.sum(1)
+        return (able & (able.cumsum(1) == turn[:, None] + 1)).int().argmax(1).to(env.device)
     return ((torch.arange(env.spec.num_envs) + first) % len(env.spec.tasks)).to(env.device)
 
 

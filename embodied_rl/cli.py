@@ -134,6 +134,8 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=("env", "policy", "demos"))
     parser.add_argument("name", metavar="NAME", help="a built-in name, a dotted module or a .py file; demos: a folder")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", default=[], help="settings of the env or policy")
+    parser.add_argument("--copies", type=_count, help="copies of an env, at least 2 (default: 3)")
+    parser.add_argument("--steps", type=_count, help="most control steps of one check of an env (default: 1100)")
 
 
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,7 +226,7 @@ def _collect(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from embodied_rl.check import run_check
 
-    return run_check(args.kind, args.name, args.overrides)
+    return run_check(args.kind, args.name, args.overrides, copies=args.copies, steps=args.steps)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from embodied_rl.budget import Budget, share_out
-from embodied_rl.curriculum import Curriculum, StartPool, TaskSampler
+from embodied_rl.curriculum import Curriculum, StartPool, make_sampler
 from embodied_rl.decide import decide, decide_mixed
 from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
 from embodied_rl.observation import check_observation
@@ -195,7 +195,8 @@ class Collector:
             demonstrated: Fill `Rollout.demonstration`.
 
         Raises:
-            CapabilityError: Groups on an env that cannot be seeded, or a curriculum without tasks or success.
+            CapabilityError: Groups on an env that cannot be seeded, or of copies that cannot play the same tasks; a
+                curriculum without tasks or success.
         """
         self.policy, self.mode, self.group_size, self.run_seed = policy, mode, group_size, run_seed
         self.spec = envs[0].spec
@@ -206,13 +207,8 @@ class Collector:
                 f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, "
                 "and this one cannot; use group_size: 1 with a method that needs no groups, or the gymnasium env"
             )
-        curriculum = curriculum or Curriculum()
-        sampler = TaskSampler if curriculum.starts is None else StartPool
-        self.sampler, self.budget = sampler(curriculum, self.spec, run_seed), budget
-        if budget is not None and not self.spec.has_success:
-            raise CapabilityError(
-                "collect.budget goes by success rates, and the env does not tell success: set collect.budget: null"
-            )
+        self.sampler = make_sampler(curriculum or Curriculum(), envs, group_size, run_seed, budgeted=budget is not None)
+        self.budget = budget
         self.parts: list[Part] = []
         start = 0
         for env in envs:

@@ -5,6 +5,7 @@ Success rates belong to tasks, or, where training plays a limited number of star
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from embodied_rl.errors import CapabilityError
 from embodied_rl.metrics import Partials
 from embodied_rl.section import Section
 from embodied_rl.seeding import numpy_rng, start_seeds
-from embodied_rl.types import EnvSpec, State
+from embodied_rl.types import Env, EnvSpec, State
 
 POOL = -2
 """Stream of the seeds of a limited number of starts; groups have streams from 0 on."""
@@ -46,18 +47,19 @@ class Curriculum(Section):
 class TaskSampler:
     """A `Curriculum` with its running success rates, which are part of a checkpoint."""
 
-    def __init__(self, config: Curriculum, env: EnvSpec, run_seed: int = 0) -> None:
+    def __init__(self, config: Curriculum, env: EnvSpec, run_seed: int = 0, playable: Tensor | None = None) -> None:
         """Begin with a success rate of one half for every task, so that each is tried.
 
         Args:
-            config: The recipe's.
+            config: What to prefer.
             env: What there is to choose from.
             run_seed: Seed of the starts.
+            playable: [groups, tasks] bool, the tasks that each group of copies can play; None: all can play all.
 
         Raises:
             CapabilityError: A curriculum over one task, or without a notion of success.
         """
-        self.config, self.tasks, self.run_seed = config, env.tasks, run_seed
+        self.config, self.tasks, self.run_seed, self.playable = config, env.tasks, run_seed, playable
         self.in_turn = config.kind == "none" and env.task_weights is None
         self.learns = config.kind == "success"
         self.weights = torch.tensor(env.task_weights or (1.0,) * len(env.tasks), dtype=torch.float64)
@@ -113,10 +115,23 @@ class TaskSampler:
             task: [n] int64, a function of the arguments and the success rates alone.
         """
         if self.in_turn:
-            return (group + index) % len(self.tasks)
+            if self.playable is None:
+                return (group + index) % len(self.tasks)
+            able = self.playable[group]
+            turn = (group + index) % able.sum(1)
+            return (able & (able.cumsum(1) == turn[:, None] + 1)).int().argmax(1)
         u = torch.tensor([numpy_rng(s, "task").random() for s in seed.tolist()], dtype=torch.float64)
-        border = self.probabilities().cumsum(0)
-        return torch.searchsorted(border, u, right=True).clamp(max=len(self.tasks) - 1)
+        border = self._by_group().cumsum(1)
+        border = border[group] if self.playable is not None else border.expand(len(u), -1)
+        # The first task whose border lies above u; rounding must not lead beyond the last one that has a share.
+        return torch.minimum((border <= u[:, None]).sum(1), (border < border[:, -1:]).sum(1))
+
+    def _by_group(self) -> Tensor:
+        """[groups, tasks] probability of each task in each group; a single row where all groups are alike."""
+        if self.playable is None:
+            return self.probabilities()[None]
+        share = self.probabilities() * self.playable
+        return share / share.sum(1, keepdim=True)
 
     def observe(self, finished: dict[str, Tensor]) -> None:
         """Move the success rates with the episodes that ended in a rollout (`Rollout.finished`).
@@ -136,7 +151,7 @@ class TaskSampler:
         """With a curriculum, the probability of each task in the next rollout."""
         out = Partials()
         if self.config.kind != "none":
-            for task, p in zip(self.tasks, self.probabilities().tolist(), strict=True):
+            for task, p in zip(self.tasks, self._by_group().mean(0).tolist(), strict=True):
                 out.last(f"rollout/task_probability/{task}", p)
         return out
 
@@ -152,13 +167,13 @@ class TaskSampler:
 class StartPool(TaskSampler):
     """A curriculum over a limited number of starts, each with a success rate of its own."""
 
-    def __init__(self, config: Curriculum, env: EnvSpec, run_seed: int = 0) -> None:
+    def __init__(self, config: Curriculum, env: EnvSpec, run_seed: int = 0, playable: Tensor | None = None) -> None:
         """Draw the starts; they depend on the run seed alone.
 
         Raises:
             CapabilityError: The env cannot start the same episode twice, or has no success to go by.
         """
-        super().__init__(config, env, run_seed)
+        super().__init__(config, env, run_seed, playable)
         assert config.starts is not None
         if not env.seedable:
             raise CapabilityError(
@@ -219,3 +234,53 @@ class StartPool(TaskSampler):
         """Restore `state_dict`."""
         super().load_state_dict(state)
         self.drawn = state["drawn"]
+
+
+def make_sampler(
+    config: Curriculum, envs: Sequence[Env], group_size: int, run_seed: int, *, budgeted: bool
+) -> TaskSampler:
+    """What chooses the starts of a batch.
+
+    Args:
+        config: The recipe's.
+        envs: Parts of the batch, of equal spec.
+        group_size: Copies that share each start.
+        run_seed: Seed of the starts.
+        budgeted: Whether groups are of different sizes (`collect.budget`).
+
+    Raises:
+        CapabilityError: They cannot play what is asked for.
+    """
+    spec, playable = envs[0].spec, _playable_by_group(envs, group_size)
+    if budgeted and not spec.has_success:
+        raise CapabilityError(
+            "collect.budget goes by success rates, and the env does not tell success: set collect.budget: null"
+        )
+    if playable is not None and (config.starts is not None or budgeted):
+        what = "curriculum.starts" if config.starts is not None else "budget"
+        raise CapabilityError(
+            f"collect.{what} gives any start to any copy, and these copies can only play the tasks of their own part "
+            f"of the mixture: set collect.{what}: null, or leave out the parts' copies"
+        )
+    return (TaskSampler if config.starts is None else StartPool)(config, spec, run_seed, playable)
+
+
+def _playable_by_group(envs: Sequence[Env], group_size: int) -> Tensor | None:
+    """[groups, tasks] bool, which tasks each group can play; None where all can play all.
+
+    Raises:
+        CapabilityError: Copies of one group cannot play the same tasks.
+    """
+    tables = [env.spec.playable() for env in envs]
+    known = [table for table in tables if table is not None]
+    if not known:
+        return None
+    able = torch.cat(known)
+    groups = able[::group_size]
+    if not torch.equal(groups.repeat_interleave(group_size, 0)[: len(able)], able):
+        told = " and ".join(str(copies) for copies, _ in envs[0].spec.blocks or ())
+        raise CapabilityError(
+            f"collect.group_size {group_size} would put copies of different parts into one group: the parts have "
+            f"{told} copies; make each a multiple of {group_size}"
+        )
+    return groups

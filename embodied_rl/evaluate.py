@@ -245,6 +245,27 @@ class _Starts:
         return numbers % self.num_tasks
 
 
+def _plan(env: Env, task: Tensor) -> Tensor:
+    """[B, turns] which of E episodes each copy plays one after the other, E behind its last.
+
+    Copy c plays c, c + B, ...; where copies cannot play every task, an episode goes to the one of those that can which
+    has fewest so far.
+
+    Args:
+        env: Says which copy can play what.
+        task: [E] of each episode.
+    """
+    b, e, able = env.spec.num_envs, len(task), env.spec.playable()
+    if able is None:
+        turns = -(-e // b) + 1
+        return torch.arange(turns * b).clamp(max=e).view(turns, b).T
+    queue: list[list[int]] = [[] for _ in range(b)]
+    for i, t in enumerate(task.tolist()):
+        min((queue[c] for c in able[:, t].nonzero().flatten().tolist()), key=len).append(i)
+    turns = max(map(len, queue)) + 1
+    return torch.tensor([q + [e] * (turns - len(q)) for q in queue])
+
+
 class _Watched:
     """An env that tells `on_frame` of every control step, also of those inside a chunk."""
 
@@ -281,7 +302,9 @@ def _play(
         "once": torch.zeros(e, dtype=torch.bool), "at_end": torch.zeros(e, dtype=torch.bool),
         "invalid": torch.zeros(e, dtype=torch.bool),
     }  # fmt: skip
-    row = torch.arange(b)  # copy c plays rows c, c + B, ...; a row beyond the end is an idle copy
+    plan = _plan(env, starts.tasks(numbers))
+    turn = torch.zeros(b, dtype=torch.int64)
+    row = plan[:, 0]  # e is no episode: an idle copy
     total = torch.zeros(b, dtype=torch.float64, device=device)
     length = torch.zeros(b, dtype=torch.int64, device=device)
     once = torch.zeros(b, dtype=torch.bool, device=device)
@@ -329,7 +352,8 @@ def _play(
             if executed.invalid is not None:
                 out["invalid"][ended] = executed.invalid[here].cpu()
             total[here], length[here], once[here] = 0.0, 0, False
-            row = torch.where(done, row + b, row)
+            turn += done
+            row = plan.gather(1, turn[:, None])[:, 0]
             if bool((done & (row < e)).any()):
                 obs = begin(done)
     return out

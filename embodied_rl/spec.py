@@ -142,6 +142,22 @@ class EnvSpec:
     """Of the token ids in observations and actions; a policy that speaks another one is refused."""
     task_weights: tuple[float, ...] | None = None
     """How often training starts each task, relative to the others; None for all alike, in turn."""
+    blocks: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    """Consecutive copies that can play some tasks only, as (copies, indices of their tasks); None: each plays all.
+
+    Example: `((2, (0,)), (6, (1, 2)))`: copies 0 and 1 play task 0, copies 2 to 7 play tasks 1 and 2.
+    """
+
+    def playable(self) -> Tensor | None:
+        """[B, tasks] bool on the CPU: which tasks each copy can play; None where each can play all."""
+        if self.blocks is None:
+            return None
+        able = torch.zeros(self.num_envs, len(self.tasks), dtype=torch.bool)
+        first = 0
+        for copies, tasks in self.blocks:
+            able[first : first + copies, list(tasks)] = True
+            first += copies
+        return able
 
     @property
     def seen(self) -> dict[str, TensorSpec]:

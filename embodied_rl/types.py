@@ -79,8 +79,8 @@ class Step:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """name -> [B] float32 reward terms and diagnostics, logged as rollout/reward_<name>_mean."""
     result: Tensor | None = None
-    """[B] int64, what the episode has come to, as a number >= 0 that is equal for equal results (a hash of the answer,
-    the bin an object lies in), or -1 for nothing; no statement on whether it is right. None without `has_results`."""
+    """[B] int64 >= 0, equal where episodes have come to the same (a hash of the answer, the bin an object lies in), right
+    or wrong; -1 for nothing. None without `has_results`."""
     invalid: Tensor | None = None
     """[B] bool, the judge or the simulator failed: the episode is over (`terminated | truncated` holds too), is left
     out of every mean, baseline and loss, and is counted. None when nothing can fail."""
@@ -224,7 +224,7 @@ class Policy(Protocol):
         """Move running statistics (observation normaliser) with a finished rollout's observations [N, ...]."""
         ...
 
-    # A policy may have as well:
+    # A policy may have:
     #     pretrained: bool    True when its first weights are worth measuring: a run then evaluates them as well
     #     evaluating(on: bool) -> None    from here on it is (no longer) played for evaluation, nobody learns from it
     #     samples_for_evaluation: bool    True when settings of it say how: evaluation must then not be greedy
@@ -375,13 +375,11 @@ class Rollout:
     result: Tensor | None = None
     """[T, B] int64, `Step.result` after the decision; None when the env has none."""
     demonstration: Tensor | None = None
-    """[T, B, *action.shape] what a demonstrator would have done at the start of the rollout, the same in every row;
-    kept for `guide` only."""
+    """[T, B, *action.shape] a good action at the start of the rollout, the same in every row; kept for `guide`."""
     demonstrated: Tensor | None = None
     """[T, B] bool, where there is a demonstration."""
     invalid: Tensor | None = None
-    """[T, B] bool, decisions of episodes in which the judge or the simulator failed; they are not `valid`. None for
-    none."""
+    """[T, B] bool, decisions of episodes whose judge or simulator failed; they are not `valid`. None for none."""
 
     @property
     def done(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,8 @@ class Joined:
     """[tasks] int64 which of its tasks it is there."""
     rename: tuple[dict[str, str], ...]
     columns: tuple[tuple[int, ...] | None, ...]
+    rows: tuple[slice, ...]
+    """Copies of the mixture that each part holds."""
 
     def observation_of(self, p: int, obs: Obs) -> Obs:
         """Part p's observation under the mixture's names, with vectors padded; entries it lacks are absent."""
@@ -44,13 +47,36 @@ class Joined:
         return action if columns is None else action[:, list(columns)]
 
 
-def join(config: Config, names: Sequence[str], specs: Sequence[EnvSpec]) -> Joined:
+def share_copies(wanted: Sequence[int], copies: int) -> list[slice]:
+    """Divide copies among parts in proportion, at least one each; the largest remainders are rounded up.
+
+    Args:
+        wanted: Copies of each part, of their sum.
+        copies: B, at least one for each part.
+
+    Returns:
+        rows: Consecutive copies of each part; of 8, (1, 2, 1) makes 0:2, 2:6, 6:8.
+    """
+    exact = [copies * n / sum(wanted) for n in wanted]
+    given = [max(1, int(x)) for x in exact]
+    while sum(given) < copies:
+        given[max(range(len(given)), key=lambda p: exact[p] - given[p])] += 1
+    while sum(given) > copies:
+        given[min((p for p in range(len(given)) if given[p] > 1), key=lambda p: exact[p] - given[p])] -= 1
+    ends = list(accumulate(given))
+    return [slice(end - n, end) for n, end in zip(given, ends, strict=True)]
+
+
+def join(
+    config: Config, names: Sequence[str], specs: Sequence[EnvSpec], rows: Sequence[slice] | None = None
+) -> Joined:
     """Negotiate one spec.
 
     Args:
         config: Of the mixture: what may be filled, padded, renamed and mapped.
         names: Of the parts.
-        specs: Of the parts, all with B copies.
+        specs: Of the parts.
+        rows: The copies of each; None where all parts have all of them.
 
     Returns:
         joined: The spec, and a report of everything that is not the same in every part.
@@ -78,18 +104,19 @@ def join(config: Config, names: Sequence[str], specs: Sequence[EnvSpec]) -> Join
         lacking = [n for n, s in zip(names, specs, strict=True) if not getattr(s, flag)]
         if lacking and len(lacking) < len(specs):
             report.append(f"the mixture has no {what}, because {', '.join(lacking)} has none")
-    if len({spec.on_demand for spec in specs}) > 1:
-        slow = [n for n, s in zip(names, specs, strict=True) if s.on_demand]
-        raise CapabilityError(
-            f"mixture: {', '.join(slow)} gives observations on demand and the other parts with every step, which "
-            "cannot be joined; take envs or observations of one kind"
-        )
     if len({s.vocabulary.fingerprint if s.vocabulary else None for s in specs}) > 1:
         raise CapabilityError("mixture: the parts speak different vocabularies, so the same ids would be other words")
+    blocks = None
+    if rows is not None:
+        of_part = [tuple(i for i, (q, _) in enumerate(tasks) if q == p) for p in range(len(specs))]
+        blocks = tuple((r.stop - r.start, own) for r, own in zip(rows, of_part, strict=True))
+        shares = ", ".join(f"{n} {r.stop - r.start}" for n, r in zip(names, rows, strict=True))
+        report.append(f"each part has copies of its own: {shares}")
     spec = EnvSpec(
         observation=observation,
         action=action,
-        num_envs=specs[0].num_envs,
+        num_envs=specs[0].num_envs if rows is None else rows[-1].stop,
+        blocks=blocks,
         max_steps=None if None in limits else max(x for x in limits if x is not None),
         tasks=tuple(f"{names[p]}.{specs[p].tasks[t]}" for p, t in tasks),
         seedable=all(s.seedable for s in specs),
@@ -97,13 +124,14 @@ def join(config: Config, names: Sequence[str], specs: Sequence[EnvSpec]) -> Join
         has_success=all(s.has_success for s in specs),
         cameras=cameras,
         control_hz=specs[0].control_hz if len(clocks) == 1 else None,
-        on_demand=specs[0].on_demand,
+        on_demand=any(s.on_demand for s in specs),
         vocabulary=specs[0].vocabulary,
-        task_weights=None if len(set(weights)) == 1 else tuple(weights),
+        task_weights=None if rows is not None or len(set(weights)) == 1 else tuple(weights),
     )
     columns = tuple(part.action for part in config.parts)
     pair = torch.tensor(tasks)
-    return Joined(spec, tuple(report), pair[:, 0], pair[:, 1], rename, columns)
+    held = tuple(rows) if rows is not None else (slice(0, spec.num_envs),) * len(specs)
+    return Joined(spec, tuple(report), pair[:, 0], pair[:, 1], rename, columns, held)
 
 
 def _renamed(

@@ -1,8 +1,9 @@
 """Several envs in one batch: every copy can play any task of any part, so groups and curricula work as ever.
 
 Each part is built with all B copies, and a copy moves in the part whose task it was given at its last reset; the others
-leave it alone. The parts agree on one observation and one action: what has to be filled, padded or mapped for that is
-stated in the recipe, told in `conformance`, and refused otherwise.
+leave it alone. Where every part states its `copies`, it is built with those alone, and they play nothing else. The
+parts agree on one observation and one action: what has to be filled, padded or mapped for that is stated in the recipe,
+told in `conformance`, and refused otherwise.
 
     parts: [{name: reach, env: {type: tabletop, tasks: [reach]}},
             {name: toy, weight: 2, env: {type: target}, rename: {state: wanted}, action: [0, 1]}]
@@ -19,8 +20,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from embodied_rl import registry, yaml_strict
-from embodied_rl.envs._joined import Joined, join
-from embodied_rl.errors import CheckpointError, ConfigError, NotFoundError, UserError, nearest
+from embodied_rl.envs._joined import Joined, join, share_copies
+from embodied_rl.errors import CapabilityError, CheckpointError, ConfigError, NotFoundError, UserError, nearest
 from embodied_rl.schema import Problems, resolve_component
 from embodied_rl.section import Section
 from embodied_rl.types import Env, Obs, Split, State, Step
@@ -35,6 +36,9 @@ class MixturePart(Section):
     """Stands before the names of its tasks, as in `toy.target`; null takes the env's type."""
     weight: float = Field(1.0, gt=0)
     """How often training starts an episode in this part, relative to the others; shared evenly by its tasks."""
+    copies: int | None = Field(None, ge=1)
+    """How many of `collect.copies` are this part's own and play nothing else, which saves the memory of simulators that
+    wait; stated for all parts or for none. Other numbers of copies (evaluation, a pipeline) are divided likewise."""
     env: dict[str, Any]
     """The part's `env` section, with its type."""
     rename: dict[str, str] = {}
@@ -60,6 +64,16 @@ class Config(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"several parts are called {', '.join(twice)}: give each a name of its own")
+        stated = [part for part in self.parts if part.copies is not None]
+        if stated and len(stated) < len(self.parts):
+            without = [part_name(part) for part in self.parts if part.copies is None]
+            raise ValueError(f"copies is stated for some parts and not for {', '.join(without)}: state all or none")
+        for part in stated:
+            if part.weight != 1:
+                raise ValueError(
+                    f"weight ({part.weight:g}) of {part_name(part)} does nothing beside copies ({part.copies}), which "
+                    "say how much is played there: remove one of them"
+                )
         return self
 
 
@@ -72,13 +86,16 @@ class MixtureEnv:
     """See the module docstring and `embodied_rl.types.Env`."""
 
     def __init__(self, envs: list[Env], names: list[str], joined: Joined, device: torch.device) -> None:
-        """Join envs of B copies each."""
+        """Join envs of the copies that `joined.rows` names."""
         self.names = names
         self.envs, self.device, self._joined, self.spec = envs, device, joined, joined.spec
         self.conformance = joined.report
         """What was filled, padded, renamed, mapped or left out, one sentence each."""
-        b = self.spec.num_envs
-        self._part = torch.zeros(b, dtype=torch.int64, device=device)
+        self._rows = joined.rows
+        self._part = torch.zeros(self.spec.num_envs, dtype=torch.int64, device=device)
+        if self.spec.blocks is not None:
+            for p, rows in enumerate(self._rows):
+                self._part[rows] = p
         self._begun = False
         self._obs: Obs = {}
 
@@ -86,14 +103,20 @@ class MixtureEnv:
         """Start new episodes in the masked copies, each in the part that its task belongs to."""
         part = self._joined.part_of.to(self.device)[tasks]
         inner = self._joined.task_in_part.to(self.device)[tasks]
+        if self.spec.blocks is not None and bool((wrong := mask & (part != self._part)).any()):
+            copy = int(wrong.nonzero()[0])
+            raise CapabilityError(
+                f"mixture: copy {copy} cannot play '{self.spec.tasks[int(tasks[copy])]}', which is another part's; the "
+                "spec's blocks say which copies play what"
+            )
         self._part = torch.where(mask, part, self._part)
-        for p, env in enumerate(self.envs):
-            mine = mask & (part == p)
+        for p, (env, rows) in enumerate(zip(self.envs, self._rows, strict=True)):
+            mine = mask & (self._part == p)
             # The first reset begins an episode in every copy of every part: no simulator is left half begun.
-            start = mine if self._begun else torch.ones_like(mask)
+            start = (mine if self._begun else torch.ones_like(mask))[rows]
             if bool(start.any()):
-                task = torch.where(part == p, inner, torch.zeros_like(inner))
-                self._take(p, env.reset(start, seeds, task), mine if self._begun else self._part == p)
+                task = torch.where(mine, inner, torch.zeros_like(inner))[rows]
+                self._take(p, env.reset(start, seeds[rows], task), mine if self._begun else self._part == p)
         self._begun = True
         return dict(self._obs)
 
@@ -103,22 +126,26 @@ class MixtureEnv:
         assert self._begun, "step before the first reset"
         go = torch.ones_like(self._part, dtype=torch.bool) if active is None else active
         zero, no = torch.zeros(self.spec.num_envs, device=self.device), torch.zeros_like(go)
-        out = Step({}, zero, no, no.clone(), no.clone() if self.spec.has_success else None)
+        out = Step({}, zero.clone(), no.clone(), no.clone(), no.clone() if self.spec.has_success else None)
         moved: list[dict[str, Tensor]] = []
-        for p, env in enumerate(self.envs):
+        for p, (env, rows) in enumerate(zip(self.envs, self._rows, strict=True)):
             mine = go & (self._part == p)
             if not bool(mine.any()):
                 continue
-            step = env.step(self._joined.action_of(p, action), mine)
-            out.reward = torch.where(mine, step.reward, out.reward)
-            out.terminated = torch.where(mine, step.terminated, out.terminated)
-            out.truncated = torch.where(mine, step.truncated, out.truncated)
+            here = mine[rows]
+            step = env.step(self._joined.action_of(p, action[rows]), here)
+            _put(out.reward, rows, here, step.reward)
+            _put(out.terminated, rows, here, step.terminated)
+            _put(out.truncated, rows, here, step.truncated)
             if out.success is not None and step.success is not None:
-                out.success = torch.where(mine, step.success, out.success)
+                _put(out.success, rows, here, step.success)
             if step.invalid is not None:
-                out.invalid = torch.where(mine, step.invalid, no if out.invalid is None else out.invalid)
-            moved.append({name: torch.where(mine, x, torch.zeros_like(x)) for name, x in step.metrics.items()})
-            if not self.spec.on_demand:
+                out.invalid = no.clone() if out.invalid is None else out.invalid
+                _put(out.invalid, rows, here, step.invalid)
+            moved.append({name: zero.clone() for name in step.metrics})
+            for name, x in step.metrics.items():
+                _put(moved[-1][name], rows, here, x)
+            if not env.spec.on_demand:
                 self._take(p, step.obs, mine)
         # A mean over copies of which some do not know the quantity would be of something else.
         shared = set.intersection(*(set(m) for m in moved)) if moved else set()
@@ -127,9 +154,10 @@ class MixtureEnv:
         return out
 
     def observe(self) -> Obs:
-        """Observation of all copies as they are now."""
+        """Observation of all copies as they are now; parts that show themselves with every step are not asked again."""
         for p, env in enumerate(self.envs):
-            self._take(p, env.observe(), self._part == p)
+            if env.spec.on_demand:
+                self._take(p, env.observe(), self._part == p)
         return dict(self._obs)
 
     def get_state(self) -> State:
@@ -168,10 +196,10 @@ class MixtureEnv:
             known = nearest(camera, self.spec.cameras) if self.spec.cameras else "; the parts share none"
             raise NotFoundError(f"mixture: camera '{camera}' does not exist in every part{known}")
         out = torch.zeros(len(copies), height, width, 3, dtype=torch.uint8, device=self.device)
-        for p, env in enumerate(self.envs):
+        for p, (env, held) in enumerate(zip(self.envs, self._rows, strict=True)):
             rows = (self._part[copies] == p).nonzero().flatten()
             if len(rows):
-                out[rows] = env.render(copies[rows], camera, height, width)
+                out[rows] = env.render(copies[rows] - held.start, camera, height, width)
         return out
 
     def manifest(self) -> dict[str, Any]:
@@ -184,21 +212,25 @@ class MixtureEnv:
         for env in self.envs:
             env.close()
 
-    def _take(self, p: int, obs: Obs, rows: Tensor) -> None:
-        """Lay the rows of one part's observation into the mixture's."""
-        new = self._joined.observation_of(p, obs)
+    def _take(self, p: int, obs: Obs, mine: Tensor) -> None:
+        """Lay one part's observation into the mixture's, in the copies [B] that play there."""
+        new, held = self._joined.observation_of(p, obs), self._rows[p]
         for name, entry in self.spec.observation.items():
             x = new.get(name)
             if name not in self._obs:
                 shape = (self.spec.num_envs, *entry.shape)
                 self._obs[name] = torch.zeros(shape, dtype=entry.dtype, device=self.device)
-            where = rows.view(-1, *[1] * len(entry.shape))
-            old = self._obs[name]
-            self._obs[name] = torch.where(where, torch.zeros_like(old) if x is None else x, old)
+            whole = self._obs[name] = self._obs[name].clone()  # earlier observations keep theirs
+            _put(whole, held, mine[held], torch.zeros_like(whole[held]) if x is None else x)
+
+
+def _put(whole: Tensor, held: slice, here: Tensor, x: Tensor) -> None:
+    """Write a part's values x [b, ...] into the mixture's [B, ...], in those of its copies that are meant, [b] bool."""
+    whole[held] = torch.where(here.view(-1, *[1] * (x.ndim - 1)), x, whole[held])
 
 
 def build(config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int) -> MixtureEnv:
-    """Build every part with all copies and join them.
+    """Build every part, with all copies or with its own, and join them.
 
     Args:
         config: What to make.
@@ -212,8 +244,12 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         UserError: A part cannot be built; its message, after the name of the part.
     """
     envs: list[Env] = []
+    own = [part.copies for part in config.parts if part.copies is not None]
+    # Fewer copies than parts could not reach every task: each part then has all of them.
+    rows = share_copies(own, num_envs) if own and num_envs >= len(own) else None
     try:
         for number, part in enumerate(config.parts):
+            held = num_envs if rows is None else rows[number].stop - rows[number].start
             where = f"env.parts[{number}]"
             kind = part.env.get("type")
             if not isinstance(kind, str):
@@ -222,11 +258,11 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
                 node = yaml_strict.parse(yaml_strict.dump(part.env), where, lines=False)
                 settings = resolve_component("env", kind, node, Problems())
                 module = registry.load("env", kind)
-                envs.append(module.build(settings, num_envs=num_envs, device=device, split=split, seed=seed))
+                envs.append(module.build(settings, num_envs=held, device=device, split=split, seed=seed))
             except UserError as error:
                 raise type(error)(f"{where} ({part_name(part)}): {error}") from error
         names = [part_name(part) for part in config.parts]
-        joined = join(config, names, [env.spec for env in envs])
+        joined = join(config, names, [env.spec for env in envs], rows)
     except BaseException:
         for env in envs:
             env.close()

@@ -1,17 +1,19 @@
 """Any task of ManiSkill 3 (optional extra `maniskill`): one PhysX scene per copy on a CPU, all copies at once on a GPU.
 
 `device.py` knows what draws (CUDA, or a software driver of Vulkan), `scene.py` is one ManiSkill env as tensors, and
-`env.py` makes an `embodied_rl.types.Env` of one or many of them.
+`env.py` makes an `embodied_rl.types.Env` of one or many of them; with `workers`, `simulator.py` is a copy in a process.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, JsonValue, model_validator
 
-from embodied_rl.errors import MissingExtraError
+from embodied_rl.envs.isolated import Hosted, IsolatedEnv, foreign_of, host
+from embodied_rl.errors import CapabilityError, MissingExtraError
 from embodied_rl.section import Section
 from embodied_rl.types import Split
 
@@ -43,6 +45,9 @@ class Config(Section):
     starts: Literal["exact", "batch"] = "exact"
     """exact: a start depends on its seed alone; batch (GPU only): one reset for all copies that end together, faster
     with thousands of copies, but without groups and fixed evaluation starts."""
+    workers: int | None = Field(None, ge=1)
+    """CPU only: processes that simulate the copies side by side; null: this one simulates them one after the other. A
+    process that draws in software works for half a minute before its first picture."""
     film: int = Field(256, ge=8)
     """Rows and columns of the pictures that videos are made of, before they are scaled to what is asked for."""
     kwargs: dict[str, JsonValue] = {}
@@ -57,13 +62,16 @@ class Config(Section):
         return self
 
 
-def build(config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int) -> ManiSkillEnv:
+def build(
+    config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int
+) -> ManiSkillEnv | IsolatedEnv:
     """Make the copies; `split` and `seed` are not needed, because each start seed says all.
 
     Args:
         config: What to make.
         num_envs: Copies B.
-        device: A CUDA device simulates and draws all copies at once on it; the CPU one after the other.
+        device: A CUDA device simulates and draws all copies at once on it; the CPU one after the other, or side by
+            side in processes.
         split: Not needed.
         seed: Not needed.
 
@@ -72,6 +80,7 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         NotFoundError: No such task or controller; names the nearest.
         CapabilityError: No Vulkan device, assets that are not on the disk, or a setting that cannot act here.
         ConfigError: ManiSkill refused a setting.
+        SimulatorError: The same, where a worker process found it.
     """
     # Imported here, so that its settings can be read, checked and documented where ManiSkill is not installed.
     try:
@@ -83,6 +92,8 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
             "system library is missing: apt-get install libgl1 libvulkan1"
         ) from error
     check_task(config, device)
+    if config.workers is not None:
+        return _hosted(config, config.workers, num_envs, device)
     each = num_envs if device.type == "cuda" else 1
     scenes: list[Scene] = []
     try:
@@ -93,3 +104,17 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         for scene in scenes:
             scene.close()
         raise
+
+
+def _hosted(config: Config, workers: int, num_envs: int, device: torch.device) -> IsolatedEnv:
+    """The copies in processes of this Python."""
+    if device.type == "cuda":
+        raise CapabilityError(
+            f"env maniskill: workers ({workers}) does nothing on device {device}, where one scene holds all copies: "
+            "remove it, or set device: cpu"
+        )
+    simulator = Path(__file__).with_name("simulator.py")
+    settings = config.model_dump(mode="json", exclude={"workers"})
+    watched = Hosted(workers=workers)
+    foreign = foreign_of(watched, "env maniskill", simulator, settings, max_steps=config.max_steps)
+    return host(watched, foreign, num_envs=num_envs, device=device)

@@ -41,11 +41,15 @@ class ManiSkillEnv:
             has_success=first.has_success,
             cameras=first.cameras,
             control_hz=first.control_hz,
+            # On a GPU all copies are simulated and drawn together, so none could wait for its picture.
+            on_demand=self._alone and config.observation != "state" and device.type == "cpu",
         )
         self._steps = torch.zeros(b, dtype=torch.int64, device=device)
         self._seeds = torch.full((b,), -1, dtype=torch.int64)
         self._actions: list[list[Tensor]] = [[] for _ in range(b)]
         self._now: list[Moment | None] = [None] * len(scenes)
+        self._stale: set[int] = set()
+        """Scenes that have moved since they were looked at; on demand only."""
 
     # ---- the protocol ------------------------------------------------------------------------------------------
 
@@ -64,8 +68,8 @@ class ManiSkillEnv:
             self._seeds[row], self._actions[row] = wanted[row], []
         self._steps[mask] = 0
         for i in rows if self._alone else ([0] if rows else []):
-            self._now[i] = self._scenes[i].look()
-        return self._observe()
+            self._look(i)
+        return self.observe()
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         """Advance one control step; on a CPU copies that are not active stay where they are, with reward 0."""
@@ -75,7 +79,7 @@ class ManiSkillEnv:
             if self._alone and not bool(go[i]):
                 continue
             part = slice(i, i + 1) if self._alone else slice(None)
-            self._now[i] = scene.step(action[part])
+            self._keep(i, scene.step(action[part], draw=not self.spec.on_demand))
             if self._alone:
                 self._actions[i].append(action[i].detach().clone())
         self._steps = self._steps + go
@@ -88,13 +92,19 @@ class ManiSkillEnv:
         reward = torch.cat([m.reward for m in now])
         terminated = ended | broken
         return Step(
-            obs=self._observe(),
+            obs={} if self.spec.on_demand else self._observe(),
             reward=torch.where(go & ~broken, reward, torch.zeros_like(reward)),
             terminated=terminated,
             truncated=late & go & ~terminated,
             success=torch.cat([m.success for m in now if m.success is not None]) if self.spec.has_success else None,
             invalid=broken,
         )
+
+    def observe(self) -> Obs:
+        """Observation of all copies as they are now; only those that have moved since the last call are drawn."""
+        for i in sorted(self._stale):
+            self._look(i)
+        return self._observe()
 
     def get_state(self) -> State:
         """Seed and actions of each copy's episode, and its observation as a check.
@@ -104,7 +114,7 @@ class ManiSkillEnv:
         """
         self._needs_state()
         size = self.spec.action.size
-        obs = self._observe() if all(m is not None for m in self._now) else {}
+        obs = self.observe() if all(m is not None for m in self._now) else {}
         return {
             "task": self.config.task,
             "seeds": self._seeds.clone(),
@@ -134,7 +144,7 @@ class ManiSkillEnv:
             scene.start([0], [seed])
             for action in actions:
                 scene.advance(action[None])
-            self._now[i] = scene.look()
+            self._look(i)
         if not state["obs"]:
             return {}
         obs = self._observe()
@@ -176,6 +186,19 @@ class ManiSkillEnv:
         self._scenes = []
 
     # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _look(self, i: int) -> None:
+        self._now[i] = self._scenes[i].look()
+        self._stale.discard(i)
+
+    def _keep(self, i: int, moment: Moment) -> None:
+        """Take over what a step brought; what the scene shows stays as it was seen last where nothing was drawn."""
+        if self.spec.on_demand:
+            before = self._now[i]
+            assert before is not None, "step before the first reset"
+            moment.obs = before.obs
+            self._stale.add(i)
+        self._now[i] = moment
 
     def _observe(self) -> Obs:
         now = [m for m in self._now if m is not None]

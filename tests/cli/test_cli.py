@@ -169,6 +169,10 @@ def test_check_accepts_a_good_env_and_refuses_a_broken_one(toy, capsys):
     (toy / "mine.py").write_text(source)
     assert main(["check", "env", "mine.py", "max_steps=5"]) == 0
     assert re.search(r"\d+ passed, 0 failed", capsys.readouterr().out)
+    assert main(["check", "env", "mine.py", "max_steps=50", "--copies", "2", "--steps", "4"]) == 0
+    assert "4 steps, " in capsys.readouterr().out
+    assert main(["check", "policy", "mlp", "--steps", "4"]) == 2
+    assert "--steps does nothing for check policy" in capsys.readouterr().err
     (toy / "worse.py").write_text(source.replace('numpy_rng(int(seeds[i]), "point")', "__import__('numpy').random.default_rng()"))
     assert main(["check", "env", "worse.py"]) == 1
     assert "FAIL" in capsys.readouterr().out

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("mani_skill")
+from embodied_rl.check import check_env  # noqa: E402
 from embodied_rl.envs.maniskill import Config, build  # noqa: E402
-from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError  # noqa: E402
+from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, SimulatorError  # noqa: E402
 
 pytestmark = [pytest.mark.sim, pytest.mark.filterwarnings("ignore")]
 CPU = torch.device("cpu")
@@ -102,25 +103,81 @@ def test_a_simulation_that_blows_up_is_an_invalid_episode_and_not_a_failure(push
     assert torch.isfinite(step.reward).all()
 
 
+@pytest.fixture(scope="module", params=["PickCube-v1", "PushCube-v1"])
+def eyes(request):
+    """Small pictures; a process that draws in software works for half a minute before its first one, and only then."""
+    env = make(request.param, observation="rgbd", pixels=32, film=32, control="pd_ee_delta_pos")
+    yield env
+    env.close()
+
+
+def test_pictures_come_without_the_pose_of_the_cube(eyes):
+    task = eyes.config.task
+    seen = start(eyes, [10, 12])
+    assert seen["base_camera"].shape == (2, 32, 32, 3) and seen["base_camera"].dtype == torch.uint8
+    assert not torch.equal(seen["base_camera"][0], seen["base_camera"][1])
+    depth = seen["base_camera_depth"]
+    assert depth.shape == (2, 32, 32, 1) and 0.1 < float(depth[depth > 0].median()) < 3.0
+    # Joints, velocities and the hand; PickCube says as well whether it holds something, and where to.
+    assert seen["state"].shape[1] == {"PickCube-v1": 9 + 9 + 1 + 7 + 3, "PushCube-v1": 9 + 9 + 7}[task]
+    scene = eyes._scenes[0].env
+    cube = (scene.cube if task == "PickCube-v1" else scene.obj).pose.p[0]
+    near = (seen["state"][0].unfold(0, 3, 1) - cube).abs().amax(1).min()
+    assert float(near) > 1e-3
+    film = eyes.render(torch.tensor([1, 0]), eyes.spec.cameras[0], 24, 32)
+    assert film.shape == (2, 24, 32, 3) and film.float().std() > 5
+
+
+def test_pictures_are_drawn_when_they_are_asked_for_and_show_what_maniskill_shows(eyes, monkeypatch):
+    ours, plain = eyes._scenes
+    looks = []
+    look = type(ours).look
+    monkeypatch.setattr(type(ours), "look", lambda self, *given: looks.append(self) or look(self, *given))
+    before = start(eyes, [10, 10])
+    assert looks == [ours, plain]
+    first = torch.tensor([True, False])
+    for action in actions(3, size=4):
+        step = eyes.step(action, first)
+        wanted = plain.env.step(plain._native(action[:1]))  # ManiSkill's own step, with its cameras
+        assert not step.obs and float(step.reward[0]) == float(wanted[1])
+        assert bool(step.success[0]) == bool(wanted[4]["success"])
+    assert len(looks) == 2
+    seen = eyes.observe()
+    assert looks[2:] == [ours]  # the copy that waited is not drawn again
+    sensed = wanted[0]["sensor_data"]["base_camera"]
+    assert torch.equal(seen["base_camera"][:1], sensed["rgb"]) and torch.equal(seen["base_camera"][1], before["base_camera"][1])
+    assert torch.equal(seen["base_camera_depth"][:1], sensed["depth"].float() / 1000)
+    assert not torch.equal(seen["base_camera"][0], before["base_camera"][0])
+
+
+def passes(*settings):
+    findings = check_env("maniskill", settings, copies=2, steps=6)
+    assert not [f for f in findings if f.ok is False] and sum(f.ok is True for f in findings) > 10
+
+
+def test_pictures_keep_the_contract(eyes):
+    passes(f"task={eyes.config.task}", "observation=rgb", "pixels=32", "film=32", "max_steps=3", "control=pd_ee_delta_pos")
+
+
 @pytest.mark.parametrize("task", ["PickCube-v1", "PushCube-v1"])
-def test_pictures_come_without_the_pose_of_the_cube(task):
-    env = make(task, observation="rgbd", pixels=32)
+def test_states_keep_the_contract(task):
+    passes(f"task={task}", "max_steps=5")
+
+
+def test_copies_in_processes_play_the_same_episodes(push):
+    there = make(max_steps=8, workers=2)
     try:
-        seen = start(env, [10, 12])
-        assert seen["base_camera"].shape == (2, 32, 32, 3) and seen["base_camera"].dtype == torch.uint8
-        assert not torch.equal(seen["base_camera"][0], seen["base_camera"][1])
-        depth = seen["base_camera_depth"]
-        assert depth.shape == (2, 32, 32, 1) and 0.1 < float(depth[depth > 0].median()) < 3.0
-        # Joints, velocities and the hand; PickCube says as well whether it holds something, and where to.
-        assert seen["state"].shape[1] == {"PickCube-v1": 9 + 9 + 1 + 7 + 3, "PushCube-v1": 9 + 9 + 7}[task]
-        scene = env._scenes[0].env
-        cube = (scene.cube if task == "PickCube-v1" else scene.obj).pose.p[0]
-        near = (seen["state"][0].unfold(0, 3, 1) - cube).abs().amax(1).min()
-        assert float(near) > 1e-3
-        film = env.render(torch.tensor([1, 0]), env.spec.cameras[0], 24, 32)
-        assert film.shape == (2, 24, 32, 3) and film.float().std() > 5
+        assert torch.equal(start(there, [10, 12])["state"], start(push, [10, 12])["state"])
+        for t, action in enumerate(actions(8)):
+            active = torch.tensor([True, t % 2 == 0])
+            a, b = there.step(action, active), push.step(action, active)
+            assert torch.equal(a.obs["state"], b.obs["state"]) and torch.equal(a.reward, b.reward)
+            assert a.truncated.tolist() == b.truncated.tolist() == [t == 7, False]
+        assert torch.equal(a.success, b.success) and there.spec.cameras == push.spec.cameras
     finally:
-        env.close()
+        there.close()
+    with pytest.raises(SimulatorError, match="controller 'pd_ee_delta_pos3' does not exist; did you mean 'pd_ee_delta_pos'"):
+        make(control="pd_ee_delta_pos3", workers=1)
 
 
 def test_what_does_not_exist_is_told_with_the_nearest_name():

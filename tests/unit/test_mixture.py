@@ -2,18 +2,23 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from embodied_rl.check import check_env_factory
+from embodied_rl.collect import Collector
 from embodied_rl.config import build_recipe
 from embodied_rl.curriculum import Curriculum, TaskSampler
+from embodied_rl.envs._joined import share_copies
 from embodied_rl.envs.mixture import Config, build
 from embodied_rl.envs.target import Config as TargetConfig
 from embodied_rl.envs.target import build as build_target
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError
 from embodied_rl.measure import rollout_metrics
 from embodied_rl.session import Session
+from embodied_rl.train import run
 
 CPU = torch.device("cpu")
 TARGET = {"type": "target"}
@@ -140,3 +145,108 @@ def test_groups_share_a_task_and_each_task_has_its_metrics(tmp_path):
     # A pole cannot fall within 7 steps, and each is worth 1.
     assert metrics["rollout/return_mean/of_5.CartPole-v1"] == 5.0
     assert metrics["rollout/return_mean/of_7.CartPole-v1"] == 7.0
+
+
+OWN = {"missing": "zeros", "parts": [{**TOY, "copies": 2}, {"env": {**TABLETOP, "max_steps": 4}, "copies": 6}]}
+
+
+def test_copies_are_shared_in_proportion_and_every_part_has_one():
+    def sizes(*given):
+        return [rows.stop - rows.start for rows in share_copies(*given)]
+
+    assert sizes([2, 6], 8) == [2, 6] and sizes([2, 6], 4) == [1, 3]
+    assert sizes([1, 2, 1], 8) == [2, 4, 2]
+    assert sizes([3, 5], 7) == [3, 4]  # 2.625 and 4.375
+    assert sizes([1, 99], 3) == [1, 2] and sizes([99, 1, 1], 3) == [1, 1, 1]
+
+
+def test_a_part_with_copies_of_its_own_is_built_with_those_and_moves_as_alone():
+    env, alone = make(8, **OWN), build_target(TargetConfig(), num_envs=2, device=CPU, split="train", seed=0)
+    assert [part.spec.num_envs for part in env.envs] == [2, 6] and env.spec.num_envs == 8
+    assert env.spec.blocks == ((2, (0,)), (6, (1, 2)))
+    assert "each part has copies of its own: target 2, tabletop 6" in env.conformance
+    seen = start(env, [0, 0, 1, 2, 1, 2, 1, 2])
+    alone_seen = alone.reset(torch.ones(2, dtype=torch.bool), torch.arange(2) * 2 + 10, torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(seen["state"][:2], alone_seen["state"]) and not seen["state"][2:].any()
+    assert seen["proprio"][2:].any(1).all() and not seen["proprio"][:2].any()
+    action = torch.zeros(8, 7)
+    action[:2, 5], action[:2, 2] = seen["state"][:2, 0], seen["state"][:2, 1]
+    before = {k: v.clone() for k, v in seen.items()}
+    steps = [env.step(action) for _ in range(4)]
+    assert steps[1].success.tolist() == [True, True] + [False] * 6
+    assert steps[3].truncated.tolist()[2:] == [True] * 6
+    assert all(torch.equal(seen[k], before[k]) for k in seen)  # an observation that was handed out does not change
+    with pytest.raises(CapabilityError, match=r"copy 0 cannot play 'tabletop.push', which is another part's"):
+        start(env, [2, 0, 1, 2, 1, 2, 1, 2])
+    assert make(1, **OWN).spec.blocks is None
+
+
+def test_copies_of_ones_own_are_stated_for_all_parts_and_not_beside_weights():
+    assert "state all or none" in refused(ValueError, missing="zeros", parts=[{**TOY, "copies": 2}, {"env": TABLETOP}])
+    parts = [{**TOY, "copies": 2, "weight": 3}, {"env": TABLETOP, "copies": 2}]
+    assert "weight (3) of target does nothing beside copies (2)" in refused(ValueError, missing="zeros", parts=parts)
+
+
+def test_a_mixture_with_copies_of_its_own_keeps_the_contract_of_an_env():
+    findings = check_env_factory(lambda b, **_: make(b, **OWN), copies=4, steps=20)
+    assert not [f for f in findings if f.ok is False] and sum(f.ok is True for f in findings) > 10
+
+
+def test_tasks_are_chosen_among_those_that_a_group_can_play():
+    spec = make(8, **OWN).spec
+    able = spec.playable()[::2]
+    n = torch.arange(4000)
+    in_turn = TaskSampler(Curriculum(), spec, playable=able).choose(n % 4, n // 4, n)
+    assert set(in_turn[n % 4 == 0].tolist()) == {0}
+    assert torch.bincount(in_turn[n % 4 == 1]).tolist() == [0, 500, 500]
+    harder = TaskSampler(Curriculum(kind="success", floor=0.05), spec, playable=able)
+    harder.success = torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64)
+    chosen = harder.choose(n % 4, n // 4, n)
+    assert set(chosen[n % 4 == 0].tolist()) == {0}
+    # Within the arm 0.3 against 0.05.
+    share = torch.bincount(chosen[n % 4 == 2], minlength=3) / 1000
+    assert share.tolist() == pytest.approx([0, 6 / 7, 1 / 7], abs=0.04)
+    told = harder.metrics().reduce()
+    assert told["rollout/task_probability/target.target"] == pytest.approx(1 / 4)
+    assert told["rollout/task_probability/tabletop.reach"] == pytest.approx(3 / 4 * 6 / 7)
+
+
+def trained(tmp_path, env, **changes):
+    recipe = {
+        "name": "mixed",
+        "env": {"type": "mixture", **env},
+        "policy": {"type": "mlp", "hidden": [16]},
+        "algorithm": {"type": "ppo", "update": {"epochs": 1, "minibatches": 1}},
+        "collect": {"copies": 8, "decisions": 8},
+        "train": {"env_steps": 192},
+        "evaluate": {"episodes": 9, "copies": 4, "videos": 0},
+        "log": {"folder": str(tmp_path), "tensorboard": False, "progress": False},
+    }
+    for section, values in changes.items():
+        recipe[section] |= values
+    folder = run(build_recipe(recipe)).folder
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("how", ["copies", "weights"])
+def test_ppo_trains_on_two_simulators_in_one_batch_and_every_task_is_measured(tmp_path, how):
+    point = {"env": {"type": str(Path(__file__).parents[1] / "toys" / "point.py"), "max_steps": 5}, "action": [0, 1]}
+    arm = {"env": {**TABLETOP, "max_steps": 4}}
+    if how == "copies":
+        parts, curriculum = [{**point, "copies": 2}, {**arm, "copies": 6}], {"curriculum": {"kind": "success"}}
+    else:
+        parts, curriculum = [point, {**arm, "weight": 6}], {}
+    rows, evaluation = trained(tmp_path, {"missing": "zeros", "parts": parts}, collect=curriculum)
+    told = {key for row in rows for key in row}
+    for task in ("point.first", "point.second", "tabletop.reach", "tabletop.push"):
+        assert f"rollout/return_mean/{task}" in told
+        assert (f"rollout/task_probability/{task}" in told) == (how == "copies")
+    played = [episode["task"] for episode in evaluation["episodes"]]
+    assert [played.count(task) for task in evaluation["tasks"]] == [3, 2, 2, 2]
+
+
+def test_a_group_across_two_parts_is_refused():
+    parts = [{**TOY, "copies": 3}, {"env": TABLETOP, "copies": 5}]
+    with pytest.raises(CapabilityError, match="the parts have 3 and 5 copies; make each a multiple of 2"):
+        Collector([make(8, missing="zeros", parts=parts)], None, decisions=1, group_size=2)
