@@ -79,8 +79,8 @@ class Step:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """name -> [B] float32 reward terms and diagnostics, logged as rollout/reward_<name>_mean."""
     result: Tensor | None = None
-    """[B] int64 >= 0, equal where episodes have come to the same (a hash of the answer, the bin an object lies in), right
-    or wrong; -1 for nothing. None without `has_results`."""
+    """[B] int64 >= 0, equal where episodes have come to the same (a hash of the answer, the bin an object lies in),
+    right or wrong; -1 for nothing. None without `has_results`."""
     invalid: Tensor | None = None
     """[B] bool, the judge or the simulator failed: the episode is over (`terminated | truncated` holds too), is left
     out of every mean, baseline and loss, and is counted. None when nothing can fail."""
