@@ -14,7 +14,38 @@ from embodied_rl.errors import CapabilityError, NotFoundError
 from embodied_rl.types import Obs, State, Step
 
 
-class EnvpoolEnv:
+class Pooled:
+    """What envpool's copies cannot do, however they are made."""
+
+    where: str
+    told: dict[str, Any]
+
+    def get_state(self) -> State:
+        """Not possible.
+
+        Raises:
+            CapabilityError: Always.
+        """
+        raise no_state(self.where)
+
+    def set_state(self, state: State) -> Obs:
+        """Not possible; see `get_state`."""
+        raise no_state(self.where)
+
+    def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
+        """Not offered.
+
+        Raises:
+            NotFoundError: Always.
+        """
+        raise no_camera(self.where, camera)
+
+    def manifest(self) -> dict[str, Any]:
+        """What results depend on."""
+        return self.told
+
+
+class EnvpoolEnv(Pooled):
     """See `embodied_rl.types.Env`; besides, `step` can be split into `send` and `recv`, and the pool works in between.
 
     envpool restarts a finished copy by itself at the step after its end. It never gets that far here: a finished copy
@@ -33,7 +64,7 @@ class EnvpoolEnv:
         self._words = None if layout.words is None else torch.tensor(layout.words, device=device).repeat(b, 1)
         continuous = self._action.spec.kind == "continuous"
         self._buffer = np.empty((b, self._action.spec.size), self._action.dtype) if continuous else None
-        self.told: dict[str, Any] = {}
+        self.told = {}
         self._sent: Array | None = None
         self._obs: Obs | None = None
 
@@ -88,30 +119,6 @@ class EnvpoolEnv:
             success=None if success_at is None else self._column(arrays[success_at].astype(bool), ids),
             metrics={name: self._column(arrays[at].astype(np.float32), ids) for name, at in terms.items()},
         )
-
-    def get_state(self) -> State:
-        """Not possible.
-
-        Raises:
-            CapabilityError: Always.
-        """
-        raise no_state(self.where)
-
-    def set_state(self, state: State) -> Obs:
-        """Not possible; see `get_state`."""
-        raise no_state(self.where)
-
-    def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
-        """Not offered.
-
-        Raises:
-            NotFoundError: Always.
-        """
-        raise no_camera(self.where, camera)
-
-    def manifest(self) -> dict[str, Any]:
-        """What results depend on."""
-        return self.told
 
     def close(self) -> None:
         """Stop the threads; may be called twice."""

@@ -6,14 +6,13 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from embodied_rl.envs.envpool.layout import Layout, spec_of
-from embodied_rl.envs.envpool.pool import EnvpoolEnv, no_camera, no_state
-from embodied_rl.types import Obs, State, Step
+from embodied_rl.envs.envpool.pool import EnvpoolEnv, Pooled
+from embodied_rl.types import Obs, Step
 
 Make = Callable[[Layout, int, int], EnvpoolEnv]
 """(layout, copies, how many copies of this id there are already) -> a pool of it."""
@@ -30,7 +29,7 @@ class Block:
     """[n] int64 which row of the pool each of them has."""
 
 
-class EnvpoolTasks:
+class EnvpoolTasks(Pooled):
     """See `embodied_rl.types.Env`; besides, `step` can be split into `send` and `recv`.
 
     A copy is lent a row of a pool of its task at each reset, and gives it back at the next. A task's first pool has its
@@ -46,7 +45,7 @@ class EnvpoolTasks:
         self._share = math.ceil(num_envs / len(layouts))
         self._blocks: list[Block] = []
         self._made = [0] * len(layouts)
-        self.told: dict[str, Any] = {}
+        self.told = {}
         self._free: list[list[tuple[int, int]]] = [[] for _ in layouts]
         """Of each task, a heap of (block, row) that nobody plays in."""
         self._place: list[tuple[int, int, int]] = [(-1, -1, -1)] * num_envs
@@ -119,30 +118,6 @@ class EnvpoolTasks:
             for name, x in out.metrics.items():
                 x[copies] = step.metrics[name][rows]
         return out
-
-    def get_state(self) -> State:
-        """Not possible.
-
-        Raises:
-            CapabilityError: Always.
-        """
-        raise no_state(self.where)
-
-    def set_state(self, state: State) -> Obs:
-        """Not possible; see `get_state`."""
-        raise no_state(self.where)
-
-    def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
-        """Not offered.
-
-        Raises:
-            NotFoundError: Always.
-        """
-        raise no_camera(self.where, camera)
-
-    def manifest(self) -> dict[str, Any]:
-        """What results depend on."""
-        return self.told
 
     def close(self) -> None:
         """Stop the threads; may be called twice."""

@@ -16,14 +16,14 @@ from embodied_rl.envs.mjcf.scene import Scene
 from embodied_rl.envs.mjcf.task import Start, Task
 from embodied_rl.envs.mjcf.view import Poses, View
 from embodied_rl.envs.tabletop.physics import Physics
-from embodied_rl.errors import CheckpointError, ConfigError, NotFoundError, nearest
-from embodied_rl.runfolder import checksum, installed
+from embodied_rl.envs.tabletop.pictures import Films, engines
+from embodied_rl.errors import CheckpointError, ConfigError, nearest
+from embodied_rl.runfolder import checksum
 from embodied_rl.seeding import numpy_rng
 from embodied_rl.types import EnvSpec, Obs, State, Step, TensorSpec
 
 if TYPE_CHECKING:
     from embodied_rl.envs.mjcf import Config
-    from embodied_rl.envs.tabletop.camera import BatchCamera
     from embodied_rl.envs.tabletop.pictures import Pictures
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class MjcfEnv:
         self.config, self.scene, self.task, self.physics, self.device = config, scene, task, physics, device
         self.where = f"env mjcf: task '{config.task}'"
         self._pictures, self._poses = pictures, poses
-        self._camera: BatchCamera | None = None
+        self._films = Films(scene.model, physics.device, scene.where)
         self._sense: Callable[[View], Tensor] | None = getattr(task, "sense", None)
         self._ends: Callable[[View], Tensor] | None = getattr(task, "terminated", None)
         b, inner = physics.num_envs, physics.device
@@ -167,36 +167,23 @@ class MjcfEnv:
         Raises:
             NotFoundError: No such camera.
         """
-        if camera not in self.spec.cameras:
-            known = nearest(camera, self.spec.cameras) if self.spec.cameras else "; the scene has none"
-            raise NotFoundError(f"{self.scene.where}: camera '{camera}' does not exist{known}")
-        # Only those who ask for pictures pay for importing and compiling the ray tracer.
-        from embodied_rl.envs.tabletop.camera import BatchCamera
-
-        if self._camera is None:
-            self._camera = BatchCamera(self.scene.model, self.physics.device)
-        rows = copies.to(self.physics.device)
-        drawn = self._camera.render(self.physics.qpos[rows], (camera,), height, width, *self._paint(rows))
-        return drawn[camera].to(self.device)
+        return self._films.draw(self.physics.qpos, self._paint, copies, camera, height, width).to(self.device)
 
     def manifest(self) -> dict[str, Any]:
         """What results depend on: the scene as compiled, the task and its settings, and the engine."""
-        engine = type(self.physics).__name__
-        drawn = self._pictures is not None or engine != "NativePhysics"
         model = self.scene.model
         compiled = np.empty(mujoco.mj_sizeModel(model), np.uint8)
         mujoco.mj_saveModel(model, None, compiled)
         return {
             "scene": checksum(compiled.tobytes()),
             "settings": self.config.model_dump(mode="json", exclude={"scene", "physics", "threads"}),
-            "physics": engine,
-            "packages": installed(["mujoco", *(["mujoco-warp", "warp-lang"] if drawn else [])]),
+            "physics": type(self.physics).__name__,
+            "packages": engines(self.physics, self._pictures),
         }
 
     def close(self) -> None:
-        """Stop the physics threads and drop the camera."""
+        """Stop the physics threads."""
         self.physics.close()
-        self._camera = None
 
     # ---- for tools and tests ------------------------------------------------------------------------------------
 

@@ -15,16 +15,15 @@ from embodied_rl.envs.tabletop.kinematics import ArmKinematics
 from embodied_rl.envs.tabletop.layout import draw_starts, rephrase
 from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
 from embodied_rl.envs.tabletop.physics import Physics
-from embodied_rl.envs.tabletop.pictures import told, told_spec
+from embodied_rl.envs.tabletop.pictures import Films, engines, told, told_spec
 from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene, scene_xml
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
-from embodied_rl.errors import CheckpointError, NotFoundError, nearest
-from embodied_rl.runfolder import checksum, installed
+from embodied_rl.errors import CheckpointError
+from embodied_rl.runfolder import checksum
 from embodied_rl.seeding import split_of
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
 if TYPE_CHECKING:
-    from embodied_rl.envs.tabletop.camera import BatchCamera
     from embodied_rl.envs.tabletop.expert import Expert
     from embodied_rl.envs.tabletop.instructions import Name, Sentences
     from embodied_rl.envs.tabletop.pictures import Pictures
@@ -101,7 +100,7 @@ class TabletopEnv:
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=inner)
         self._score = torch.zeros(num_envs, device=inner)
         self._texts = [""] * num_envs
-        self._camera: BatchCamera | None = None
+        self._films = Films(scene.model, physics.device, "tabletop")
         self._pictures = pictures
         self._told = privileged
         self.arm.forward()
@@ -203,35 +202,23 @@ class TabletopEnv:
         Raises:
             NotFoundError: No such camera.
         """
-        if camera not in CAMERAS:
-            raise NotFoundError(f"camera '{camera}' does not exist in the tabletop scene{nearest(camera, CAMERAS)}")
-        # Only those who ask for pictures pay for importing and compiling the ray tracer.
-        from embodied_rl.envs.tabletop.camera import BatchCamera
-
-        if self._camera is None:
-            self._camera = BatchCamera(self.scene.model, self.physics.device)
-        rows = copies.to(self.physics.device)
-        pictures = self._camera.render(self.physics.qpos[rows], (camera,), height, width, *self._paint(rows))
-        return pictures[camera].to(self.device)
+        return self._films.draw(self.physics.qpos, self._paint, copies, camera, height, width).to(self.device)
 
     def manifest(self) -> dict[str, Any]:
         """What results depend on: the scene, the engines that move and draw it, and the task's settings."""
-        engine = type(self.physics).__name__
-        drawn = self._pictures is not None or engine != "NativePhysics"
         return {
             "scene": checksum(scene_xml(float(self.scene.model.opt.timestep)).encode()),
-            "physics": engine,
+            "physics": type(self.physics).__name__,
             "reward": self._reward,
             "end_on_success": self._end_on_success,
             "sentences": self._evaluation_sentences,
             "names": list(self._names),
-            "packages": installed(["mujoco", *(["mujoco-warp", "warp-lang"] if drawn else [])]),
+            "packages": engines(self.physics, self._pictures),
         }
 
     def close(self) -> None:
-        """Stop the physics threads and drop the camera."""
+        """Stop the physics threads."""
         self.physics.close()
-        self._camera = None
 
     # ---- for experts, tools and tests: on the physics device ---------------------------------------------------
 

@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import mujoco
 import torch
 from torch import Tensor
 
+from embodied_rl.envs.tabletop.physics import NativePhysics, Physics
 from embodied_rl.envs.tabletop.tasks import View
+from embodied_rl.errors import NotFoundError, nearest
+from embodied_rl.runfolder import installed
 from embodied_rl.types import Obs, TensorSpec
+
+if TYPE_CHECKING:
+    from embodied_rl.envs.tabletop.camera import BatchCamera
 
 Paint = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
 """Rows of copies -> their mocap positions and colours, as `BatchCamera.render` takes them."""
+
+
+def engines(physics: Physics, pictures: Pictures | None) -> dict[str, str]:
+    """Versions of what moves the scene and draws it."""
+    warp = pictures is not None or not isinstance(physics, NativePhysics)
+    return installed(["mujoco", *(["mujoco-warp", "warp-lang"] if warp else [])])
+
+
+class Films:
+    """Pictures of any copies from any camera, for people; the ray tracer is imported when the first is asked for."""
+
+    def __init__(self, model: mujoco.MjModel, device: torch.device, where: str) -> None:
+        """Draw nothing yet; `where` begins the sentence about a camera that does not exist."""
+        self.cameras = tuple(model.camera(i).name for i in range(model.ncam))
+        self._model, self._device, self._where = model, device, where
+        self._camera: BatchCamera | None = None
+
+    def draw(self, qpos: Tensor, paint: Paint, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
+        """Pictures [len(copies), H, W, 3] uint8 of the copies asked for, whose positions are in qpos [B, nq].
+
+        Raises:
+            NotFoundError: No such camera.
+        """
+        if camera not in self.cameras:
+            known = nearest(camera, self.cameras) if self.cameras else "; it has none"
+            raise NotFoundError(f"{self._where}: camera '{camera}' does not exist{known}")
+        from embodied_rl.envs.tabletop.camera import BatchCamera
+
+        if self._camera is None:
+            self._camera = BatchCamera(self._model, self._device)
+        rows = copies.to(self._device)
+        return self._camera.render(qpos[rows], (camera,), height, width, *paint(rows))[camera]
 
 
 class Pictures:
