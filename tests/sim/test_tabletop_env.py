@@ -249,7 +249,7 @@ def test_actions_beyond_one_are_cut(env):
 def test_an_unknown_camera_is_named_with_the_nearest():
     env = make(copies=1)
     begin(env)
-    with pytest.raises(NotFoundError, match="camera 'fornt' does not exist .* did you mean 'front'"):
+    with pytest.raises(NotFoundError, match="tabletop: camera 'fornt' does not exist; did you mean 'front'"):
         env.render(torch.tensor([0]), "fornt", 32, 32)
     env.close()
 

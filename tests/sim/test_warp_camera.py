@@ -152,7 +152,7 @@ def test_an_unknown_camera_is_answered_with_the_nearest_name(camera):
     with pytest.raises(NotFoundError) as caught:
         camera.render(qpos, ("overhaed",), SIZE, SIZE)
     assert str(caught.value) == "camera 'overhaed' does not exist in this scene; did you mean 'overhead'?"
-    with pytest.raises(NotFoundError, match="camera 'xyz' does not exist in this scene; known: front, overhead, table, wrist"):
+    with pytest.raises(NotFoundError, match="camera 'xyz' does not exist in this scene; known: close, front, overhead, table, wrist"):
         camera.render(qpos, ("front", "xyz"), SIZE, SIZE)
 
 
