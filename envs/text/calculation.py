@@ -1,15 +1,20 @@
-"""A calculator for text from a policy: + - * / // % ** and parentheses, exact, and never Python's `eval`."""
+"""Numbers in text from a policy: a calculator (+ - * / // % ** and parentheses, exact, no `eval`), and the last one."""
 
 from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
 MAX_CHARACTERS = 200
 MAX_BITS = 256
 """Of any numerator or denominator on the way."""
+
+
+_NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
+"""A number as models write it: 1,234 or -5 or 2.5; in "12-5" the minus belongs to what stands between."""
 
 
 class CalculationError(ValueError):
@@ -52,6 +57,12 @@ def written(value: Fraction) -> str:
     scaled = round(value * 10**6)
     sign, (whole, part) = "-" if scaled < 0 else "", divmod(abs(scaled), 10**6)
     return f"{sign}{whole}.{part:06d}".rstrip("0").rstrip(".")
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, without commas: "so 12 + 34 = 1,046." gives "1046"; None where there is none."""
+    numbers = _NUMBER.findall(text)
+    return numbers[-1].replace(",", "") if numbers else None
 
 
 def _parsed(text: str) -> ast.expr:

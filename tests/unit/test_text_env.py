@@ -145,6 +145,16 @@ def test_countdown_has_a_solution_and_takes_any_other():
         assert task.score(q, text) == right, text
 
 
+def test_reasoning_gym_may_be_given_the_last_number_of_a_reply():
+    settings = {"task": "reasoning_gym/chain_sum", "settings": {"min_terms": 2, "max_terms": 2}}
+    strict, kind = build_task(settings), build_task(settings | {"answer": "last_number"})
+    q = strict.question(numpy_rng(4, "sum"))
+    said = f"That makes 5 + 6 = {q.answer}."
+    assert strict.score(q, said) < 1 and kind.score(q, said) == kind.score(q, q.answer) == 1.0
+    assert kind.score(q, f"{q.answer}, or 3") < 1 and kind.score(q, "I do not know") < 1
+    assert (kind.result(q, said), kind.result(q, "none")) == (q.answer, None) and strict.result(q, said) == said[:-1]
+
+
 def test_reasoning_gym_questions_are_those_of_the_library():
     import reasoning_gym
 

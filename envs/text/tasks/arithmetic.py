@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from embodied_rl.envs.text.calculation import evaluate, written
+from embodied_rl.envs.text.calculation import evaluate, last_number, written
 from embodied_rl.envs.text.task import Question, Task
 from embodied_rl.section import Section
-
-NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
-"""A number as models write it: 1,234 or -5 or 2.5; in "12-5" the minus belongs to what stands between."""
 
 
 class Config(Section):
@@ -64,8 +60,7 @@ class Arithmetic(Task):
         """The whole reply, or the last number in it."""
         if self.config.answer == "reply":
             return super().result(question, reply)
-        numbers = NUMBER.findall(reply)
-        return numbers[-1].replace(",", "") if numbers else None
+        return last_number(reply)
 
 
 def number(rng: np.random.Generator, low: int, high: int) -> int:

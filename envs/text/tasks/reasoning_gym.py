@@ -9,10 +9,11 @@ Source: Stojanovski et al. 2025, "Reasoning Gym" (arXiv:2505.24760).
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from embodied_rl.envs.text.calculation import last_number
 from embodied_rl.envs.text.task import Question, Task
 from embodied_rl.errors import ConfigError, NotFoundError, nearest
 from embodied_rl.section import Section
@@ -27,6 +28,8 @@ class Config(Section):
     """Of the data set itself, for example {min_terms: 2, max_terms: 3}."""
     hint: str = "Give only the final answer."
     """Put after the question in a line of its own; "" for nothing."""
+    answer: Literal["reply", "last_number"] = "reply"
+    """What the data set is given to score. reply: all of it; last_number: its last number, whatever comes before."""
 
 
 class ReasoningGym(Task):
@@ -68,7 +71,12 @@ class ReasoningGym(Task):
         """The data set's own score in [0, 1]."""
         seed = question.facts["seed"]
         data = self._create(self.config.dataset, seed=seed, size=1, **self.config.settings)
-        return float(data.score_answer(reply.strip(), data[0]))
+        told = reply.strip() if self.config.answer == "reply" else last_number(reply)
+        return float(data.score_answer(told, data[0]))
+
+    def result(self, question: Question, reply: str) -> str | None:
+        """The whole reply, or the last number in it."""
+        return super().result(question, reply) if self.config.answer == "reply" else last_number(reply)
 
 
 def build(config: Config) -> ReasoningGym:
