@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError, CheckpointError, MissingExtraError, NotFoundError
 from embodied_rl.policies import tiny_vla_flow, tiny_vla_tokens
+from embodied_rl.policies._pretrained import from_folder
 from embodied_rl.policies._trunk import Prefix, Trunk
 from embodied_rl.policies.tiny_vla_flow import FlowPolicy
 from embodied_rl.policies.tiny_vla_tokens import TokenPolicy
@@ -132,21 +133,11 @@ def open_model(config: Pretrained, tiny: dict[str, dict[str, Any]]) -> Any:
     if not (path / "config.json").is_file():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise NotFoundError(f"{where}: the folder holds no config.json (found {there}); save_pretrained writes one")
-    try:
-        settings = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        model, info = _class_of(settings).from_pretrained(
-            path, dtype=getattr(torch, config.dtype), local_files_only=True, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise NotFoundError(f"{where}: transformers {transformers.__version__} cannot load it ({first})") from error
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{where}: the folder lacks {len(missing)} weights of its config.json ({', '.join(missing[:3])}, ...), and "
-            "they would start at random: give the whole model"
-        )
-    return model
+
+    def of_config() -> Any:
+        return _class_of(transformers.AutoConfig.from_pretrained(path, local_files_only=True))
+
+    return from_folder(of_config, path, where, dtype=getattr(torch, config.dtype))
 
 
 def _class_of(settings: Any) -> Any:

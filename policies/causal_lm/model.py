@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from embodied_rl.errors import CapabilityError, CheckpointError, MissingExtraError, NotFoundError
+from embodied_rl.errors import CapabilityError, MissingExtraError, NotFoundError
+from embodied_rl.policies._pretrained import from_folder
 from embodied_rl.policies.causal_lm.pack import distinct, pack
 from embodied_rl.types import PAD, EnvSpec
 from embodied_rl.vocabulary import fingerprint
@@ -117,19 +118,9 @@ def load(name: str, path: Path, dtype: torch.dtype) -> Any:
         CheckpointError: Weights are missing.
     """
     where = f"policy.model '{name}'"
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            attn_implementation="eager",
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise NotFoundError(f"{where}: transformers {transformers.__version__} cannot load it ({first})") from error
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{where}: the folder lacks {len(missing)} weights of its config.json ({', '.join(missing[:3])}, ...), and "
-            "they would start at random: give the whole model"
-        )
+    model = from_folder(
+        lambda: transformers.AutoModelForCausalLM, path, where, dtype=dtype, attn_implementation="eager"
+    )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # dropout would part what is trained from what was sampled
