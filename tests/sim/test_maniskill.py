@@ -159,9 +159,8 @@ def test_pictures_keep_the_contract():
     passes("task=PickCube-v1", "observation=rgb", "pixels=32", "film=32", "max_steps=3", "control=pd_ee_delta_pos")
 
 
-@pytest.mark.parametrize("task", ["PickCube-v1", "PushCube-v1"])
-def test_states_keep_the_contract(task):
-    passes(f"task={task}", "max_steps=5")
+def test_states_keep_the_contract():
+    passes("task=PickCube-v1", "max_steps=5")
 
 
 def test_copies_in_processes_play_the_same_episodes(push):
