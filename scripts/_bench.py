@@ -86,19 +86,19 @@ class Parts:
     """Exclusive seconds by part: time in a nested part does not count for the outer one."""
 
     def __init__(
-        self, names: Sequence[str], wait: Callable[[], object] = lambda: None, clock: Callable[[], float] = perf_counter
+        self, names: Sequence[str], wait: Callable[[], object] = lambda: None, clock: Callable[[], float] | None = None
     ) -> None:
         """Nothing measured yet.
 
         Args:
             names: Parts; the last is what runs when no other does.
             wait: Called before the clock is read: what a GPU still does belongs to the part that asked for it.
-            clock: Tells seconds.
+            clock: Tells seconds; None for those on the wall.
         """
         self.seconds = dict.fromkeys(names, 0.0)
         self._running = [names[-1]]
-        self._wait, self._clock = wait, clock
-        self._since = clock()
+        self._wait, self._clock = wait, clock or perf_counter
+        self._since = self._clock()
 
     def switch(self) -> None:
         """Book the time since the last switch on the part that runs."""

@@ -28,7 +28,7 @@ def say(capsys, *overrides):
         (
             ["reward.coef=1"],
             "1 problem in the recipe toy.yaml:\n  command line: reward.coef=1: reward.type: missing; it says which reward these settings are "
-            "for (known: self_referential, a dotted module, or a .py file)",
+            "for (known: majority, self_referential, a dotted module, or a .py file)",
         ),
         (
             [SRPO, "reward.compare=group", "reward.use=potential"],

@@ -253,7 +253,7 @@ def test_a_chunk_that_is_longer_than_an_episode(name, work, capsys):
 def test_pictures_of_a_size_that_a_policy_cannot_cut(work, capsys):
     said = say(capsys, "train", "tabletop_vla", "start_from=null", "env.picture_size=30")
     assert said == (
-        "observation 'table' is a picture of 30 x 30 pixels; this policy takes multiples of 4: make the env's pictures 32 x 32"
+        "observation 'close' is a picture of 30 x 30 pixels; this policy takes multiples of 4: make the env's pictures 32 x 32"
     )
 
 

@@ -204,6 +204,11 @@ class GoesOnWaiting(Sound):
         return self.inner._obs()
 
 
+class TellsTheTime(Sound):
+    def manifest(self):
+        return {"steps": int(self.inner.t.sum())}
+
+
 class AcceptsNan(Sound):
     def step(self, action, active=None):
         return super().step(torch.nan_to_num(action, posinf=1.0), active)
@@ -341,6 +346,7 @@ MISTAKES = [
     (AnyCamera, "pictures_are_as_asked", "unknown camera is accepted"),
     (WordyNumbers, "transcripts_are_as_asked", "expected two texts"),
     (DisorderedWords, "transcripts_are_as_asked", "order asked for"),
+    (TellsTheTime, "manifest_is_plain", "changes within an episode"),
     (InvalidGoesOn, "random_agent_runs", "copies [0, 1, 2] are invalid, but their episodes go on"),
     (ClosesOnce, "close_twice", "already closed"),
 ]
