@@ -35,6 +35,8 @@ RECIPE = "tabletop_vla"
 POLICIES = ("tiny_vla_flow", "tiny_vla_tokens")
 PHASES = ("physics", "camera", "inference", "update", "reset", "rest")
 SIMULATORS = ("as is", "waiting", "elsewhere")
+EVERY_STEP = {"policy__stochastic": "all", "policy__start": 1.0, "policy__noise": 0.5, "policy__min_std": 0.08}
+"""Of the flow policy, where the recipe samples in its last step alone."""
 SIZES = {True: {"copies": 32, "decisions": 4, "turns": 1}, False: {"copies": 64, "decisions": 8, "turns": 2}}
 """Of a measurement, quick or not; a whole rollout of the recipe has 20 decisions, and so it does in `pipeline`."""
 
@@ -216,7 +218,7 @@ def measure_frozen(job: Job) -> dict[str, Any]:
     """Seconds of an update with a frozen trunk, from pictures and from kept features."""
     from dataclasses import replace
 
-    s = session(job, policy__likelihood="latent")
+    s = session(job, policy__likelihood="latent", **EVERY_STEP)
     updater, rollout = s.updater, s.collector.collect()
     updater.config = updater.config.model_copy(update={"target_kl": None})
     advantage = s.credit(rollout)
@@ -231,7 +233,7 @@ def measure_prefix(job: Job) -> dict[str, Any]:
     """Milliseconds of a decision of all copies with the prefix encoded once, and once per denoising step or token."""
     import torch
 
-    more = {"policy__decoding": "autoregressive"} if job["policy"] == "tiny_vla_tokens" else {}
+    more = {"policy__decoding": "autoregressive"} if job["policy"] == "tiny_vla_tokens" else EVERY_STEP
     s = session(job, collect__decisions=1, **more)
     obs = seen(s)
     policy, trunk = s.policy, s.policy.trunk
