@@ -276,7 +276,7 @@ def test_a_camera_that_does_not_exist():
     module = registry.load("env", "tabletop")
     env = module.build(module.Config(), num_envs=1, device=torch.device("cpu"), split="train", seed=0)
     try:
-        with pytest.raises(NotFoundError, match="camera 'fornt' does not exist in the tabletop scene; did you mean 'front'"):
+        with pytest.raises(NotFoundError, match="tabletop: camera 'fornt' does not exist; did you mean 'front'"):
             env.render(torch.tensor([0]), "fornt", 8, 8)
     finally:
         env.close()
