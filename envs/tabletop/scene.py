@@ -1,4 +1,4 @@
-"""The MuJoCo scene of the tabletop family: arm, gripper, three objects, a drawer, a goal marker, three cameras.
+"""The MuJoCo scene of the tabletop family: arm, gripper, three objects, a drawer, a goal marker, five cameras.
 
 One compiled model serves every copy: what differs between copies (joint angles, object poses, colours, goal) is
 state or camera input, never part of the model. Primitive geometry only, so it loads without assets.
