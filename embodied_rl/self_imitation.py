@@ -12,14 +12,18 @@ rollout count, by the policy's imitation loss instead of a return-weighted likel
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from embodied_rl.batch import Flat
+from embodied_rl.metrics import Partials
 from embodied_rl.section import Section
-from embodied_rl.types import Imitator, Obs, Rollout
+from embodied_rl.types import Imitator, Obs, Policy, Rollout, State
 
 
 class SelfImitation(Section):
@@ -35,6 +39,40 @@ class SelfImitation(Section):
         if not self.coef and self.rows != type(self).model_fields["rows"].default:
             raise ValueError(f"rows ({self.rows}) does nothing with coef (0): remove it, or set coef above 0")
         return self
+
+
+class OwnSuccesses:
+    """The solved episodes of the latest rollout as something to learn from; see `embodied_rl.extra.Extra`."""
+
+    def __init__(self, config: SelfImitation, device: torch.device, seed: int) -> None:
+        """Nothing has succeeded yet; `seed` is of the noise of the imitation loss, drawn on `device`."""
+        self.config = config
+        self.noise = torch.Generator(device).manual_seed(seed)
+        self.successes: Successes | None = None
+
+    def begin(self, rollout: Rollout, logp: Callable[[Flat], Tensor], version: int) -> Partials:
+        """Pick the successes out."""
+        metrics = Partials()
+        self.successes = Successes.of(rollout)
+        metrics.last("rollout/imitated_decisions", float(len(self.successes)))
+        return metrics
+
+    def losses(self, policy: Policy, shuffle: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """The imitation loss times its coefficient, where something has succeeded."""
+        if self.successes:
+            loss = self.successes.loss(cast(Imitator, policy), self.config.rows, shuffle, self.noise)
+            yield self.config.coef * loss, {"actor/self_imitation_loss": (loss.detach(), 1.0)}
+
+    def end(self, rollout: Rollout) -> None:
+        """Nothing is kept for later."""
+
+    def state_dict(self) -> State:
+        """The generator of the noise."""
+        return {"noise": self.noise.get_state()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore `state_dict`."""
+        self.noise.set_state(state["noise"])
 
 
 @dataclass

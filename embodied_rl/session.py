@@ -26,6 +26,7 @@ from embodied_rl.rewards import RewardConfig
 from embodied_rl.saved import Saved, load_weights, stored_weights
 from embodied_rl.seeding import seed_everything
 from embodied_rl.selection import refill, with_hints
+from embodied_rl.self_imitation import OwnSuccesses
 from embodied_rl.shaping import Shaping, check_reward
 from embodied_rl.types import Annealed, Env, EnvSpec, Policy, Rollout, Split, State
 from embodied_rl.update import Updater
@@ -105,9 +106,13 @@ def build_shaping(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Shap
     return Shaping(module.build(config, env=env, device=device), config, credit)
 
 
-def build_extras(algorithm: AlgorithmConfig, policy: Policy, loss: LossFunction) -> list[Extra]:
+def build_extras(
+    algorithm: AlgorithmConfig, policy: Policy, loss: LossFunction, *, device: torch.device, seed: int
+) -> list[Extra]:
     """What each optimizer step learns from beside the rollout."""
     extras: list[Extra] = []
+    if algorithm.self_imitation.coef:
+        extras.append(OwnSuccesses(algorithm.self_imitation, device, seed))
     if algorithm.replay.coef:
         extras.append(ReplayBuffer(algorithm.replay, loss))
     if algorithm.guide.kind != "none":
@@ -171,7 +176,7 @@ class Session(Saved):
                 imitates()
             updater = Updater(
                 policy, loss, algorithm.update, seed=recipe.seed, max_bad_updates=patience,
-                own=algorithm.self_imitation if own else None, extras=build_extras(algorithm, policy, loss),
+                extras=build_extras(algorithm, policy, loss, device=device, seed=recipe.seed),
             )  # fmt: skip
             collector = Collector(
                 envs, policy, decisions=c.decisions, mode=c.mode, group_size=c.group_size, curriculum=c.curriculum,

@@ -20,8 +20,7 @@ from embodied_rl.loss import LossFunction, kl_estimate
 from embodied_rl.metrics import Partials
 from embodied_rl.optimizer import Adam, FlatParameters
 from embodied_rl.section import Section
-from embodied_rl.self_imitation import SelfImitation, Successes
-from embodied_rl.types import Advantage, Batch, Imitator, Policy, Rollout, State
+from embodied_rl.types import Advantage, Batch, Policy, Rollout, State
 
 OF_EVERY_EPOCH = ("actor/skipped_updates", "sync/logp_gap_mean", "sync/logp_mended_rate")
 """Metrics that are added up over the epochs of an update; the others are those of its last epoch."""
@@ -121,7 +120,7 @@ class Updater:
 
     def __init__(
         self, policy: Policy, loss: LossFunction, config: Update, *, seed: int, max_bad_updates: int,
-        own: SelfImitation | None = None, extras: Sequence[Extra] = (),
+        extras: Sequence[Extra] = (),
     ) -> None:  # fmt: skip
         """Take over a policy's parameters.
 
@@ -131,19 +130,16 @@ class Updater:
             config: The recipe's update section.
             seed: Of the shuffle.
             max_bad_updates: Updates in a row without one finite step after which `update` raises.
-            own: How own successes are imitated; None for not at all.
             extras: What else each optimizer step learns from.
         """
         self.policy, self.loss, self.config = policy, loss, config
         self.max_bad_updates = max_bad_updates
-        self.own, self.extras = own, extras
-        self.successes: Successes | None = None
+        self.extras = extras
         self.reference: Policy | None = copy.deepcopy(policy) if loss.config.kl.coef else None
         self.parameters = FlatParameters(cast(nn.Module, policy), last="critic" if config.critic_lr else None)
         flat = self.parameters
         self.optimizer = Adam(flat.vector, flat.grad, eps=config.adam_eps, weight_decay=config.weight_decay)
         self.generator = torch.Generator().manual_seed(seed)
-        self.noise = torch.Generator(flat.vector.device).manual_seed(seed)
         self.lr = config.lr
         self.version = 0
         self.bad_in_a_row = 0
@@ -186,9 +182,6 @@ class Updater:
             flat.rows["logp_ref"] = self._logp(self.reference, flat)
         if c.logp_gap.do != "nothing" and not c.recomputes_as_it_goes:
             metrics.merge(self._mend(flat))
-        if self.own is not None:
-            self.successes = Successes.of(rollout)
-            metrics.last("rollout/imitated_decisions", float(len(self.successes)))
         for extra in self.extras:
             metrics.merge(extra.begin(rollout, partial(self._logp, self.policy), self.version))
         self._stepped = self._moved = False
@@ -283,11 +276,6 @@ class Updater:
                 parts.append({"sync/logp_mended_rate": (torch.ones(()), 1.0)})
             if measure:  # the weights are still those that sampled
                 parts.append({"sync/logp_gap_mean": logp_gap(evaluation.logp.detach(), sampled, piece.mask)})
-        if self.own is not None and self.successes:
-            imitation = self.successes.loss(cast(Imitator, self.policy), self.own.rows, self.generator, self.noise)
-            (self.own.coef * imitation).backward()
-            loss = loss + self.own.coef * imitation.detach()
-            parts.append({"actor/self_imitation_loss": (imitation.detach(), 1.0)})
         for extra in self.extras:
             for more, told in extra.losses(self.policy, self.generator):
                 more.backward()
@@ -409,7 +397,6 @@ class Updater:
         state: State = {
             "moments": dict(self.optimizer.moments),
             "generator": self.generator.get_state(),
-            "noise": self.noise.get_state(),
             "lr": self.lr,
             "version": self.version,
             "bad_in_a_row": self.bad_in_a_row,
@@ -424,7 +411,6 @@ class Updater:
         for name, x in self.optimizer.moments.items():
             x.copy_(state["moments"][name])
         self.generator.set_state(state["generator"])
-        self.noise.set_state(state["noise"])
         for i, extra in enumerate(self.extras):
             extra.load_state_dict(state[f"extra {i}"])
         self.lr, self.version, self.bad_in_a_row = state["lr"], state["version"], state["bad_in_a_row"]
