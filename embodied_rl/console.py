@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +36,7 @@ class ConsoleWriter:
         every: int = 10,
         first_step: int = 0,
         row: Row | None = None,
+        max_seconds: float | None = None,
         console: Console | None = None,
     ) -> None:
         """Print the first line (run, device, threads) and start the display.
@@ -48,6 +49,7 @@ class ConsoleWriter:
             every: Updates between plain lines.
             first_step: Control steps done before, when the run goes on.
             row: The last row before, when the run goes on.
+            max_seconds: Wall time of the whole run after which it ends; None for no limit.
             console: Where to print; standard output when None.
         """
         self.console = console or Console()
@@ -63,11 +65,12 @@ class ConsoleWriter:
         self.say(f"{name}: device {device} ({where}), torch {torch.__version__}{start}")
         self._progress = Progress(
             TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"), BarColumn(None),
-            TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
             console=self.console, expand=True,
         )  # fmt: skip
-        self._task = self._progress.add_task("", total=total_steps, completed=first_step)
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, left="")
         self._total, self._first, self._started = total_steps, first_step, time.monotonic()
+        self._max_seconds = max_seconds
         self._live: Live | None = None
         if live and self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(self._view(), console=self.console, refresh_per_second=4)
@@ -87,7 +90,9 @@ class ConsoleWriter:
         if evaluated:
             self._eval_update = update
         if self._live is not None:
-            self._progress.update(self._task, completed=min(row["progress/env_steps"], self._total))
+            self._progress.update(
+                self._task, completed=min(row["progress/env_steps"], self._total), left=self._left(row)
+            )
             self._live.update(self._view())
         elif evaluated or update == 1 or update % self.every == 0 or time.monotonic() - self._told > LONGEST_SILENCE_S:
             self._told = time.monotonic()
@@ -128,11 +133,17 @@ class ConsoleWriter:
         ]
         if "perf/env_steps_per_s" in row:
             parts.append(f"{row['perf/env_steps_per_s']:,.0f} steps/s")
-        elapsed = time.monotonic() - self._started
-        if steps > self._first:
-            left = elapsed * max(0.0, self._total - steps) / (steps - self._first)
-            parts.append(f"left {int(left) // 60}:{int(left) % 60:02d}")
-        return " · ".join(parts)
+        return " · ".join([*parts, *filter(None, [self._left(row)])])
+
+    def _left(self, row: Row) -> str:
+        """Time until the steps or the seconds of the run are used up, whichever is first; empty when not known yet."""
+        steps = row["progress/env_steps"]
+        if steps <= self._first:
+            return ""
+        left = (time.monotonic() - self._started) * max(0.0, self._total - steps) / (steps - self._first)
+        if self._max_seconds is not None and "time/total_s" in row:
+            left = min(left, max(0.0, self._max_seconds - row["time/total_s"]))
+        return f"left {int(left) // 60}:{int(left) % 60:02d}"
 
 
 def key_numbers(row: Row, success: list[float], eval_update: int | None) -> list[tuple[str, str]]:

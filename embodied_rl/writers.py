@@ -267,7 +267,12 @@ def open_writers(
             )
             stack.callback(writers[-1].close)
         total = total_steps or recipe.train.env_steps
-        writers.append(ConsoleWriter(recipe.name, total, device=device, live=log.progress, first_step=steps, row=last))
+        writers.append(
+            ConsoleWriter(
+                recipe.name, total, device=device, live=log.progress, first_step=steps, row=last,
+                max_seconds=recipe.train.max_seconds,
+            )
+        )  # fmt: skip
         stack.pop_all()
     return Writers(writers)
 

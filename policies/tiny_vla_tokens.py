@@ -40,6 +40,9 @@ class Config(TrunkConfig):
     the one bin it falls into."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits while sampling and in every log-probability; greedy evaluation does not depend on it."""
+    greedy: Literal["likeliest", "median"] = "likeliest"
+    """What greedy evaluation takes of the probabilities of a dimension's bins: the likeliest bin, or the one in which
+    half of the mass is reached, which a single high peak beside the others does not move."""
 
 
 def gaussian_classes(place: Tensor, bins: int, std: float) -> Tensor:
@@ -60,6 +63,12 @@ def gaussian_classes(place: Tensor, bins: int, std: float) -> Tensor:
     edges = (torch.arange(1, bins, device=place.device) - place.unsqueeze(-1)) / std
     inside = torch.special.ndtr(edges)
     return F.pad(inside, (0, 1), value=1.0) - F.pad(inside, (1, 0), value=0.0)
+
+
+def median_class(logits: Tensor) -> Tensor:
+    """First class with which at least half of the mass is reached: logits [..., K] -> [...] int64."""
+    mass = torch.softmax(logits, dim=-1).cumsum(-1)
+    return (mass < 0.5).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
 class TokenPolicy(VlaPolicy):
@@ -90,7 +99,7 @@ class TokenPolicy(VlaPolicy):
     # ---- acting and learning by reinforcement -------------------------------------------------------------------
 
     def act(self, obs: Obs, *, generator: torch.Generator | None, greedy: bool = False) -> PolicyOutput:
-        """Sample (or take the likeliest) tokens [B, A]; the action is [B, C, D]."""
+        """Sample (or with `greedy` choose) tokens [B, A]; the action is [B, C, D]."""
         with torch.inference_mode():
             obs, n = padded(obs)
             summary, cache, _ = self.trunk.prefix(obs)
@@ -161,9 +170,10 @@ class TokenPolicy(VlaPolicy):
                 x = self.query[i + 1] + self.bin_token(units[-1])
         return torch.cat(units, dim=1)
 
-    @staticmethod
-    def _sample(logits: Tensor, n: int, generator: torch.Generator | None, greedy: bool) -> Tensor:
-        """Arg-max of the logits, with Gumbel noise unless greedy (for real rows only: padding moves no generator)."""
+    def _sample(self, logits: Tensor, n: int, generator: torch.Generator | None, greedy: bool) -> Tensor:
+        """Arg-max of the logits with Gumbel noise (for real rows only: padding moves no generator), or the choice."""
+        if greedy and self.config.greedy == "median":
+            return median_class(logits * self.config.temperature)
         if greedy:
             return logits.argmax(-1)
         noise = torch.rand((n, *logits.shape[1:]), generator=generator, device=logits.device)

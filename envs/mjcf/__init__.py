@@ -16,7 +16,7 @@ from embodied_rl.envs.mjcf.env import MjcfEnv
 from embodied_rl.envs.mjcf.scene import load_scene
 from embodied_rl.envs.mjcf.task import Start, Task, load_task
 from embodied_rl.envs.mjcf.view import Poses, View
-from embodied_rl.envs.tabletop.physics import Engine, make_physics
+from embodied_rl.envs.tabletop.physics import Engine, cores, make_physics
 from embodied_rl.envs.tabletop.pictures import Pictures
 from embodied_rl.errors import CapabilityError, NotFoundError, nearest
 from embodied_rl.section import Section
@@ -48,7 +48,7 @@ class Config(Section):
     physics: Engine = "auto"
     """native: MuJoCo's C engine on CPU threads; warp: MuJoCo Warp on `device`; auto: warp on CUDA, native on a CPU."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of the native engine; null takes every core this process may use."""
+    """CPU threads of the native engine and of the cameras; null takes every core this process may use."""
     contacts: int = Field(64, ge=1)
     """Warp engine: contacts of each copy that there is room for."""
     constraint_rows: int = Field(256, ge=1)
@@ -59,7 +59,7 @@ class Config(Section):
         idle = {
             "observation (state)": ("cameras", "picture_size") if self.observation == "state" else (),
             "physics (native)": ("contacts", "constraint_rows") if self.physics == "native" else (),
-            "physics (warp)": ("threads",) if self.physics == "warp" else (),
+            "physics (warp)": ("threads",) if (self.physics, self.observation) == ("warp", "state") else (),
         }
         for cause, names in idle.items():
             for name in names:
@@ -101,5 +101,5 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         raise CapabilityError(f"{scene.where} has what MuJoCo Warp cannot do: {error}") from None
     pictures = None
     if config.observation == "pictures":
-        pictures = Pictures(scene.model, num_envs, cameras, config.picture_size, physics.device)
+        pictures = Pictures(scene.model, num_envs, cameras, config.picture_size, physics.device, cores(config.threads))
     return MjcfEnv(config, scene, task, physics, poses, known, device, pictures)

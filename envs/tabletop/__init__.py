@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from embodied_rl.envs.tabletop.env import TabletopEnv
 from embodied_rl.envs.tabletop.instructions import NAMES, Name, Sentences
-from embodied_rl.envs.tabletop.physics import make_physics
+from embodied_rl.envs.tabletop.physics import cores, make_physics
 from embodied_rl.envs.tabletop.pictures import Pictures
 from embodied_rl.envs.tabletop.scene import CAMERAS, build_scene
 from embodied_rl.envs.tabletop.tasks import TASKS
@@ -61,7 +61,7 @@ class Config(Section):
     """In training, say the instruction in other words of the same meaning at each control step: demonstrations then
     tell one scene in as many ways as they have frames."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of the native engine; null takes every core this process may use."""
+    """CPU threads of the native engine and of the cameras; null takes every core this process may use."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> Config:
@@ -127,7 +127,9 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
     physics = make_physics(config.physics, scene.model, num_envs, device, config.threads)
     pictures = None
     if config.observation == "pictures":
-        pictures = Pictures(scene.model, num_envs, config.cameras, config.picture_size, physics.device)
+        pictures = Pictures(
+            scene.model, num_envs, config.cameras, config.picture_size, physics.device, cores(config.threads)
+        )
     return TabletopEnv(
         scene,
         physics,

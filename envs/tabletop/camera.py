@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import mujoco
 import mujoco_warp as mjw
@@ -55,6 +57,7 @@ class BatchCamera:
         capacity: int = CAPACITY,
         shadows: bool = True,
         samples: int = 1,
+        threads: int = 1,
     ) -> None:
         """Allocate the render worlds.
 
@@ -64,6 +67,7 @@ class BatchCamera:
             capacity: Copies drawn per launch; memory grows with it.
             shadows: Trace one more ray per pixel and light that casts shadows; about half as fast.
             samples: Rays per pixel along each axis, averaged; 2 smooths edges for four times the work.
+            threads: CPU threads that draw side by side, each with worlds of its own; a GPU uses one.
 
         Raises:
             NotFoundError: Warp cannot use the device.
@@ -73,20 +77,10 @@ class BatchCamera:
         self.device = device
         self._model = model
         self._capacity = capacity
-        self._options = {"use_shadows": shadows, "samples_per_pixel": samples}
-        self._warp_device = start_warp(device)
-        with wp.ScopedDevice(self._warp_device):
-            self._warp_model = mjw.put_model(model)
-            # One row of colours per world; the model itself has one row for all.
-            colors = np.broadcast_to(model.geom_rgba.astype(np.float32), (capacity, model.ngeom, 4))
-            self._warp_model.geom_rgba = wp.array(colors, dtype=wp.vec4)
-            # Nothing collides here, so the room for contacts is as small as it can be.
-            self._data = mjw.make_data(model, nworld=capacity, nconmax=1, njmax=1)
-        self._qpos = wp.to_torch(self._data.qpos)
-        self._mocap_pos = wp.to_torch(self._data.mocap_pos)
-        self._rgba = wp.to_torch(self._warp_model.geom_rgba)
-        self._own_mocap, self._own_rgba = self._mocap_pos.clone(), self._rgba.clone()
-        self._contexts: dict[tuple[tuple[str, ...], int, int], mjw.RenderContext] = {}
+        options = {"use_shadows": shadows, "samples_per_pixel": samples}
+        lanes = threads if device.type == "cpu" else 1
+        self._worlds = [_Worlds(model, device, capacity, options) for _ in range(lanes)]
+        self._pool = ThreadPoolExecutor(lanes, "camera") if lanes > 1 else None
 
     def render(
         self,
@@ -117,48 +111,23 @@ class BatchCamera:
         cameras = tuple(cameras)
         n = self._check(qpos, cameras, height, width, mocap_pos, geom_rgba)
         pictures = {name: torch.empty(n, height, width, 3, dtype=torch.uint8, device=self.device) for name in cameras}
-        for start in range(0, n, self._capacity):
-            rows = slice(start, min(start + self._capacity, n))
-            count = rows.stop - start
-            self._qpos[:count] = qpos[rows]
-            self._mocap_pos[:count] = self._own_mocap[:count] if mocap_pos is None else mocap_pos[rows]
-            self._rgba[:count] = self._own_rgba[:count] if geom_rgba is None else geom_rgba[rows]
-            # Four bytes per pixel, blue first: [count, cameras, height, width, 4].
-            packed = self._draw(count, cameras, height, width).view(torch.uint8)
-            packed = packed.view(count, len(cameras), height, width, 4)
-            for i, name in enumerate(cameras):
-                pictures[name][rows] = packed[:, i, :, :, :3].flip(-1)
+        # As even as they come: the last thread to finish decides.
+        size = min(self._capacity, -(-n // len(self._worlds))) if n else 1
+        slices = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+        def draw(lane: int) -> None:
+            for rows in slices[lane :: len(self._worlds)]:
+                marks = None if mocap_pos is None else mocap_pos[rows]
+                colors = None if geom_rgba is None else geom_rgba[rows]
+                packed = self._worlds[lane].draw(qpos[rows], marks, colors, cameras, height, width)
+                for i, name in enumerate(cameras):
+                    pictures[name][rows] = packed[:, i, :, :, :3].flip(-1)
+
+        if self._pool is None or len(slices) < 2:
+            draw(0)
+        else:
+            list(self._pool.map(draw, range(len(self._worlds))))
         return pictures
-
-    def _draw(self, count: int, cameras: tuple[str, ...], height: int, width: int) -> Tensor:
-        with self._on_torch_stream():
-            key = (cameras, height, width)
-            if key not in self._contexts:
-                self._contexts[key] = mjw.create_render_context(
-                    self._model,
-                    nworld=self._capacity,
-                    cam_active=list(cameras),
-                    cam_res=(width, height),
-                    render_rgb=True,
-                    render_depth=False,
-                    render_seg=False,
-                    background_color=(*BACKGROUND, 1.0),
-                    **self._options,
-                )
-            context = self._contexts[key]
-            # A view of the first worlds only: kernels are launched over `nworld`.
-            data = replace(self._data, nworld=count)
-            mjw.kinematics(self._warp_model, data)
-            mjw.camlight(self._warp_model, data)
-            mjw.refit_bvh(self._warp_model, data, context)
-            mjw.render(self._warp_model, data, context)
-        return wp.to_torch(context.rgb_data)[:count]
-
-    def _on_torch_stream(self) -> contextlib.AbstractContextManager[object]:
-        """Launch in order with torch's own kernels (matters on CUDA only, where this has not been run yet)."""
-        if self._warp_device.is_cuda:
-            return wp.ScopedStream(wp.stream_from_torch(torch.cuda.current_stream(self.device)))
-        return wp.ScopedDevice(self._warp_device)
 
     def _check(
         self,
@@ -186,6 +155,72 @@ class BatchCamera:
                     f"camera {name}: found shape {list(value.shape)}, expected {list(shape)}; one row per picture"
                 )
         return n
+
+
+class _Worlds:
+    """Render worlds for one thread: a model, its data and what the ray tracer keeps between pictures."""
+
+    def __init__(self, model: mujoco.MjModel, device: torch.device, capacity: int, options: dict[str, Any]) -> None:
+        self._model, self._device, self._capacity, self._options = model, device, capacity, options
+        self._warp_device = start_warp(device)
+        with wp.ScopedDevice(self._warp_device):
+            self._warp_model = mjw.put_model(model)
+            # One row of colours per world; the model itself has one row for all.
+            colors = np.broadcast_to(model.geom_rgba.astype(np.float32), (capacity, model.ngeom, 4))
+            self._warp_model.geom_rgba = wp.array(colors, dtype=wp.vec4)
+            # Nothing collides here, so the room for contacts is as small as it can be.
+            self._data = mjw.make_data(model, nworld=capacity, nconmax=1, njmax=1)
+        self._qpos = wp.to_torch(self._data.qpos)
+        self._mocap_pos = wp.to_torch(self._data.mocap_pos)
+        self._rgba = wp.to_torch(self._warp_model.geom_rgba)
+        self._own_mocap, self._own_rgba = self._mocap_pos.clone(), self._rgba.clone()
+        self._contexts: dict[tuple[tuple[str, ...], int, int], mjw.RenderContext] = {}
+
+    def draw(
+        self,
+        qpos: Tensor,
+        mocap_pos: Tensor | None,
+        geom_rgba: Tensor | None,
+        cameras: tuple[str, ...],
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """At most `capacity` copies: [n, cameras, height, width, 4] uint8, blue first; valid until the next call."""
+        n = len(qpos)
+        self._qpos[:n] = qpos
+        self._mocap_pos[:n] = self._own_mocap[:n] if mocap_pos is None else mocap_pos
+        self._rgba[:n] = self._own_rgba[:n] if geom_rgba is None else geom_rgba
+        with self._on_torch_stream():
+            context = self._context(cameras, height, width)
+            # A view of the first worlds only: kernels are launched over `nworld`.
+            data = replace(self._data, nworld=n)
+            mjw.kinematics(self._warp_model, data)
+            mjw.camlight(self._warp_model, data)
+            mjw.refit_bvh(self._warp_model, data, context)
+            mjw.render(self._warp_model, data, context)
+        return wp.to_torch(context.rgb_data)[:n].view(torch.uint8).view(n, len(cameras), height, width, 4)
+
+    def _context(self, cameras: tuple[str, ...], height: int, width: int) -> mjw.RenderContext:
+        key = (cameras, height, width)
+        if key not in self._contexts:
+            self._contexts[key] = mjw.create_render_context(
+                self._model,
+                nworld=self._capacity,
+                cam_active=list(cameras),
+                cam_res=(width, height),
+                render_rgb=True,
+                render_depth=False,
+                render_seg=False,
+                background_color=(*BACKGROUND, 1.0),
+                **self._options,
+            )
+        return self._contexts[key]
+
+    def _on_torch_stream(self) -> contextlib.AbstractContextManager[object]:
+        """Launch in order with torch's own kernels (matters on CUDA only, where this has not been run yet)."""
+        if self._warp_device.is_cuda:
+            return wp.ScopedStream(wp.stream_from_torch(torch.cuda.current_stream(self._device)))
+        return wp.ScopedDevice(self._warp_device)
 
 
 def paint(scene: Scene, colors: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:

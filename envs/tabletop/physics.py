@@ -211,4 +211,9 @@ def make_physics(
         from embodied_rl.envs.tabletop.warp_physics import WarpPhysics
 
         return WarpPhysics(model, num_envs, device, **room)
-    return NativePhysics(model, num_envs, threads or len(os.sched_getaffinity(0)))
+    return NativePhysics(model, num_envs, cores(threads))
+
+
+def cores(threads: int | None) -> int:
+    """CPU threads to use: as many as the recipe says, or all that this process may use."""
+    return threads or len(os.sched_getaffinity(0))

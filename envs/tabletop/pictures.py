@@ -64,6 +64,7 @@ class Pictures:
         cameras: tuple[str, ...],
         size: int | tuple[int, int],
         device: torch.device,
+        threads: int = 1,
     ) -> None:
         """Start the ray tracer.
 
@@ -73,6 +74,7 @@ class Pictures:
             cameras: Names of its cameras.
             size: Rows and columns of each picture; one number for both, or two.
             device: Where pictures are made.
+            threads: CPU threads that draw side by side.
         """
         # Only those who ask for pictures pay for importing and compiling the ray tracer.
         from embodied_rl.envs.tabletop.camera import BatchCamera
@@ -83,7 +85,7 @@ class Pictures:
             for name in cameras
         }
         # Shadows would make a picture a quarter dearer and tell the policy little.
-        self._camera = BatchCamera(model, device, shadows=False)
+        self._camera = BatchCamera(model, device, shadows=False, threads=threads)
         self._latest = {
             name: torch.zeros(num_envs, *shape, 3, dtype=torch.uint8, device=device) for name in cameras
         }

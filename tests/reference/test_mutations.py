@@ -261,6 +261,8 @@ MUTATIONS = [
              {"decoding": "autoregressive", "bins": 5}),
     Mutation("embodied_rl.policies.tiny_vla_tokens:gaussian_classes", "(0, 1), value=1.0", "(0, 1), value=0.0",
              "test_vla_policies:test_smoothed_tokens_imitate_by_the_cross_entropy_of_a_gaussian", {"decoding": "parallel"}),
+    Mutation("embodied_rl.policies.tiny_vla_tokens:median_class", "< 0.5", "< 0.6",
+             "test_vla_policies:test_the_median_is_the_bin_in_which_half_of_the_mass_is_reached", {"decoding": "parallel", "temperature": 1.0}),
     Mutation("embodied_rl.policies._trunk:Foresight.loss", " / self.std", "", "test_vla_policies:test_flows_imitate_by_the_squared_error_of_their_answer",
              {"case": "sde"}),
     Mutation(f"{SCALE_OF_ACTIONS}.fit", ".clamp(min=0.01)", "", "test_vla_policies:test_the_scale_maps_the_range_to_1_and_back"),

@@ -494,6 +494,21 @@ def test_tokens_imitate_by_the_cross_entropy_of_the_demonstrated_bins(decoding):
         torch.testing.assert_close(loss, expected + torch.tensor(extra, dtype=F64).view(4, 1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_the_median_is_the_bin_in_which_half_of_the_mass_is_reached(decoding, temperature):
+    """A high peak beside the rest moves the likeliest bin and not the median, whatever the temperature of sampling."""
+    shares = [0.15, 0.15, 0.25, 0.05, 0.4]  # 0.55 is reached in bin 2
+    policy = tokens(decoding, greedy="median", temperature=temperature)
+    with torch.no_grad():
+        policy.head.weight.zero_()
+        policy.head.bias.view(-1, 5)[:] = torch.tensor(shares, dtype=F64).log()
+    assert (decide(policy, look(2), greedy=True)[0] == 2).all()
+    plain = tokens(decoding, temperature=temperature)
+    plain.load_state_dict(policy.state_dict())
+    assert (decide(plain, look(2), greedy=True)[0] == 4).all()
+
+
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_smoothed_tokens_imitate_by_the_cross_entropy_of_a_gaussian(decoding):
     policy, obs, std = tokens(decoding, foresight=0.0, smoothing=0.8), look(4), 0.8

@@ -105,6 +105,15 @@ def test_a_copy_looks_the_same_alone_in_any_batch_and_beyond_the_capacity(camera
     assert len({bytes(p.numpy()) for p in together}) == 10, "each copy has its own layout, so its own picture"
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_side_by_side_draw_what_one_draws(camera, threads):
+    qpos, colors, goal = layouts(10)
+    expected = draw(camera, qpos, colors, goal)
+    several = BatchCamera(MODEL, CPU, capacity=2, threads=threads)
+    for rows in (slice(0, 10), slice(3, 4), slice(0, 5)):
+        assert torch.equal(draw(several, qpos[rows], colors[rows], goal[rows]), expected[rows])
+
+
 def test_several_cameras_in_one_call_draw_what_they_draw_alone(camera):
     qpos, colors, goal = layouts(3)
     together = camera.render(qpos, CAMERAS, SIZE, SIZE, *paint(SCENE, colors, goal))

@@ -261,6 +261,15 @@ def test_without_a_terminal_there_is_one_plain_line_every_so_many_updates():
     assert "\x1b" not in out.getvalue()
 
 
+@pytest.mark.parametrize(("limit", "left"), [(None, "left 16:40"), (150.0, "left 0:51"), (9000.0, "left 16:40")])
+def test_the_time_left_is_what_the_steps_or_the_seconds_allow(limit, left):
+    out = io.StringIO()
+    writer = ConsoleWriter("demo", 1000, device=CPU, every=1, max_seconds=limit, console=Console(file=out, width=60))
+    writer._started -= 1000  # half of the steps took 1000 s, and the run is 99 s old
+    writer.write(FULL_ROW)
+    assert out.getvalue().rstrip().endswith(left)
+
+
 def test_slow_updates_are_told_one_by_one(monkeypatch):
     monkeypatch.setattr(console, "LONGEST_SILENCE_S", -1.0)
     out = io.StringIO()
