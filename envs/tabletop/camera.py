@@ -14,6 +14,7 @@ Example, the first two copies from the front:
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,6 +45,9 @@ RGB: dict[str, tuple[float, float, float]] = {
     "orange": (0.96, 0.48, 0.06),
 }
 """What the colour words of the instructions look like."""
+_FIRST = threading.Lock()
+"""Held while a context draws for the first time: MuJoCo Warp then generates its kernel, and of two that are generated
+at once one is wrong for good, without a word (objects are seen through the table)."""
 
 
 class BatchCamera:
@@ -190,7 +194,8 @@ class _Worlds:
         self._qpos[:n] = qpos
         self._mocap_pos[:n] = self._own_mocap[:n] if mocap_pos is None else mocap_pos
         self._rgba[:n] = self._own_rgba[:n] if geom_rgba is None else geom_rgba
-        with self._on_torch_stream():
+        first = (cameras, height, width) not in self._contexts
+        with self._on_torch_stream(), _FIRST if first else contextlib.nullcontext():
             context = self._context(cameras, height, width)
             # A view of the first worlds only: kernels are launched over `nworld`.
             data = replace(self._data, nworld=n)
