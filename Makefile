@@ -1,10 +1,10 @@
-# make demo    set up .venv and train one policy for three tabletop tasks (under 15 minutes on 2 cores)
-# make demo-vla   demonstrations, imitation, then PPO from pictures and words (about 25 minutes; see docs/vla.md)
-# make demo-text  a real language model learns arithmetic and letter counting (under 30 minutes on 2 cores)
-# make test    set up .venv with the test tools; lint, types and the default test suite
-# make bench   the benchmarks of scripts/, in their quick form, beside the peers they install
-# make docs    rewrite the generated pages in docs/
-# make clean   remove .venv, build/ and caches; runs/ is kept
+# make demo        set up .venv; demonstrations, imitation, then PPO from pictures and words (under 25 minutes on 2 cores)
+# make demo-state  one policy learns three tabletop tasks from the simulator's state (under 15 minutes)
+# make demo-text   a real language model learns arithmetic and letter counting (under 30 minutes)
+# make test        set up .venv with the test tools; lint, types and the default test suite
+# make bench       the benchmarks of scripts/, in their quick form, beside the peers they install
+# make docs        rewrite the generated pages in docs/
+# make clean       remove .venv, build/ and caches; runs/ is kept
 #
 # The set-up is reused until pyproject.toml or constraints.txt change. PYTHON=... chooses the interpreter.
 
@@ -14,20 +14,18 @@ BIN    := $(VENV)/bin
 PIP    := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo demo-state demo-vla demo-text test bench lint types unit docs setup setup-dev clean
+.PHONY: demo demo-state demo-text test bench lint types unit docs setup setup-dev clean
 
 # A run folder is never overwritten, so a second demo gets a name of its own.
 demo: $(VENV)/.ready
+	$(BIN)/embodied-rl collect tabletop_vla_tokens_sft --episodes 1800 --out runs/tabletop_demos
+	@test -e runs/tabletop_vla_tokens_sft/summary.json || $(BIN)/embodied-rl train tabletop_vla_tokens_sft
+	@name=tabletop_vla_tokens; n=2; while test -e runs/$$name; do name=tabletop_vla_tokens-$$n; n=$$((n + 1)); done; \
+	$(BIN)/embodied-rl train tabletop_vla_tokens name=$$name
+
+demo-state: $(VENV)/.ready
 	@name=tabletop_demo; n=2; while test -e runs/$$name; do name=tabletop_demo-$$n; n=$$((n + 1)); done; \
 	$(BIN)/embodied-rl train tabletop_demo name=$$name
-
-demo-state: demo
-
-demo-vla: $(VENV)/.ready
-	$(BIN)/embodied-rl collect tabletop_vla_sft --episodes 1800 --out runs/tabletop_demos
-	@test -e runs/tabletop_vla_sft/summary.json || $(BIN)/embodied-rl train tabletop_vla_sft
-	@name=tabletop_vla; n=2; while test -e runs/$$name; do name=tabletop_vla-$$n; n=$$((n + 1)); done; \
-	$(BIN)/embodied-rl train tabletop_vla name=$$name
 
 demo-text: $(VENV)/.ready-text models/smollm2/config.json
 	@name=text_demo; n=2; while test -e runs/$$name; do name=text_demo-$$n; n=$$((n + 1)); done; \

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from embodied_rl.envs.tabletop import camera as modules
 from embodied_rl.envs.tabletop.camera import RGB, BatchCamera, paint
 from embodied_rl.envs.tabletop.instructions import COLORS
 from embodied_rl.envs.tabletop.scene import CAMERAS, HIDDEN, HOME, build_scene
@@ -112,6 +113,23 @@ def test_threads_side_by_side_draw_what_one_draws(camera, threads):
     several = BatchCamera(MODEL, CPU, capacity=2, threads=threads)
     for rows in (slice(0, 10), slice(3, 4), slice(0, 5)):
         assert torch.equal(draw(several, qpos[rows], colors[rows], goal[rows]), expected[rows])
+
+
+def test_only_one_context_at_a_time_draws_its_first_picture(monkeypatch):
+    """MuJoCo Warp generates a kernel then; two at once came out wrong in some ten of a hundred cameras."""
+    alone, render = [], modules.mjw.render
+
+    def watched(*args):
+        alone.append(modules._FIRST.locked())
+        render(*args)
+
+    monkeypatch.setattr(modules.mjw, "render", watched)
+    several = BatchCamera(MODEL, CPU, capacity=4, threads=2)
+    qpos, colors, goal = layouts(8)
+    for _ in range(2):
+        draw(several, qpos, colors, goal)
+    draw(several, qpos, colors, goal, "overhead")
+    assert alone == [True, True, False, False, True, True]
 
 
 def test_several_cameras_in_one_call_draw_what_they_draw_alone(camera):
