@@ -42,7 +42,11 @@ def check_demos(folder: str, overrides: Sequence[str] = ()) -> list[Finding]:
         return [Finding(problem, False) for problem in problems]
     demos = Demonstrations(folder)
     texts = len({text for line in demos.lines for text in line.tasks})
-    return [Finding(f"{demos.episodes:,} episodes, {demos.frames:,} frames, {texts:,} instructions", True)]
+    convention = demos.action.convention
+    return [
+        Finding(f"{demos.episodes:,} episodes, {demos.frames:,} frames, {texts:,} instructions", True),
+        Finding("what the actions' numbers mean", *((True, convention.told()) if convention else (None, "unknown"))),
+    ]
 
 
 def validate(folder: str | Path) -> list[str]:
@@ -54,7 +58,8 @@ def validate(folder: str | Path) -> list[str]:
     Returns:
         problems: Sentences, empty when all is well. Missing, cut or damaged files, frame counts that do not match,
             actions of another size, values that are not finite, pictures of another size or type, instructions that
-            are empty, too long or not printable, missing statistics, another version of the layout.
+            are empty, too long or not printable, missing statistics, another version of the layout, actions of an
+            unknown or unfitting convention.
 
     Raises:
         NotFoundError: There is no such folder, or no set in it.
@@ -77,7 +82,7 @@ def validate(folder: str | Path) -> list[str]:
     problems += _left_over(folder, info, lines)
     try:
         Demonstrations(folder).statistics()
-    except DemonstrationError as error:
+    except (DemonstrationError, ConfigError) as error:
         problems.append(str(error))
     return problems
 

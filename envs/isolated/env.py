@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embodied_rl.conformance import read_convention
 from embodied_rl.envs._words import WORD_IDS, encode_words
 from embodied_rl.envs.isolated.worker import OBSERVE, RESET, STEP, layout, name_rows, share
 from embodied_rl.envs.isolated.workers import Foreign, Lost, Worker, shared_memory, split_rows
@@ -69,7 +70,7 @@ class IsolatedEnv:
         except BaseException:
             self.close()
             raise
-        self.spec = env_spec(self._native, num_envs)
+        self.spec = env_spec(self._native, num_envs, self.where)
         self.spec = replace(self.spec, has_state=resumable and self._native["repeatable"])
         self._resumable = resumable
         self._seen = {name: np.zeros_like(self._shared[f"obs/{name}"]) for name in self._native["observation"]}
@@ -418,8 +419,12 @@ def all_finite(x: Array) -> bool:
     return math.isfinite(np.add.reduce(x, axis=None)) or bool(np.isfinite(x).all())
 
 
-def env_spec(native: dict[str, Any], num_envs: int) -> EnvSpec:
-    """Turn a simulator's own description into the engine's."""
+def env_spec(native: dict[str, Any], num_envs: int, where: str) -> EnvSpec:
+    """Turn a simulator's own description into the engine's.
+
+    Raises:
+        ConfigError: Its action has a convention that does not exist, or that does not fit.
+    """
     observation = {
         name: TensorSpec(
             tuple(one["shape"]), getattr(torch, one["dtype"]), one["low"], one["high"], one["constant"], one["meaning"]
@@ -429,10 +434,12 @@ def env_spec(native: dict[str, Any], num_envs: int) -> EnvSpec:
     if words := native["words"]:
         meaning = "word ids of the instruction, 0 pads"
         observation[INSTRUCTION] = TensorSpec((words,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning)
-    action = native["action"]
+    action, convention = native["action"], None
+    if action["convention"] is not None:
+        convention = read_convention(where, action["convention"])
     return EnvSpec(
         observation=observation,
-        action=ActionSpec(action["kind"], action["size"], tuple(action["names"])),
+        action=ActionSpec(action["kind"], action["size"], tuple(action["names"]), convention=convention),
         num_envs=num_envs,
         max_steps=native["max_steps"],
         tasks=tuple(native["tasks"]),
