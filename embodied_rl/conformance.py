@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from embodied_rl.convention import ITEMS, UNKNOWN, Convention, Item, compare
+from embodied_rl.convention import ITEMS, UNKNOWN, Agreement, Convention, Item, compare
 from embodied_rl.errors import CapabilityError, ConfigError
 from embodied_rl.spec import EnvSpec
 
@@ -110,27 +110,35 @@ def conform(found: Side, wanted: Side, advice: str, *, despite: Sequence[Item] =
 
 def _actions(found: Side, wanted: Side, advice: str, despite: Sequence[Item]) -> list[str]:
     a, b = found.convention, wanted.convention
-    both = f"{found.where} and {wanted.where}"
     agreement = {} if a is None or b is None else compare(a, b)
     idle = [item for item in despite if agreement.get(item) != "differs"]
     if idle:
-        raise ConfigError(f"start_despite ({idle[0]}) does nothing, because that does not differ in {both}: remove it")
+        raise ConfigError(
+            f"start_despite ({idle[0]}) does nothing, because {found.where} and {wanted.where} do not differ in that: "
+            "remove it"
+        )
     if a is None or b is None:
         return []
+    differing = {
+        item: f"{item} is {getattr(a, item)} in {found.where} and {getattr(b, item)} in {wanted.where}"
+        for item, state in agreement.items()
+        if state == "differs"
+    }
+    refused = [sides for item, sides in differing.items() if item not in despite]
+    if refused:
+        raise CapabilityError(f"what the action's numbers mean differs: {', '.join(refused)}; {advice}")
+    return [*told(agreement, (found.where, a), (wanted.where, b)), *(f"{x}, as stated" for x in differing.values())]
+
+
+def told(agreement: dict[Item, Agreement], a: tuple[str, Convention], b: tuple[str, Convention]) -> list[str]:
+    """What two conventions, each behind its name, have in common and what is unknown, one sentence each."""
     report = []
-    for item, state in agreement.items():
-        if state == "differs":
-            told = f"{item} is {getattr(a, item)} in {found.where} and {getattr(b, item)} in {wanted.where}"
-            if item not in despite:
-                raise CapabilityError(f"what the action's numbers mean differs: {told}; {advice}")
-            report.append(f"{told}, as stated")
-    same = [item for item in agreement if agreement[item] == "same"]
+    same = [f"{item} ({getattr(a[1], item)})" for item, state in agreement.items() if state == "same"]
     if same:
-        report.insert(0, f"actions of {both} are the same in {', '.join(f'{i} ({getattr(a, i)})' for i in same)}")
-    unknown = [item for item in agreement if agreement[item] == "unknown"]
+        report.append(f"actions of {a[0]} and {b[0]} are the same in {', '.join(same)}")
+    unknown = [item for item, state in agreement.items() if state == "unknown"]
     if unknown:
-        sides = ((found.where, a), (wanted.where, b))
-        silent = [where for where, said in sides if any(getattr(said, item) is None for item in unknown)]
+        silent = [where for where, said in (a, b) if any(getattr(said, item) is None for item in unknown)]
         report.append(f"what the action's numbers mean is unknown in {' and '.join(silent)}: {', '.join(unknown)}")
     return report
 
