@@ -69,18 +69,27 @@ class Side:
         return cls(where, convention, sizes, state["control_hz"])
 
 
-def read_convention(where: str, data: object) -> Convention:
+def read_convention(where: str, data: object, size: int | None = None) -> Convention:
     """A convention from plain data.
 
+    Args:
+        where: Of the data, for messages.
+        data: Item -> value, see `Convention`.
+        size: Numbers of the action, where they are known.
+
     Raises:
-        ConfigError: It is none; says what is wrong.
+        ConfigError: It is none, or not of so many numbers; says what is wrong.
     """
     try:
-        return Convention.model_validate(data)
+        convention = Convention.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        at = ".".join(map(str, first["loc"])) or "it"
-        raise ConfigError(f"{where}: its action's convention is wrong: {at}: {first['msg']}") from None
+        at = ".".join(map(str, first["loc"]))
+        told = f"{at}: {first['msg']}" if at else first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: its action's convention is wrong: {told}") from None
+    if size is not None and (misfit := convention.misfit(size)):
+        raise ConfigError(f"{where}: {misfit}; correct one of them")
+    return convention
 
 
 def conform(found: Side, wanted: Side, advice: str, *, despite: Sequence[Item] = ()) -> tuple[str, ...]:
@@ -110,7 +119,7 @@ def conform(found: Side, wanted: Side, advice: str, *, despite: Sequence[Item] =
 
 def _actions(found: Side, wanted: Side, advice: str, despite: Sequence[Item]) -> list[str]:
     a, b = found.convention, wanted.convention
-    agreement = {} if a is None or b is None else compare(a, b)
+    agreement: dict[Item, Agreement] = {} if a is None or b is None else compare(a, b)
     idle = [item for item in despite if agreement.get(item) != "differs"]
     if idle:
         raise ConfigError(

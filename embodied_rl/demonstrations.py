@@ -89,7 +89,8 @@ class Demonstrations:
                 f"{self.folder / EPISODES}: episodes are not numbered 0, 1, 2, ...; number the lines and files anew"
             )
         said = self.info.get(OWN, {}).get("convention")
-        self._convention = None if said is None else read_convention(str(self.folder / INFO), said)
+        size = self.features["action"].size
+        self._convention = None if said is None else read_convention(str(self.folder / INFO), said, size)
         self.columns = _columns(self.folder, self.features)
         """Name of an observation entry -> its column."""
 

@@ -172,7 +172,7 @@ class Session(Saved):
             check_fit(recipe, policy, envs[0].spec)
             check_extras(recipe, policy, envs[0])
             shaping = build_shaping(recipe, env=envs[0].spec, device=device)
-            report = (*envs[0].conformance,) if isinstance(envs[0], Negotiated) else ()
+            report: tuple[str, ...] = envs[0].conformance if isinstance(envs[0], Negotiated) else ()
             if fresh:
                 report += start_policy(policy, envs[0].spec, recipe, fresh_critic=True)
             loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))

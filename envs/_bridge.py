@@ -99,7 +99,8 @@ def bridge_parts(
     whole = [p for p, part in enumerate(parts) if part.action in (None, tuple(range(size)))]
     first = whole[0] if whole else 0
     ours = meant[first]
-    bridges, common = [], {item: getattr(ours, item) for item in ITEMS}
+    bridges: list[Bridge] = []
+    common = {item: getattr(ours, item) for item in ITEMS}
     for p, (part, name, theirs) in enumerate(zip(parts, names, meant, strict=True)):
         if p == first:
             if part.bridge:
@@ -139,8 +140,8 @@ def _untaken(convention: Convention) -> set[str]:
 def _same_places(part: MixturePart, ours: tuple[str, Convention, int], theirs: tuple[str, Convention, int]) -> None:
     """Refuse a mapping that gives a part's gripper a number of the rotation, and the like."""
     mixed, own = ours[1].blocks(ours[2]), theirs[1].blocks(theirs[2])
-    if mixed is None or own is None:
-        return
+    if mixed is None or own is None or ours[1].of_joints != theirs[1].of_joints:
+        return  # unknown, or a difference in control
     for place, column in enumerate(part.action or range(ours[2])):
         if mixed[column] != own[place]:
             raise ConfigError(
@@ -156,7 +157,8 @@ def _bridge(
     """What a part's `bridge` says, worked out."""
     name, a, b = theirs[0], ours[1], theirs[1]
     blocks = b.blocks(size)
-    scale, pair = [1.0] * size, None
+    scale = [1.0] * size
+    pair: tuple[str, str] | None = None
     for item in ITEMS:
         state, way = agreement.get(item), part.bridge.get(item)
         sides = f"{item} is {getattr(a, item)} in {ours[0]} and {getattr(b, item)} in {name}"

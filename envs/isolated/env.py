@@ -49,6 +49,7 @@ class IsolatedEnv:
 
         Raises:
             SimulatorError: A worker does not start, or has other versions.
+            ConfigError: The simulator says something of its actions that cannot be.
         """
         self.foreign, self.where, self.device = foreign, foreign.where, device
         self.restarts, self.void, self._on_host = 0, 0, device.type == "cpu"
@@ -60,6 +61,7 @@ class IsolatedEnv:
             for low, high in split_rows(num_envs, workers):
                 self._workers.append(Worker(foreign, low, high))
             self._native = self._workers[0].introduce()
+            self.spec = env_spec(self._native, num_envs, self.where)
             self._fields = layout(self._native, num_envs)
             # Kept open: workers that are replaced later are given the same memory.
             self._fd = shared_memory(self._fields[-1][3])
@@ -70,7 +72,6 @@ class IsolatedEnv:
         except BaseException:
             self.close()
             raise
-        self.spec = env_spec(self._native, num_envs, self.where)
         self.spec = replace(self.spec, has_state=resumable and self._native["repeatable"])
         self._resumable = resumable
         self._seen = {name: np.zeros_like(self._shared[f"obs/{name}"]) for name in self._native["observation"]}
@@ -436,7 +437,7 @@ def env_spec(native: dict[str, Any], num_envs: int, where: str) -> EnvSpec:
         observation[INSTRUCTION] = TensorSpec((words,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning)
     action, convention = native["action"], None
     if action["convention"] is not None:
-        convention = read_convention(where, action["convention"])
+        convention = read_convention(where, action["convention"], action["size"])
     return EnvSpec(
         observation=observation,
         action=ActionSpec(action["kind"], action["size"], tuple(action["names"]), convention=convention),

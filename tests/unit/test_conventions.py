@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from embodied_rl import checkpoint, registry
 from embodied_rl.cli import main
 from embodied_rl.compare import evaluate_targets
-from embodied_rl.config import build_recipe
+from embodied_rl.config import build_recipe, dump_recipe
 from embodied_rl.conformance import Side, conform
 from embodied_rl.convention import UNKNOWN, Convention, compare
 from embodied_rl.demo_check import check_demos, validate
@@ -109,7 +109,7 @@ def test_what_no_convention_can_say_is_refused(wrong, message):
 
 def test_the_arm_on_the_table_does_what_it_says():
     module = registry.load("env", "tabletop")
-    env = module.build(module.Config(tasks=("reach",)), num_envs=1, device=CPU, split="train", seed=0)
+    env = module.build(module.Config(tasks=["reach"]), num_envs=1, device=CPU, split="train", seed=0)
     try:
         told = env.spec.action.convention
         env.reset(torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
@@ -240,7 +240,7 @@ def recipe(folder, name, convention, **changes):
         "name": name, "threads": 1, "env": {"type": ARM, "convention": convention, "cameras": changes.pop("cameras", {})},
         "policy": {"type": "mlp", "hidden": [8], "word_dim": 4}, "algorithm": {"type": "ppo", "update": {"epochs": 1, "minibatches": 1}},
         "collect": {"copies": 4, "decisions": 4}, "train": {"env_steps": 16},
-        "evaluate": {"episodes": 4, "copies": 2, "videos": 0},
+        "evaluate": {"episodes": 0, "episodes_during": 4, "copies": 2},
         "log": {"folder": str(folder), "tensorboard": False, "progress": False},
     }  # fmt: skip
     return build_recipe(base | changes)
@@ -248,16 +248,20 @@ def recipe(folder, name, convention, **changes):
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
-    """Runs `opens` and `closes`, trained in envs whose grippers mean opposite things; read only."""
+    """Runs `opens` and `closes`, begun in envs whose grippers mean opposite things; read only."""
     folder = tmp_path_factory.mktemp("runs")
-    run(recipe(folder, "opens", HAND))
-    run(recipe(folder, "closes", HAND | {"gripper": "closes_at_plus"}))
+    for name in ("opens", "closes"):
+        made = recipe(folder, name, HAND | {"gripper": f"{name}_at_plus"})
+        session = build_session(made)
+        checkpoint.save(folder / name / "checkpoints", session.state_dict(), update=0, keep=1)
+        (folder / name / "recipe.yaml").write_text(dump_recipe(made))
+        session.close()
     return folder
 
 
 def test_a_policy_is_not_evaluated_where_its_numbers_mean_something_else(two_runs, capsys):
     first, second = str(two_runs / "opens"), str(two_runs / "closes")
-    assert len(evaluate_targets([first])) == 1
+    assert len(evaluate_targets([first], episodes=2)) == 1
     assert main(["evaluate", first, second, "--episodes", "2", "--copies", "2"]) == 2
     told = capsys.readouterr().err
     assert "gripper is closes_at_plus in checkpoint" in told and "opens_at_plus in the env" in told
@@ -354,7 +358,7 @@ def test_a_policy_that_imitates_means_what_its_demonstrations_mean(demos):
     folder, say = demos
     say({"gripper": "closes_at_plus"})
     env, _ = lab.seen()
-    settings = {"type": "sft", "demonstrations": str(folder), "steps": 1, "batch_size": 4}
+    settings = {"type": "sft", "demonstrations": str(folder), "steps": 1, "batch_size": 4, "warmup": 0}
     small = {"type": "tiny_vla_flow", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2}
     session = build_session(build_recipe({"threads": 1, "env": {"type": env}, "policy": small, "algorithm": settings}))
     assert session.state_dict()["meaning"]["convention"]["gripper"] == "closes_at_plus"
