@@ -16,7 +16,8 @@ from embodied_rl.curriculum import Curriculum
 from embodied_rl.envs._rotation import convert_rotation
 from embodied_rl.envs.mixture import Config, build
 from embodied_rl.errors import CapabilityError, ConfigError
-from embodied_rl.train import build_session, run
+from embodied_rl.measure import Clock
+from embodied_rl.train import build_session
 from tests.kit import Scripted
 
 CPU = torch.device("cpu")
@@ -171,34 +172,31 @@ def test_a_mixture_that_converts_keeps_the_contract_of_an_env():
 EASY, HARD = {"type": ARM, "tasks": ["easy"]}, {"type": ARM, "tasks": ["hard", "easy"]}
 
 
-def mixed(folder, parts, env_steps=512, **collect):
+def mixed(folder, parts, **collect):
     return build_recipe(
         {
             "name": "mixed", "threads": 1, "env": {"type": "mixture", "parts": parts},
             "policy": {"type": "mlp", "hidden": [8], "word_dim": 4},
             "algorithm": {"type": "ppo", "update": {"epochs": 1, "minibatches": 1}},
-            "collect": {"copies": 8, "decisions": 2, "mode": "episodes", **collect}, "train": {"env_steps": env_steps},
+            "collect": {"copies": 8, "decisions": 2, "mode": "episodes", **collect}, "train": {"env_steps": 512},
             "evaluate": {"episodes": 0}, "checkpoint": {"every": 1},
             "log": {"folder": str(folder), "tensorboard": False, "progress": False},
         }
     )  # fmt: skip
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_success_moves_the_starts_to_tasks_near_one_half_in_whatever_part_they_are(tmp_path):
-    """`easy` is always solved and `hard` never: both rates leave one half, and both probabilities stay w (p (1-p) + floor)."""
+def test_a_curriculum_measures_every_task_of_every_part_and_keeps_their_weights(tmp_path):
+    """`easy` is always solved and `hard` never, so that p (1 - p) goes to 0 and the weights are left."""
     parts = [{"name": "first", "env": EASY, "weight": 3}, {"name": "second", "env": HARD}]
-    folder = run(mixed(tmp_path, parts, curriculum={"kind": "success", "window": 5, "floor": 0.05})).folder
-    assert (folder / "conformance.txt").read_text().startswith("what the action's numbers mean is unknown in first and second: ")
-    played = rows(folder)
+    session = build_session(mixed(tmp_path, parts, curriculum={"kind": "success", "window": 5, "floor": 0.05}))
+    assert session.conformance[0].startswith("what the action's numbers mean is unknown in first and second: ")
+    played = [session.iterate(Clock()).reduce() for _ in range(24)]
+    session.close()
     tasks = ("first.easy", "second.hard", "second.easy")
     last = played[-1]
     assert all(0.05 <= row["rollout/task_probability/" + t] for row in played for t in tasks)
     assert sum(last[f"rollout/task_probability/{t}"] for t in tasks) == pytest.approx(1)
-    # All rates are near 0 or 1 in the end, so that only the weights are left: 3 against a half and a half.
+    # 3 against a half and a half.
     assert last["rollout/task_probability/first.easy"] == pytest.approx(0.75, abs=0.02)
     for task, rate in zip(tasks, (1.0, 0.0, 1.0), strict=True):
         told = [row[f"rollout/success_once_rate/{task}"] for row in played if f"rollout/success_once_rate/{task}" in row]
