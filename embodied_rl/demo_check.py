@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from embodied_rl.check_tools import Finding
+from embodied_rl.convention import UNKNOWN
 from embodied_rl.demo_files import read_lines, read_table
 from embodied_rl.demo_format import (
     CUT,
@@ -42,11 +43,8 @@ def check_demos(folder: str, overrides: Sequence[str] = ()) -> list[Finding]:
         return [Finding(problem, False) for problem in problems]
     demos = Demonstrations(folder)
     texts = len({text for line in demos.lines for text in line.tasks})
-    convention = demos.action.convention
-    return [
-        Finding(f"{demos.episodes:,} episodes, {demos.frames:,} frames, {texts:,} instructions", True),
-        Finding("what the actions' numbers mean", *((True, convention.told()) if convention else (None, "unknown"))),
-    ]
+    told = f"what an action means is {(demos.action.convention or UNKNOWN).told()}"
+    return [Finding(f"{demos.episodes:,} episodes, {demos.frames:,} frames, {texts:,} instructions", True, told)]
 
 
 def validate(folder: str | Path) -> list[str]:
