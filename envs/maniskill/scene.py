@@ -105,8 +105,11 @@ class Scene:
         self.action = ActionMap(space, self.where)
         names = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
         self.action_names = names if config.control == "pd_ee_delta_pose" and self.action.spec.size == 7 else ()
-        parts = {name: one.config for name, one in getattr(self.env.agent.controller, "controllers", {}).items()}
-        self.convention = convention_of(self.env.agent.uid, parts)
+        agent = self.env.agent
+        # Several robots in one task have neither a controller in parts nor a name.
+        controllers = getattr(getattr(agent, "controller", None), "controllers", {})
+        parts = {name: one.config for name, one in controllers.items()}
+        self.convention = convention_of(getattr(agent, "uid", ""), parts)
         self._middle = torch.as_tensor(self.action.middle, dtype=torch.float32, device=device)
         self._half = torch.as_tensor(self.action.half, dtype=torch.float32, device=device)
         self.observation = self._specs(self.look(info))
