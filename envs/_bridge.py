@@ -164,8 +164,8 @@ def _bridge(
         sides = f"{item} is {getattr(a, item)} in {ours[0]} and {getattr(b, item)} in {name}"
         if state != "differs":
             if way is not None:
-                why = "its env does not say it: say it in convention" if state == "unknown" else "that does not differ"
-                raise ConfigError(f"mixture: bridge {item} ({way}) of {name} does nothing, because {why}, or remove it")
+                why = "nobody says what it is: say it in convention, or" if state == "unknown" else "it does not differ:"
+                raise ConfigError(f"mixture: bridge {item} ({way}) of {name} does nothing, because {why} remove it")
             continue
         can = _convertible(item, a, b) and blocks is not None
         if way is None:
@@ -187,7 +187,8 @@ def _bridge(
         factor = -1.0 if item == "gripper" else getattr(a, item) / getattr(b, item)
         scale = [s * factor if kind in _BLOCKS[item] else s for s, kind in zip(scale, blocks, strict=True)]
         cut = f"; beyond {1 / abs(factor):.3g} it is cut" if abs(factor) > 1 + 1e-9 else ""
-        report.append(f"{sides}: {name} takes the {' or '.join(_BLOCKS[item])} times {factor:g}{cut}")
+        of = next(kind for kind in _BLOCKS[item] if kind in blocks)
+        report.append(f"{sides}: {name} takes the {of} times {factor:g}{cut}")
     turn = None
     if pair is not None:
         assert blocks is not None

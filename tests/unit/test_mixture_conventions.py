@@ -68,7 +68,7 @@ def test_steps_of_another_length_are_rescaled_and_what_is_out_of_reach_is_cut():
     assert taken(env, [1.0, -7.0, 0, -1, 0, 0, 0])[:4] == [1.0, -1.0, 0.0, 1.0]
     report = "\n".join(env.conformance)
     assert "metres is 0.05 in a and 0.02 in b: b takes the position times 2.5; beyond 0.4 it is cut" in report
-    assert "radians is 0.5 in a and -0.1 in b: b takes the rotation or joint times -5; beyond 0.2 it is cut" in report
+    assert "radians is 0.5 in a and -0.1 in b: b takes the rotation times -5; beyond 0.2 it is cut" in report
     # The other way round an action beyond 1 is one of 1 before it becomes smaller.
     env = make(arm("a", HAND), arm("b", libero, {"metres": "convert", "radians": "convert"}))
     assert taken(env, [1, 7, 0, 1, 0, 0, 0])[:4] == pytest.approx([0.4, 0.4, 0, 0.1])
@@ -149,8 +149,8 @@ def test_a_difference_that_nothing_states_is_refused_with_what_would_state_it():
     assert "which nothing converts" in refused(ConfigError, arm("a", HAND), arm("b", HAND | {"frame": "tool"}, {"frame": "convert"}))
     joints = {"control": "joint_delta", "gripper": "opens_at_plus", "radians": 0.1}
     assert "control is ee_delta in a and joint_delta in b" in refused(CapabilityError, arm("a", HAND), arm("b", joints, action=[0, 1, 2, 3, 4, 5, 6]))
-    assert "that does not differ" in refused(ConfigError, arm("a", HAND), arm("b", HAND, {"gripper": "convert"}))
-    assert "its env does not say it" in refused(ConfigError, arm("a", HAND), arm("b", None, {"gripper": "convert"}))
+    assert "because it does not differ: remove it" in refused(ConfigError, arm("a", HAND), arm("b", HAND, {"gripper": "convert"}))
+    assert "because nobody says what it is: say it in convention, or remove it" in refused(ConfigError, arm("a", HAND), arm("b", None, {"gripper": "convert"}))
     assert "because its numbers are the mixture's" in refused(ConfigError, arm("a", HAND, {"gripper": "convert"}), arm("b", HAND))
     poles = {"env": {"type": "gymnasium", "id": "CartPole-v1"}}
     mute = refused(ConfigError, poles | {"name": "a"}, poles | {"name": "b", "bridge": {"gripper": "convert"}})
