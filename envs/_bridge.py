@@ -164,7 +164,8 @@ def _bridge(
         sides = f"{item} is {getattr(a, item)} in {ours[0]} and {getattr(b, item)} in {name}"
         if state != "differs":
             if way is not None:
-                why = "nobody says what it is: say it in convention, or" if state == "unknown" else "it does not differ:"
+                unsaid = "nobody says what it is: say it in convention, or"
+                why = unsaid if state == "unknown" else "it does not differ:"
                 raise ConfigError(f"mixture: bridge {item} ({way}) of {name} does nothing, because {why} remove it")
             continue
         can = _convertible(item, a, b) and blocks is not None
