@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import ValidationError
@@ -18,6 +18,14 @@ from embodied_rl.errors import CapabilityError, ConfigError
 from embodied_rl.spec import EnvSpec
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Negotiated(Protocol):
+    """What an env offers beside `Env` when it is made of parts that had to agree."""
+
+    conformance: tuple[str, ...]
+    """What is the same in all, unknown, filled, mapped or converted, one sentence each."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from embodied_rl.algorithms import AlgorithmConfig
 from embodied_rl.anneal import Anneal
 from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
-from embodied_rl.conformance import Side
+from embodied_rl.conformance import Negotiated, Side
 from embodied_rl.credit import CreditChain
 from embodied_rl.errors import CapabilityError, NotFoundError
 from embodied_rl.extra import Extra
@@ -29,7 +29,7 @@ from embodied_rl.seeding import seed_everything
 from embodied_rl.selection import refill, with_hints
 from embodied_rl.self_imitation import OwnSuccesses
 from embodied_rl.shaping import Shaping, check_reward
-from embodied_rl.types import Annealed, Env, EnvSpec, Negotiated, Policy, Rollout, Split, State
+from embodied_rl.types import Annealed, Env, EnvSpec, Policy, Rollout, Split, State
 from embodied_rl.update import Updater
 
 

@@ -34,7 +34,6 @@ __all__ = [
     "Evaluation",
     "Hinting",
     "Imitator",
-    "Negotiated",
     "Obs",
     "Policy",
     "PolicyOutput",
@@ -229,14 +228,6 @@ class Policy(Protocol):
     #     pretrained: bool    True when its first weights are worth measuring: a run then evaluates them as well
     #     evaluating(on: bool) -> None    from here on it is (no longer) played for evaluation, nobody learns from it
     #     samples_for_evaluation: bool    True when settings of it say how: evaluation must then not be greedy
-
-
-@runtime_checkable
-class Negotiated(Protocol):
-    """What an env offers beside `Env` when it is made of parts that had to agree."""
-
-    conformance: tuple[str, ...]
-    """What is the same in all, unknown, filled, mapped or converted, one sentence each."""
 
 
 @runtime_checkable

@@ -48,8 +48,7 @@ class IsolatedEnv:
         """Start the workers and shake hands.
 
         Raises:
-            SimulatorError: A worker does not start, or has other versions.
-            ConfigError: The simulator says something of its actions that cannot be.
+            SimulatorError, ConfigError: A worker does not start, has other versions, or a spec that cannot be.
         """
         self.foreign, self.where, self.device = foreign, foreign.where, device
         self.restarts, self.void, self._on_host = 0, 0, device.type == "cpu"
@@ -421,11 +420,7 @@ def all_finite(x: Array) -> bool:
 
 
 def env_spec(native: dict[str, Any], num_envs: int, where: str) -> EnvSpec:
-    """Turn a simulator's own description into the engine's.
-
-    Raises:
-        ConfigError: Its action has a convention that does not exist, or that does not fit.
-    """
+    """Turn a simulator's own description into the engine's; ConfigError where its convention cannot be."""
     observation = {
         name: TensorSpec(
             tuple(one["shape"]), getattr(torch, one["dtype"]), one["low"], one["high"], one["constant"], one["meaning"]
@@ -435,9 +430,8 @@ def env_spec(native: dict[str, Any], num_envs: int, where: str) -> EnvSpec:
     if words := native["words"]:
         meaning = "word ids of the instruction, 0 pads"
         observation[INSTRUCTION] = TensorSpec((words,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning)
-    action, convention = native["action"], None
-    if action["convention"] is not None:
-        convention = read_convention(where, action["convention"], action["size"])
+    action, said = native["action"], native["action"]["convention"]
+    convention = None if said is None else read_convention(where, said, action["size"])
     return EnvSpec(
         observation=observation,
         action=ActionSpec(action["kind"], action["size"], tuple(action["names"]), convention=convention),
