@@ -33,11 +33,12 @@ from embodied_rl.check_tools import (
     tasks_of,
     zeros_for,
 )
+from embodied_rl.convention import UNKNOWN
 from embodied_rl.errors import CapabilityError, NotFoundError, ShapeError
 from embodied_rl.types import PAD, Env
 
 
-def spec_is_coherent(case: EnvCase) -> None:
+def spec_is_coherent(case: EnvCase) -> str:
     """The spec contradicts neither itself nor the env."""
     env = case.env
     s, a = env.spec, env.spec.action
@@ -54,6 +55,7 @@ def spec_is_coherent(case: EnvCase) -> None:
     for name, o in s.observation.items():
         expect(isinstance(o.dtype, torch.dtype), f"dtype of '{name}' is {o.dtype}")
         expect(o.low is None or o.high is None or o.low <= o.high, f"'{name}' has low {o.low} above high {o.high}")
+    return f"what an action means is {(a.convention or UNKNOWN).told()}" if a.kind == "continuous" else a.kind
 
 
 def reset_keeps_the_spec(case: EnvCase) -> None:

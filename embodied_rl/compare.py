@@ -16,11 +16,12 @@ from torch import Tensor
 
 from embodied_rl import checkpoint, manifest
 from embodied_rl.config import load_resolved
+from embodied_rl.conformance import Side, conform
 from embodied_rl.errors import CapabilityError, NotFoundError
 from embodied_rl.recipe import HELDOUT, Recipe
 from embodied_rl.results import EvaluationResult
 from embodied_rl.runfolder import Difference, SuiteResult
-from embodied_rl.saved import load_weights, stored_weights
+from embodied_rl.saved import load_weights, stored_policy
 from embodied_rl.session import build_env, build_policy, choose_device
 from embodied_rl.stats import Interval, bootstrap, mcnemar, paired_difference, wilson
 from embodied_rl.suites import suites_of
@@ -209,18 +210,21 @@ def load_policy(
     Raises:
         NotFoundError: There is no run or checkpoint, or it lies outside a run folder.
         CheckpointError: It is damaged, or holds the weights of another policy.
+        CapabilityError: The env means something else by the numbers of an action than the one it was trained in.
     """
     path = checkpoint.resolve(Path(target))
     recipe = load_resolved(_recipe_of(path)).recipe
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    weights = stored_weights(path)
+    weights, then = stored_policy(path)
     own = env is None
     if env is None:
         where = choose_device(device or recipe.device)
         env = build_env(recipe, num_envs=copies or recipe.evaluate.copies, device=where, split="eval")
     try:
         policy = build_policy(recipe, env=env.spec, device=env.device)
+        advice = "evaluate it in an env that means the same, for example its own (without the other target)"
+        conform(then, Side.of("the env", env.spec), advice)
         load_weights(policy, weights, str(path))
     except BaseException:
         if own:

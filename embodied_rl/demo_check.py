@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from embodied_rl.check_tools import Finding
+from embodied_rl.convention import UNKNOWN
 from embodied_rl.demo_files import read_lines, read_table
 from embodied_rl.demo_format import (
     CUT,
@@ -42,7 +43,8 @@ def check_demos(folder: str, overrides: Sequence[str] = ()) -> list[Finding]:
         return [Finding(problem, False) for problem in problems]
     demos = Demonstrations(folder)
     texts = len({text for line in demos.lines for text in line.tasks})
-    return [Finding(f"{demos.episodes:,} episodes, {demos.frames:,} frames, {texts:,} instructions", True)]
+    told = f"what an action means is {(demos.action.convention or UNKNOWN).told()}"
+    return [Finding(f"{demos.episodes:,} episodes, {demos.frames:,} frames, {texts:,} instructions", True, told)]
 
 
 def validate(folder: str | Path) -> list[str]:
@@ -54,7 +56,8 @@ def validate(folder: str | Path) -> list[str]:
     Returns:
         problems: Sentences, empty when all is well. Missing, cut or damaged files, frame counts that do not match,
             actions of another size, values that are not finite, pictures of another size or type, instructions that
-            are empty, too long or not printable, missing statistics, another version of the layout.
+            are empty, too long or not printable, missing statistics, another version of the layout, actions of an
+            unknown or unfitting convention.
 
     Raises:
         NotFoundError: There is no such folder, or no set in it.
@@ -77,7 +80,7 @@ def validate(folder: str | Path) -> list[str]:
     problems += _left_over(folder, info, lines)
     try:
         Demonstrations(folder).statistics()
-    except DemonstrationError as error:
+    except (DemonstrationError, ConfigError) as error:
         problems.append(str(error))
     return problems
 

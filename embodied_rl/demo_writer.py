@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embodied_rl.conformance import Side, conform, read_convention
+from embodied_rl.convention import Convention
 from embodied_rl.demo_files import append_line, line_of, lock, read_lines, writable, write_json
 from embodied_rl.demo_format import (
     CHUNKS_SIZE,
@@ -67,6 +69,7 @@ class DemoWriter:
         robot: str,
         made: Mapping[str, Any],
         observation: Mapping[str, TensorSpec],
+        convention: Convention | None,
     ) -> None:
         """Begin a set, or go on with one that was made in the same way.
 
@@ -77,6 +80,7 @@ class DemoWriter:
             robot: What the layout calls `robot_type`.
             made: Everything that decides which episodes there are; going on needs the same.
             observation: What the env says of each entry.
+            convention: What it says of its actions; a set that was begun when nothing was kept stays without.
 
         Raises:
             DemonstrationError: The folder holds something else, was made differently, is damaged, cannot be written,
@@ -89,7 +93,8 @@ class DemoWriter:
         rate = fps if fps is not None else 1.0
         self._fps = int(rate) if rate == int(rate) else rate
         specs = {k: asdict(s) | {"dtype": str(s.dtype).removeprefix("torch.")} for k, s in observation.items()}
-        own = json.loads(json.dumps({"made": made, "observation": specs}))
+        said = None if convention is None else convention.model_dump(mode="json")
+        own = json.loads(json.dumps({"made": made, "observation": specs, "convention": said}))
         self._head = {"codebase_version": VERSION, "robot_type": robot}
         self._own, self._lock = own, -1
         with writable(folder):
@@ -191,6 +196,10 @@ class DemoWriter:
                 f"({', '.join(gone) or 'none'}) and without some that there are ({', '.join(new) or 'none'}); choose "
                 "another --out"
             )
+        # What was not said of the first episodes must not be said of them by later ones.
+        said, self._own["convention"] = self._own["convention"], own.get("convention")
+        there, here = (read_convention(str(self.folder), c or {}) for c in (self._own["convention"], said))
+        conform(Side(str(self.folder), there), Side("the env", here), "choose another --out")
         if info["features"] != {name: f.describe() for name, f in self.features.items()}:
             raise DemonstrationError(f"{self.folder}: the env now shows other things than it did; choose another --out")
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embodied_rl.conformance import Side, conform, read_convention
+from embodied_rl.convention import UNKNOWN
 from embodied_rl.demo_batches import CACHE_BYTES, Batches
 from embodied_rl.demo_files import read_json, read_lines, read_table
 from embodied_rl.demo_format import (
@@ -74,6 +76,7 @@ class Demonstrations:
         Raises:
             NotFoundError: There is no such folder.
             DemonstrationError: Its metadata is missing, damaged or of another version.
+            ConfigError: Its actions have a convention that does not exist.
         """
         self.folder = Path(folder)
         self.info, self.features = read_info(self.folder)
@@ -85,6 +88,9 @@ class Demonstrations:
             raise DemonstrationError(
                 f"{self.folder / EPISODES}: episodes are not numbered 0, 1, 2, ...; number the lines and files anew"
             )
+        said = self.info.get(OWN, {}).get("convention")
+        size = self.features["action"].size
+        self._convention = None if said is None else read_convention(str(self.folder / INFO), said, size)
         self.columns = _columns(self.folder, self.features)
         """Name of an observation entry -> its column."""
 
@@ -134,7 +140,8 @@ class Demonstrations:
         if isinstance(names, dict):  # {"motors": [...]}
             names = next(iter(names.values()), None)
         fits = isinstance(names, list) and len(names) == feature.size
-        return ActionSpec("continuous", feature.size, tuple(map(str, names)) if fits else ())
+        names = tuple(map(str, names)) if fits else ()
+        return ActionSpec("continuous", feature.size, names, convention=self._convention)
 
     def path(self, episode: int) -> Path:
         """The data file of an episode."""
@@ -215,8 +222,11 @@ class Demonstrations:
         dropped = set(self.cameras) - set(self.cameras if cameras is None else cameras)
         return {name: column for name, column in self.columns.items() if name not in dropped}
 
-    def require(self, spec: EnvSpec) -> None:
+    def require(self, spec: EnvSpec) -> tuple[str, ...]:
         """Make sure that a policy can learn from this set and then act in an env.
+
+        Returns:
+            report: What both say of actions, see `conform`.
 
         Raises:
             DemonstrationError: The set is cut short, or an instruction is none.
@@ -252,6 +262,8 @@ class Demonstrations:
                     f"{self.folder}: observation '{name}' has numbers up to {found.high:g}, the env knows them up to "
                     f"{wanted.high:g}; collect a set in this env, or set the env as it was then"
                 )
+        there = Side(f"demonstrations {self.folder}", self._convention or UNKNOWN)
+        return conform(there, Side.of("the env", spec), "collect a set in this env, or set the env as it was then")
 
     def _is_real(self, column: str) -> bool:
         return self.features[column].dtype.startswith("float")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from embodied_rl.algorithms import ImitationConfig
+from embodied_rl.conformance import Side
+from embodied_rl.convention import UNKNOWN
 from embodied_rl.demo_batches import Batches, Drawn
 from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.errors import CapabilityError, DivergenceError
@@ -17,7 +19,7 @@ from embodied_rl.measure import Clock
 from embodied_rl.metrics import Partials
 from embodied_rl.optimizer import Adam, FlatParameters
 from embodied_rl.recipe import Recipe
-from embodied_rl.saved import Saved, load_weights, stored_weights
+from embodied_rl.saved import Saved, start_policy
 from embodied_rl.session import build_env, build_policy, choose_device
 from embodied_rl.types import EnvSpec, Imitator, Policy, State
 
@@ -34,6 +36,10 @@ class ImitationSession(Saved):
     optimizer: Adam
     batches: Batches
     generator: torch.Generator
+    meant: Side
+    """What the env says of actions and pictures, or the demonstrations where it says nothing of actions."""
+    conformance: tuple[str, ...]
+    """What demonstrations, env and `start_from` agree on."""
     steps: int = 0
     """Optimizer steps made."""
     frames: int = 0
@@ -72,7 +78,7 @@ class ImitationSession(Saved):
             spec = env.spec
         finally:
             env.close()
-        demos.require(spec)
+        report = demos.require(spec)
         policy = build_policy(recipe, env=spec, device=device)
         if not isinstance(policy, Imitator):
             raise CapabilityError(
@@ -81,15 +87,24 @@ class ImitationSession(Saved):
             )
         fit_actions(policy, demos, config)
         policy.fit_vectors(demos.statistics())
-        if fresh and recipe.start_from:
-            load_weights(policy, stored_weights(recipe.start_from), recipe.start_from)
+        if fresh:
+            report += start_policy(cast(Policy, policy), spec, recipe)
         parameters = FlatParameters(cast(nn.Module, policy))
         optimizer = Adam(parameters.vector, parameters.grad, eps=config.adam_eps, weight_decay=config.weight_decay)
         order = torch.Generator().manual_seed(recipe.seed)
         batches = demos.batches(order, config.batch_size, policy.chunk, cameras=_cameras(spec))
         batches.prefetch()
         generator = torch.Generator(device).manual_seed(recipe.seed)
-        return cls(recipe, device, cast(Policy, policy), config, parameters, optimizer, batches, generator)
+        meant = Side.of("the env", spec)
+        if meant.convention == UNKNOWN:
+            meant = replace(meant, convention=demos.action.convention or UNKNOWN)
+        return cls(
+            recipe, device, cast(Policy, policy), config, parameters, optimizer, batches, generator, meant, report
+        )
+
+    def meaning(self) -> Side:
+        """See `meant`."""
+        return self.meant
 
     @property
     def update(self) -> int:

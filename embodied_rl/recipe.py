@@ -8,6 +8,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from embodied_rl.anneal import Anneal
 from embodied_rl.budget import Budget
+from embodied_rl.convention import Item
 from embodied_rl.curriculum import Curriculum
 from embodied_rl.section import Section
 
@@ -184,6 +185,9 @@ class Recipe(Section):
     start_from: str | None = None
     """Run folder or checkpoint whose policy training begins with, for example one trained on demonstrations; null
     begins with random weights. The policy section must be the same."""
+    start_despite: tuple[Item, ...] = ()
+    """What the numbers of an action may mean otherwise in env than where start_from was trained, for training to get
+    over it: control, frame, rotation, gripper, metres, radians. All else is refused where it differs."""
     env: SerializeAsAny[Section]
     policy: SerializeAsAny[Section]
     algorithm: SerializeAsAny[Section]
@@ -194,6 +198,15 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _despite_something(self) -> Recipe:
+        if self.start_despite and self.start_from is None:
+            raise ValueError(
+                f"start_despite ({list(self.start_despite)}) does nothing with start_from (null): remove it, or say "
+                "what to start from"
+            )
+        return self
 
     def dump(self) -> dict[str, Any]:
         """The resolved recipe as plain data; loading it again gives an equal recipe."""

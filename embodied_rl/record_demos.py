@@ -180,7 +180,7 @@ def collect_demonstrations(
         made = {"env": env.model_dump(mode="json"), **settings.made(), "device": where.type}
         writer = DemoWriter(
             Path(folder), features, fps=built.spec.control_hz, robot=Path(str(cast(Any, env).type)).stem, made=made,
-            observation=built.spec.observation,
+            observation=built.spec.observation, convention=built.spec.action.convention,
         )  # fmt: skip
         try:
             _Recorder(built, writer, settings, features).run(episodes, on_progress)

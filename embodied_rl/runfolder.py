@@ -6,6 +6,7 @@ Layout:
         versions.json     Python, packages, platform, device
         git.json          commit, whether the tree was dirty, untracked files (only inside a git repository)
         git.diff          what differed from that commit (only when something did)
+        conformance.txt   what demonstrations, parts of a mixture, `start_from` and the env mean by actions and pictures
         metrics.jsonl     one JSON object per update
         summary.json      how the run ended (see `Summary`)
         evaluation.json   every episode of the final evaluation; evaluation.<suite>.json of further suites, and
@@ -27,7 +28,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -171,6 +172,12 @@ class RunFolder:
             write_json_atomic(self.path / "git.json", state)
         if diff:
             write_text_atomic(self.path / "git.diff", diff)
+
+    def write_conformance(self, report: Sequence[str]) -> None:
+        """Keep what the parts of the run agree on, one sentence a line; a resumed run leaves it as it began."""
+        path = self.path / "conformance.txt"
+        if not path.exists():
+            write_text_atomic(path, "".join(f"{line}\n" for line in report))
 
     def write_summary(self, summary: Summary) -> None:
         """Write summary.json in one step."""

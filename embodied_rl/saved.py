@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rl import checkpoint
+from embodied_rl.conformance import Side, conform
 from embodied_rl.errors import CheckpointError, UserError
+from embodied_rl.recipe import Recipe
 from embodied_rl.seeding import global_rng_state, set_global_rng_state
-from embodied_rl.types import Policy, State
+from embodied_rl.types import EnvSpec, Policy, State
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +30,15 @@ class Saved:
         """Weights, counters and what the last bits of a result depend on."""
         return {
             "policy": dict(cast(nn.Module, self.policy).state_dict()),
+            "meaning": self.meaning().state(),
             "counters": {name: getattr(self, name) for name in self._COUNTERS},
             "rng": global_rng_state(),
             "machine": self._machine(),
         }
+
+    def meaning(self) -> Side:
+        """What the policy means by its actions and has seen."""
+        raise NotImplementedError
 
     def _machine(self) -> dict[str, str]:
         return {"device": self.device.type, "torch": str(torch.__version__), "threads": str(torch.get_num_threads())}
@@ -64,6 +71,8 @@ class Saved:
             ) from error
 
     def _restore(self, state: State, where: str) -> bool:
+        then = Side.restore(f"checkpoint {where}", state.get("meaning"))
+        conform(then, self.meaning(), "resume with the version and the simulator that it was begun with")
         load_weights(self.policy, state["policy"], where)
         exact = self._restore_parts(state)
         for name in self._COUNTERS:
@@ -76,8 +85,8 @@ class Saved:
         return exact and not changed
 
 
-def stored_weights(path: str | Path) -> dict[str, Tensor]:
-    """The policy's weights of a run or checkpoint.
+def stored_policy(path: str | Path) -> tuple[dict[str, Tensor], Side]:
+    """A policy of a run or checkpoint: its weights, and what it means by its actions and has seen.
 
     Args:
         path: A run folder (its newest checkpoint is taken) or one of its checkpoints.
@@ -86,10 +95,35 @@ def stored_weights(path: str | Path) -> dict[str, Tensor]:
         UserError: There is no intact checkpoint, or it holds no policy.
     """
     found = checkpoint.resolve(Path(path))
-    weights = checkpoint.load(found).get("policy")
+    state = checkpoint.load(found)
+    weights = state.get("policy")
     if not isinstance(weights, dict):
         raise CheckpointError(f"checkpoint {found} holds no policy; use one that `embodied-rl train` wrote")
-    return cast(dict[str, Tensor], weights)
+    return cast(dict[str, Tensor], weights), Side.restore(f"checkpoint {path}", state.get("meaning"))
+
+
+def start_policy(policy: Policy, env: EnvSpec, recipe: Recipe, *, fresh_critic: bool = False) -> tuple[str, ...]:
+    """Begin with the policy of `start_from`, if it means the same as the env.
+
+    Args:
+        policy: Receives the weights.
+        env: It is going to act in.
+        recipe: Says where from, and what may differ.
+        fresh_critic: See `load_weights`.
+
+    Returns:
+        report: See `conform`; empty without `start_from`.
+
+    Raises:
+        UserError: See `stored_policy`, `conform` and `load_weights`.
+    """
+    if not recipe.start_from:
+        return ()
+    weights, then = stored_policy(recipe.start_from)
+    advice = "set env as it was there, or name in start_despite what training is to get over"
+    report = conform(then, Side.of("the env", env), advice, despite=recipe.start_despite)
+    load_weights(policy, weights, recipe.start_from, fresh_critic=fresh_critic)
+    return report
 
 
 def load_weights(policy: Policy, weights: dict[str, Tensor], where: str, *, fresh_critic: bool = False) -> None:

@@ -12,6 +12,7 @@ from embodied_rl.algorithms import AlgorithmConfig
 from embodied_rl.anneal import Anneal
 from embodied_rl.batch import observed
 from embodied_rl.collect import Collector
+from embodied_rl.conformance import Negotiated, Side
 from embodied_rl.credit import CreditChain
 from embodied_rl.errors import CapabilityError, NotFoundError
 from embodied_rl.extra import Extra
@@ -23,7 +24,7 @@ from embodied_rl.metrics import Partials
 from embodied_rl.recipe import Recipe
 from embodied_rl.replay import ReplayBuffer
 from embodied_rl.rewards import RewardConfig
-from embodied_rl.saved import Saved, load_weights, stored_weights
+from embodied_rl.saved import Saved, start_policy
 from embodied_rl.seeding import seed_everything
 from embodied_rl.selection import refill, with_hints
 from embodied_rl.self_imitation import OwnSuccesses
@@ -143,6 +144,9 @@ class Session(Saved):
     score: float | None = None
     """Of the evaluation after the latest update; None when there was none."""
 
+    conformance: tuple[str, ...] = ()
+    """What the parts that met agree on, and what was stated where they do not."""
+
     _COUNTERS = ("env_steps", "episodes", "decisions", "wall_s", "score")
 
     @classmethod
@@ -168,8 +172,9 @@ class Session(Saved):
             check_fit(recipe, policy, envs[0].spec)
             check_extras(recipe, policy, envs[0])
             shaping = build_shaping(recipe, env=envs[0].spec, device=device)
-            if fresh and recipe.start_from:
-                load_weights(policy, stored_weights(recipe.start_from), recipe.start_from, fresh_critic=True)
+            report: tuple[str, ...] = envs[0].conformance if isinstance(envs[0], Negotiated) else ()
+            if fresh:
+                report += start_policy(policy, envs[0].spec, recipe, fresh_critic=True)
             loss = LossFunction(algorithm.loss, policy.actions_per_decision, getattr(policy, "value_range", None))
             patience, own = recipe.train.max_bad_updates, algorithm.self_imitation.coef > 0
             if own and (imitates := getattr(policy, "imitates", None)) is not None:
@@ -190,7 +195,11 @@ class Session(Saved):
                 env.close()
             raise
         credit = CreditChain(algorithm.credit, drop_equal_groups=c.dynamic_sampling != "none")
-        return cls(recipe, device, policy, credit, updater, collector, shaping)
+        return cls(recipe, device, policy, credit, updater, collector, shaping, conformance=report)
+
+    def meaning(self) -> Side:
+        """What the env says of actions and pictures."""
+        return Side.of("the env", self.collector.spec)
 
     @property
     def update(self) -> int:

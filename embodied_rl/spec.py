@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from embodied_rl.errors import ShapeError
+from embodied_rl.convention import Convention
+from embodied_rl.errors import ConfigError, ShapeError
 
 PAD = -1
 """Fills rows of token ids after their end, in observations, actions and units."""
@@ -48,6 +49,15 @@ class ActionSpec:
     names: tuple[str, ...] = ()
     length: int = 1
     """tokens: the longest row; shorter ones end in PAD."""
+    convention: Convention | None = None
+    """continuous: what the numbers mean to a robot; None where the env does not say."""
+
+    def __post_init__(self) -> None:
+        """Refuse a convention that these numbers cannot have."""
+        if self.convention is not None and self.kind != "continuous":
+            raise ConfigError(f"a {self.kind} action has no convention ({self.convention.told()}): leave it out")
+        if self.convention is not None and (misfit := self.convention.misfit(self.size)):
+            raise ConfigError(f"action {list(self.names) or ''}: {misfit}; correct one of them")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -201,6 +201,8 @@ def _run_in(folder: RunFolder, session: Learner, resume: bool) -> Finished:
     if resume:
         _restore(folder, session)
     folder.write_start(dump_recipe(recipe), device=session.device)
+    if session.conformance:
+        folder.write_conformance(session.conformance)
     with StopRequest().listening() as stop:
         if recipe.evaluate.episodes:
             check_suites(recipe, session.device)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from embodied_rl.envs._bridge import Bridge, bridge_parts
 from embodied_rl.errors import CapabilityError, ConfigError, nearest
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, TensorSpec
 
@@ -28,7 +29,8 @@ class Joined:
     task_in_part: Tensor
     """[tasks] int64 which of its tasks it is there."""
     rename: tuple[dict[str, str], ...]
-    columns: tuple[tuple[int, ...] | None, ...]
+    bridges: tuple[Bridge, ...]
+    """From the mixture's action to each part's."""
     rows: tuple[slice, ...]
     """Copies of the mixture that each part holds."""
 
@@ -43,8 +45,7 @@ class Joined:
 
     def action_of(self, p: int, action: Tensor) -> Tensor:
         """Part p's share [B, ...] of the mixture's action."""
-        columns = self.columns[p]
-        return action if columns is None else action[:, list(columns)]
+        return self.bridges[p](action)
 
 
 def share_copies(wanted: Sequence[int], copies: int) -> list[slice]:
@@ -88,7 +89,7 @@ def join(
     report: list[str] = []
     rename = tuple(dict(part.rename) for part in config.parts)
     observation = _observation(config, names, _renamed(names, specs, rename, report), report)
-    action = _action(config, names, specs, report)
+    action, bridges = _action(config, names, specs, report)
     tasks = [(p, t) for p, spec in enumerate(specs) for t in range(len(spec.tasks))]
     weights = [config.parts[p].weight / len(specs[p].tasks) for p, _ in tasks]
     limits = [spec.max_steps for spec in specs]
@@ -128,10 +129,9 @@ def join(
         vocabulary=specs[0].vocabulary,
         task_weights=None if rows is not None or len(set(weights)) == 1 else tuple(weights),
     )
-    columns = tuple(part.action for part in config.parts)
     pair = torch.tensor(tasks)
     held = tuple(rows) if rows is not None else (slice(0, spec.num_envs),) * len(specs)
-    return Joined(spec, tuple(report), pair[:, 0], pair[:, 1], rename, columns, held)
+    return Joined(spec, tuple(report), pair[:, 0], pair[:, 1], rename, bridges, held)
 
 
 def _renamed(
@@ -186,6 +186,9 @@ def _observation(
         if lacking:
             report.append(f"'{entry}' is filled with zeros in {', '.join(lacking)}")
             used["missing"] = True
+        meanings = {n: spec.meaning for n, spec in have.items() if spec.meaning}
+        if len(set(meanings.values())) > 1:
+            report.append(f"'{entry}' is told as {'; '.join(f'{text} ({n})' for n, text in meanings.items())}")
         filled = bool(lacking) or used["pad"]
         union[entry] = replace(
             first,
@@ -208,8 +211,10 @@ def _widest(bounds: list[float | None], pick: Any, filled: bool) -> float | None
     return float(pick([*known, 0.0] if filled else known))
 
 
-def _action(config: Config, names: Sequence[str], specs: Sequence[EnvSpec], report: list[str]) -> ActionSpec:
-    """One action that every part can read its own from."""
+def _action(
+    config: Config, names: Sequence[str], specs: Sequence[EnvSpec], report: list[str]
+) -> tuple[ActionSpec, tuple[Bridge, ...]]:
+    """One action, and how every part reads its own from it."""
     kinds = {n: s.action for n, s in zip(names, specs, strict=True)}
     told = ", ".join(f"{n} takes {a.kind} {list(a.shape) or a.size}" for n, a in kinds.items())
     if len({a.kind for a in kinds.values()}) > 1:
@@ -218,9 +223,14 @@ def _action(config: Config, names: Sequence[str], specs: Sequence[EnvSpec], repo
     if first.kind != "continuous":
         if any(part.action is not None for part in config.parts):
             raise ConfigError(f"mixture: action chooses numbers of a continuous action, and this one is {first.kind}")
+        if idle := [n for n, part in zip(names, config.parts, strict=True) if part.bridge or part.convention]:
+            raise ConfigError(
+                f"mixture: bridge and convention of {idle[0]} are of continuous actions, and this one is {first.kind}: "
+                "remove them"
+            )
         if len({(a.size, a.length) for a in kinds.values()}) > 1:
             raise CapabilityError(f"mixture: the parts take different actions ({told}); take envs with the same ones")
-        return replace(first, names=())
+        return replace(first, names=()), (Bridge(),) * len(specs)
     whole = [a.size for a, part in zip(kinds.values(), config.parts, strict=True) if part.action is None]
     wanted = [max(part.action) + 1 for part in config.parts if part.action]
     size = max([*whole, *wanted])
@@ -244,4 +254,5 @@ def _action(config: Config, names: Sequence[str], specs: Sequence[EnvSpec], repo
         told = ", ".join(str(list(x)) for x in sorted(all_names))
         report.append(f"the action's numbers are called differently: {told}")
     shared = all_names.pop() if len(all_names) == 1 else ()
-    return ActionSpec("continuous", size, shared if len(shared) == size else ())
+    bridges, convention = bridge_parts(config.parts, names, list(kinds.values()), size, report)
+    return ActionSpec("continuous", size, shared if len(shared) == size else (), convention=convention), bridges

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from embodied_rl import registry, yaml_strict
+from embodied_rl.convention import Convention, Item
 from embodied_rl.envs._joined import Joined, join, share_copies
 from embodied_rl.errors import CapabilityError, CheckpointError, ConfigError, NotFoundError, UserError, nearest
 from embodied_rl.schema import Problems, resolve_component
@@ -45,6 +46,12 @@ class MixturePart(Section):
     """Entry of its observation -> the name it has in the mixture, where two parts mean different things by one name."""
     action: tuple[int, ...] | None = None
     """Which numbers of the mixture's action it takes, in its own order; null takes all of them."""
+    convention: Convention | None = None
+    """What its numbers mean, as far as its env does not say so itself."""
+    bridge: dict[Item, Literal["convert", "keep"]] = {}
+    """What becomes of each item in which its numbers mean something else than the mixture's, which mean what they do in
+    the first part that takes all of them. convert: works it out (gripper, metres, radians, and rotation between
+    axis_angle and euler_xyz); keep: leaves the numbers, so that equal ones do different things."""
 
 
 class Config(Section):

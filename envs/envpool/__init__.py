@@ -150,12 +150,18 @@ def _agreed(layouts: list[Layout]) -> list[Layout]:
         shown = [{name: (spec.shape, spec.dtype) for name, spec in x.observation.items()} for x in (first, other)]
         if shown[0] != shown[1] or first.action.spec != other.action.spec:
             told = [
-                ", ".join(f"{k} {list(shape)}" for k, (shape, _) in entries.items()) + f", takes {x.action.spec.size}"
+                ", ".join(f"{k} {list(shape)}" for k, (shape, _) in entries.items()) + f", takes {_told(x)}"
                 for entries, x in zip(shown, (first, other), strict=True)
             ]
             raise CapabilityError(
-                f"env envpool: '{first.id}' shows {told[0]} numbers, '{other.id}' {told[1]}, which one batch cannot "
+                f"env envpool: '{first.id}' shows {told[0]}, '{other.id}' {told[1]}, which one batch cannot "
                 "hold: make each a part of env.type: mixture, which states what is padded and mapped"
             )
     shared = set.intersection(*(set(x.terms) for x in layouts))
     return [replace(x, terms={name: at for name, at in x.terms.items() if name in shared}) for x in layouts]
+
+
+def _told(layout: Layout) -> str:
+    """What an action is."""
+    convention = layout.action.spec.convention
+    return f"{layout.action.spec.size} numbers" + (f" ({convention.told()})" if convention else "")

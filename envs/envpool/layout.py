@@ -12,6 +12,7 @@ import torch
 
 from embodied_rl.envs._spaces import ActionMap, Array, Leaf, leaves
 from embodied_rl.envs._words import WORD_IDS, encode_words
+from embodied_rl.envs.envpool.metaworld import convention_of
 from embodied_rl.errors import CapabilityError
 from embodied_rl.types import EnvSpec, TensorSpec
 
@@ -108,6 +109,7 @@ def layout_of(spec: Any, id: str, sentence: str | None, reward_terms: bool, wher
         warnings.simplefilter("ignore")  # "Box low's precision lowered by casting": known and harmless
         found = leaves(spec.gymnasium_observation_space, where)
         action = ActionMap(spec.gymnasium_action_space, where)
+    action.spec = replace(action.spec, convention=convention_of(id))
     limit = int(getattr(spec.config, "max_episode_steps", 0))
     words = None
     if sentence is not None:

@@ -6,6 +6,15 @@ it. `Push` and `PushBack` have one sentence in it: only what is seen tells them 
 
 from __future__ import annotations
 
+from embodied_rl.convention import Convention
+
+CONVENTION = Convention(control="ee_delta", rotation="none", gripper="closes_at_plus", metres=0.01)
+"""Of every task's 4 numbers. Their axes are the world's, in which the arm looks along y: not its base's or its hand's.
+
+Source: MetaWorld, sawyer_xyz_env.py (`action_scale` 1/100 on the mocap body; the last number drives the fingers
+together).
+"""
+
 SENTENCES = {
     "Assembly": "Pick up a nut and place it onto a peg",
     "Basketball": "Dunk the basketball into the basket",
@@ -59,6 +68,11 @@ SENTENCES = {
     "WindowOpen": "Push and open a window",
 }
 """`MetaWorld/<key>-v3` -> its instruction."""
+
+
+def convention_of(id: str) -> Convention | None:
+    """What an envpool id's actions mean; None where it is no MetaWorld task."""
+    return CONVENTION if id.partition("/")[0] == "MetaWorld" else None
 
 
 def sentence_of(id: str) -> str | None:

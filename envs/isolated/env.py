@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embodied_rl.conformance import read_convention
 from embodied_rl.envs._words import WORD_IDS, encode_words
 from embodied_rl.envs.isolated.worker import OBSERVE, RESET, STEP, layout, name_rows, share
 from embodied_rl.envs.isolated.workers import Foreign, Lost, Worker, shared_memory, split_rows
@@ -47,7 +48,7 @@ class IsolatedEnv:
         """Start the workers and shake hands.
 
         Raises:
-            SimulatorError: A worker does not start, or has other versions.
+            SimulatorError, ConfigError: A worker does not start, has other versions, or a spec that cannot be.
         """
         self.foreign, self.where, self.device = foreign, foreign.where, device
         self.restarts, self.void, self._on_host = 0, 0, device.type == "cpu"
@@ -59,6 +60,7 @@ class IsolatedEnv:
             for low, high in split_rows(num_envs, workers):
                 self._workers.append(Worker(foreign, low, high))
             self._native = self._workers[0].introduce()
+            self.spec = env_spec(self._native, num_envs, self.where)
             self._fields = layout(self._native, num_envs)
             # Kept open: workers that are replaced later are given the same memory.
             self._fd = shared_memory(self._fields[-1][3])
@@ -69,7 +71,6 @@ class IsolatedEnv:
         except BaseException:
             self.close()
             raise
-        self.spec = env_spec(self._native, num_envs)
         self.spec = replace(self.spec, has_state=resumable and self._native["repeatable"])
         self._resumable = resumable
         self._seen = {name: np.zeros_like(self._shared[f"obs/{name}"]) for name in self._native["observation"]}
@@ -418,8 +419,8 @@ def all_finite(x: Array) -> bool:
     return math.isfinite(np.add.reduce(x, axis=None)) or bool(np.isfinite(x).all())
 
 
-def env_spec(native: dict[str, Any], num_envs: int) -> EnvSpec:
-    """Turn a simulator's own description into the engine's."""
+def env_spec(native: dict[str, Any], num_envs: int, where: str) -> EnvSpec:
+    """Turn a simulator's own description into the engine's; ConfigError where its convention cannot be."""
     observation = {
         name: TensorSpec(
             tuple(one["shape"]), getattr(torch, one["dtype"]), one["low"], one["high"], one["constant"], one["meaning"]
@@ -429,10 +430,11 @@ def env_spec(native: dict[str, Any], num_envs: int) -> EnvSpec:
     if words := native["words"]:
         meaning = "word ids of the instruction, 0 pads"
         observation[INSTRUCTION] = TensorSpec((words,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning)
-    action = native["action"]
+    action, said = native["action"], native["action"]["convention"]
+    convention = None if said is None else read_convention(where, said, action["size"])
     return EnvSpec(
         observation=observation,
-        action=ActionSpec(action["kind"], action["size"], tuple(action["names"])),
+        action=ActionSpec(action["kind"], action["size"], tuple(action["names"]), convention=convention),
         num_envs=num_envs,
         max_steps=native["max_steps"],
         tasks=tuple(native["tasks"]),

@@ -88,7 +88,7 @@ def complete(spec: dict[str, Any]) -> dict[str, Any]:
     plain = {"tasks": ["task"], "max_steps": None, "success": False, "cameras": [], "metrics": [], "control_hz": None,
              "on_demand": False, "repeatable": True, "words": 0}  # fmt: skip
     entry = {"dtype": "float32", "low": None, "high": None, "constant": False, "meaning": ""}
-    action: dict[str, Any] = {"names": []}
+    action: dict[str, Any] = {"names": [], "convention": None}
     unknown = sorted(set(spec) - set(plain) - {"observation", "action"})
     if unknown or not spec.get("observation") or "action" not in spec:
         known = sorted(plain)

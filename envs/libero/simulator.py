@@ -171,6 +171,17 @@ def prepare_picture(picture: np.ndarray, p: dict[str, Any]) -> np.ndarray:
     return np.asarray(image)
 
 
+def convention(hand: str) -> dict[str, Any]:
+    """What an action means: robosuite's controller OSC_POSE as LIBERO sets it, behind the protocol's gripper.
+
+    Source: robosuite 1.4.0, controllers/config/osc_pose.json (output_max) and utils/control_utils.py (the rotation is
+    an axis-angle, multiplied from the left).
+    """
+    gripper = "closes_at_plus" if hand == "open_low" else "opens_at_plus"
+    return {"control": "ee_delta", "frame": "base", "rotation": "axis_angle", "gripper": gripper, "metres": 0.05,
+            "radians": 0.5}  # fmt: skip
+
+
 class Scene:
     """One task's world; building it takes seconds, so a process keeps and lends it."""
 
@@ -304,7 +315,7 @@ class Simulator:
             names = [f"{task}#{state:02d}" for task in self.tasks for state in range(STATES)]
         self.spec = {
             "observation": seen,
-            "action": {"kind": "continuous", "size": 7, "names": list(ACTION)},
+            "action": {"kind": "continuous", "size": 7, "names": list(ACTION), "convention": convention(p["hand"])},
             "tasks": names,
             "max_steps": max(self.limits),
             "success": True,

@@ -30,9 +30,10 @@ class ManiSkillEnv:
         self.config, self.device, self.where, self._scenes = config, device, first.where, scenes
         b = self._b = sum(scene.copies for scene in scenes)
         self._alone = first.copies == 1
+        size = first.action.spec.size
         self.spec = EnvSpec(
             observation=first.observation,
-            action=ActionSpec("continuous", first.action.spec.size, first.action_names),
+            action=ActionSpec("continuous", size, first.action_names, convention=first.convention),
             num_envs=b,
             max_steps=first.max_steps,
             tasks=(config.task,),

@@ -13,6 +13,7 @@ from mani_skill.utils.registration import REGISTERED_ENVS
 from torch import Tensor
 
 from embodied_rl.envs._spaces import ActionMap
+from embodied_rl.envs.maniskill.convention import convention_of
 from embodied_rl.envs.maniskill.device import drawing_device, handed_in
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, nearest
 from embodied_rl.types import Obs, TensorSpec
@@ -104,6 +105,11 @@ class Scene:
         self.action = ActionMap(space, self.where)
         names = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
         self.action_names = names if config.control == "pd_ee_delta_pose" and self.action.spec.size == 7 else ()
+        agent = self.env.agent
+        # Several robots in one task have neither a controller in parts nor a name.
+        controllers = getattr(getattr(agent, "controller", None), "controllers", {})
+        parts = {name: one.config for name, one in controllers.items()}
+        self.convention = convention_of(getattr(agent, "uid", ""), parts)
         self._middle = torch.as_tensor(self.action.middle, dtype=torch.float32, device=device)
         self._half = torch.as_tensor(self.action.half, dtype=torch.float32, device=device)
         self.observation = self._specs(self.look(info))

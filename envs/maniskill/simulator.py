@@ -41,7 +41,10 @@ class Simulator:
         }  # fmt: skip
         self.spec = {
             "observation": seen,
-            "action": {"kind": "continuous", "size": scene.action.spec.size, "names": list(scene.action_names)},
+            "action": {
+                "kind": "continuous", "size": scene.action.spec.size, "names": list(scene.action_names),
+                "convention": scene.convention and scene.convention.model_dump(mode="json"),
+            },
             "tasks": [config.task],
             "max_steps": scene.max_steps,
             "success": scene.has_success,

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
+from embodied_rl.convention import Convention
 from embodied_rl.envs.mjcf.env import MjcfEnv
 from embodied_rl.envs.mjcf.scene import load_scene
 from embodied_rl.envs.mjcf.task import Start, Task, load_task
@@ -49,6 +50,8 @@ class Config(Section):
     """native: MuJoCo's C engine on CPU threads; warp: MuJoCo Warp on `device`; auto: warp on CUDA, native on a CPU."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of the native engine and of the cameras; null takes every core this process may use."""
+    convention: Convention = Convention()
+    """What the numbers of an action mean, for what was learned elsewhere; nothing else is changed by it."""
     contacts: int = Field(64, ge=1)
     """Warp engine: contacts of each copy that there is room for."""
     constraint_rows: int = Field(256, ge=1)
@@ -81,10 +84,10 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
 
     Raises:
         NotFoundError: The scene, the task or a camera does not exist.
-        ConfigError: The scene is not valid, or the task lacks something or gives what cannot be used.
+        ConfigError: The scene or the convention is not valid, or the task lacks something or gives what cannot be used.
         CapabilityError: The scene has what the engines cannot do here.
     """
-    scene = load_scene(config.scene)
+    scene = load_scene(config.scene, config.convention)
     task = load_task(config.task, scene)
     known = tuple(scene.model.camera(i).name for i in range(scene.model.ncam))
     cameras = config.cameras or known

@@ -9,6 +9,7 @@ import mujoco
 import torch
 from torch import Tensor
 
+from embodied_rl.convention import UNKNOWN, Convention
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError
 from embodied_rl.types import ActionSpec
 
@@ -34,15 +35,16 @@ class Scene:
         return f"env mjcf: scene '{self.path}'"
 
 
-def load_scene(path: str) -> Scene:
+def load_scene(path: str, convention: Convention = UNKNOWN) -> Scene:
     """Compile a scene.
 
     Args:
         path: Of an MJCF file; files that it includes are looked for beside it.
+        convention: Of its actions, as far as it is known.
 
     Raises:
         NotFoundError: No such file.
-        ConfigError: MuJoCo refuses it; says what MuJoCo says.
+        ConfigError: MuJoCo refuses it (says what MuJoCo says), or the convention does not fit.
         CapabilityError: It has no actuator, an actuator without a range, or state beyond positions and velocities.
     """
     file = Path(path).expanduser()
@@ -69,7 +71,10 @@ def load_scene(path: str) -> Scene:
         )
     _marks_only(model, where)
     low, high = torch.from_numpy(model.actuator_ctrlrange.copy()).float().unbind(1)
-    return Scene(file, model, ActionSpec("continuous", model.nu, names), (high + low) / 2, (high - low) / 2)
+    if misfit := convention.misfit(model.nu):
+        raise ConfigError(f"{where}: {misfit}; correct env.convention, or the scene's actuators")
+    action = ActionSpec("continuous", model.nu, names, convention=None if convention == UNKNOWN else convention)
+    return Scene(file, model, action, (high + low) / 2, (high - low) / 2)
 
 
 def _marks_only(model: mujoco.MjModel, where: str) -> None:

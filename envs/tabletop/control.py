@@ -6,6 +6,7 @@ import torch
 import warp as wp
 from torch import Tensor
 
+from embodied_rl.convention import Convention
 from embodied_rl.envs.tabletop.kinematics import ArmKinematics
 from embodied_rl.envs.tabletop.scene import FINGER_MAX
 from embodied_rl.envs.tabletop.warp_runtime import Launch
@@ -28,6 +29,11 @@ YAW_LEASH = 0.4
 """The same for the rotation about the vertical, rad."""
 FINGER_CLOSED = -0.01
 """Finger target of a fully closed command, m; below 0 so that it still presses on thin objects."""
+
+CONVENTION = Convention(
+    control="ee_delta", frame="base", rotation="axis_angle", gripper="opens_at_plus", metres=MAX_MOVE, radians=MAX_TURN
+)
+"""Of the action."""
 
 _LOW, _HIGH = (wp.constant(wp.vec3(*bound)) for bound in zip(*WORKSPACE, strict=True))
 wp.set_module_options({"enable_backward": False})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from embodied_rl.envs.tabletop.control import PoseController
+from embodied_rl.envs.tabletop.control import CONVENTION, PoseController
 from embodied_rl.envs.tabletop.instructions import NAMES, encode
 from embodied_rl.envs.tabletop.kinematics import ArmKinematics
 from embodied_rl.envs.tabletop.layout import draw_starts, rephrase
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from embodied_rl.envs.tabletop.instructions import Name, Sentences
     from embodied_rl.envs.tabletop.pictures import Pictures
 
-ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"))
+ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"), convention=CONVENTION)
 HAND = slice(14, 24)
 """Columns of the state observation's "proprio" that remain where a policy looks at pictures: where the hand is and how
 far it is open. Velocities and targets say what the last action was, and a policy that imitates repeats that instead of

@@ -82,6 +82,20 @@ def test_a_spec_that_says_too_little_or_too_much_is_told(tmp_path, spec, complai
     assert complaint in refused(simulator=str(file))
 
 
+def test_an_action_that_means_what_cannot_be_is_told(tmp_path):
+    file = tmp_path / "odd.py"
+    for convention, complaint in (
+        ({"gripper": "opens"}, "'odd.py': its action's convention is wrong: gripper: Input should be 'none', "),
+        ({"control": "ee_delta", "rotation": "none", "gripper": "none"}, "takes 3 numbers (3 of position), and the action has 2"),
+    ):
+        action = {"kind": "continuous", "size": 2, "convention": convention}
+        spec = {"observation": {"x": {"shape": [1]}}, "action": action}
+        file.write_text(f"class Simulator:\n    spec = {spec}\n    def __init__(self, settings): pass\n")
+        with pytest.raises(ConfigError) as error:
+            refused(simulator=str(file))
+        assert complaint in str(error.value)
+
+
 def test_a_python_without_numpy_is_told(tmp_path):
     subprocess.run(["python3", "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     message = refused(python=str(tmp_path / "bare" / "bin" / "python"))

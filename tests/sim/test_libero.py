@@ -149,6 +149,15 @@ def test_the_gripper_is_told_by_the_convention(python, hand, open_):
             env.step(action)
         wide, tight = (env.observe()["proprio"][:, 6] - env.observe()["proprio"][:, 7]).tolist()
         assert wide > 0.07 and tight < 0.02, "metres between the fingers"
+        told = env.spec.action.convention
+        assert told.gripper == ("opens_at_plus" if open_ > 0 else "closes_at_plus")
+        # One control step towards 0.05 m of x, reached in part, along the base's axis.
+        before = env.observe()["proprio"][0, :3].clone()
+        action[:, 0] = 1.0
+        for _ in range(4):
+            env.step(action)
+        moved = env.observe()["proprio"][0, :3] - before
+        assert 0.3 < float(moved[0]) / (4 * told.metres) < 1.0 and float(moved[1:].abs().max()) < 0.03
     finally:
         env.close()
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 pytest.importorskip("mani_skill")
 from embodied_rl.check import check_env  # noqa: E402
@@ -60,6 +61,25 @@ def test_an_action_moves_the_hand_by_what_it_says(push):
     push.step(still)
     risen = push._scenes[0].env.agent.tcp.pose.p[0] - before
     assert 0.1 < float(risen[2]) < 0.35 and abs(float(risen[1])) < 0.03
+
+
+def test_what_the_numbers_mean_is_what_the_controller_does(push):
+    """A rotation of +1 turns against the right-hand rule, and the fingers open at +1."""
+    told = push.spec.action.convention
+    assert (told.control, told.frame, told.rotation, told.gripper) == ("ee_delta", "base", "euler_xyz", "opens_at_plus")
+    assert told.metres == 0.1 and told.radians == -0.1
+    agent, seen = push._scenes[0].env.agent, {}
+    for sign in (1.0, -1.0):
+        start(push, [10, 10])
+        before = Rotation.from_quat(agent.tcp.pose.q[0].numpy(), scalar_first=True)
+        action = torch.zeros(2, 7)
+        action[0, 5] = action[0, 6] = sign
+        for _ in range(3):
+            push.step(action)
+        turn = Rotation.from_quat(agent.tcp.pose.q[0].numpy(), scalar_first=True) * before.inv()
+        seen[sign] = turn.as_rotvec()[2], float(agent.robot.get_qpos()[0, -1])
+    assert -0.35 < seen[1.0][0] < -0.1 and 0.1 < seen[-1.0][0] < 0.35
+    assert seen[1.0][1] > seen[-1.0][1] + 0.01, "metres of a finger"
 
 
 def test_a_partial_reset_leaves_the_other_copy_alone(push):

@@ -16,7 +16,7 @@ from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError
 from embodied_rl.imitate import ImitationSession
 from embodied_rl.measure import Clock
 from embodied_rl.record_demos import collect_demonstrations
-from embodied_rl.saved import load_weights, stored_weights
+from embodied_rl.saved import load_weights, stored_policy
 from embodied_rl.session import Session
 from embodied_rl.train import build_session, run
 from tests.resume import lab
@@ -236,7 +236,7 @@ def tokens_run(tmp_path_factory):
 
 def test_start_from_begins_with_the_weights_of_another_run(tokens_run):
     """With a state of its own in all else; and the range of actions is that of the run it comes from."""
-    stored = stored_weights(str(tokens_run))
+    stored = stored_policy(str(tokens_run))[0]
     session = build_session(recipe("tokens", seed=1, start_from=str(tokens_run), algorithm={"action_range": "none"}))
     assert lab.differing(weights(session), dict(stored)) == []
     assert (session.steps, session.frames) == (0, 0)
@@ -253,7 +253,7 @@ def test_reinforcement_starts_from_a_run_that_imitated(tokens_run):
         "tokens", start_from=str(tokens_run), algorithm={"type": "ppo"}, collect={"copies": 2, "decisions": 2}
     )
     session = build_session(wanted)
-    assert isinstance(session, Session) and lab.differing(weights(session), dict(stored_weights(str(tokens_run)))) == []
+    assert isinstance(session, Session) and lab.differing(weights(session), dict(stored_policy(str(tokens_run))[0])) == []
     before = weights(session)
     session.iterate(Clock())
     assert lab.differing(weights(session), before) != []
@@ -264,7 +264,7 @@ def test_a_flow_that_imitated_is_frozen_when_noise_is_steered(tmp_path):
     lab.go(recipe("latent", algorithm={"lr": 1e-2}), tmp_path / "sft")
     wanted = recipe("latent", start_from=str(tmp_path / "sft"), algorithm={"type": "ppo"}, collect={"copies": 2, "decisions": 2})
     session = build_session(wanted)
-    assert lab.differing(weights(session), dict(stored_weights(str(tmp_path / "sft")))) == []
+    assert lab.differing(weights(session), dict(stored_policy(str(tmp_path / "sft"))[0])) == []
     before = weights(session)
     session.iterate(Clock())
     moved = {place.split("/")[1].split(".")[0] for place in lab.differing(weights(session), before)}

@@ -7,6 +7,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from embodied_rl import registry
+from embodied_rl.convention import Convention
 from embodied_rl.seeding import start_seed
 from tests.kit import TOYS
 
@@ -43,6 +44,14 @@ def test_published_starts_are_all_fifty_and_each_is_what_the_task_says(simulator
     for split in ("train", "eval"):
         assert {row for row, _ in starts(simulator, "published", split)} == set(range(50))
         assert set(starts(simulator, "each", split, given=31)) == {(31, 7)}
+
+
+def test_what_an_action_means_is_said_as_the_protocol_tells_the_gripper(simulator):
+    """OSC_POSE's output_max is 0.05 m and 0.5 rad; robosuite's own gripper closes at +1."""
+    told = {name: Convention(**simulator.convention(p["hand"])) for name, p in LIBERO.PROTOCOLS.items()}
+    assert {name for name, c in told.items() if c.gripper == "closes_at_plus"} == {"openpi", "lerobot"}
+    same = Convention(control="ee_delta", frame="base", rotation="axis_angle", gripper="opens_at_plus", metres=0.05, radians=0.5)
+    assert told["openvla-oft"] == same and same.misfit(len(simulator.ACTION)) == ""
 
 
 def test_every_state_is_about_equally_likely(simulator):

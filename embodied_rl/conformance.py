@@ -1,0 +1,196 @@
+"""Whether two that meet (demonstrations, a checkpoint, an env) mean the same by actions and pictures.
+
+What differs is refused in one sentence, what nobody has said is no difference, and both are told.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pydantic import ValidationError
+
+from embodied_rl.convention import ITEMS, UNKNOWN, Agreement, Convention, Item, compare
+from embodied_rl.errors import CapabilityError, ConfigError
+from embodied_rl.spec import EnvSpec
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Negotiated(Protocol):
+    """What an env offers beside `Env` when it is made of parts that had to agree."""
+
+    conformance: tuple[str, ...]
+    """What is the same in all, unknown, filled, mapped or converted, one sentence each."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of the two says.
+
+    Example: `Side("checkpoint runs/a", Convention(gripper="opens_at_plus"), {"wrist": (64, 64)}, 20.0)`.
+    """
+
+    where: str
+    """Its name in messages."""
+    convention: Convention | None
+    """Of its actions, `UNKNOWN` where it does not say; None where no numbers move a robot (ids, tokens)."""
+    pictures: dict[str, tuple[int, int]] | None = None
+    """Camera -> rows and columns; None where it does not say."""
+    control_hz: float | None = None
+
+    @classmethod
+    def of(cls, where: str, spec: EnvSpec) -> Side:
+        """What an env says."""
+        pictures = {
+            name: (entry.shape[0], entry.shape[1])
+            for name, entry in spec.seen.items()
+            if entry.dtype == torch.uint8 and len(entry.shape) == 3
+        }
+        moves = spec.action.kind == "continuous"
+        return cls(where, (spec.action.convention or UNKNOWN) if moves else None, pictures, spec.control_hz)
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {
+            "convention": None if self.convention is None else self.convention.model_dump(mode="json"),
+            "pictures": None if self.pictures is None else {name: list(size) for name, size in self.pictures.items()},
+            "control_hz": self.control_hz,
+        }
+
+    @classmethod
+    def restore(cls, where: str, state: dict[str, Any] | None) -> Side:
+        """Read `state`; None is of a time when nothing was kept, so everything is unknown.
+
+        Raises:
+            ConfigError: It holds a convention that does not exist.
+        """
+        if state is None:
+            return cls(where, UNKNOWN)
+        pictures = state["pictures"]
+        sizes = None if pictures is None else {name: (rows, columns) for name, (rows, columns) in pictures.items()}
+        convention = None if state["convention"] is None else read_convention(where, state["convention"])
+        return cls(where, convention, sizes, state["control_hz"])
+
+
+def read_convention(where: str, data: object, size: int | None = None) -> Convention:
+    """A convention from plain data.
+
+    Args:
+        where: Of the data, for messages.
+        data: Item -> value, see `Convention`.
+        size: Numbers of the action, where they are known.
+
+    Raises:
+        ConfigError: It is none, or not of so many numbers; says what is wrong.
+    """
+    try:
+        convention = Convention.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"]))
+        told = f"{at}: {first['msg']}" if at else first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: its action's convention is wrong: {told}") from None
+    if size is not None and (misfit := convention.misfit(size)):
+        raise ConfigError(f"{where}: {misfit}; correct one of them")
+    return convention
+
+
+def conform(found: Side, wanted: Side, advice: str, *, despite: Sequence[Item] = ()) -> tuple[str, ...]:
+    """Make sure that what was learned on one side can be played on the other; the log tells the report.
+
+    Args:
+        found: Where the numbers come from.
+        wanted: Where they are going to be taken.
+        advice: What to do about a difference, for the message.
+        despite: Items that may differ.
+
+    Returns:
+        report: What is the same, unknown or different all the same, one sentence each.
+
+    Raises:
+        CapabilityError: They mean different things, or a picture is not shown; says both sides.
+        ConfigError: `despite` names what does not differ.
+    """
+    report = [*_actions(found, wanted, advice, despite), *_pictures(found, wanted, advice)]
+    hz = (found.control_hz, wanted.control_hz)
+    if hz[0] and hz[1] and hz[0] != hz[1]:
+        report.append(f"{found.where} has {hz[0]:g} control steps per second, {wanted.where} {hz[1]:g}")
+    for line in report:
+        log.info("%s", line)
+    return tuple(report)
+
+
+def _actions(found: Side, wanted: Side, advice: str, despite: Sequence[Item]) -> list[str]:
+    a, b = found.convention, wanted.convention
+    agreement: dict[Item, Agreement] = {} if a is None or b is None else compare(a, b)
+    idle = [item for item in despite if agreement.get(item) != "differs"]
+    if idle:
+        raise ConfigError(
+            f"start_despite ({idle[0]}) does nothing, because {found.where} and {wanted.where} do not differ in that: "
+            "remove it"
+        )
+    if a is None or b is None:
+        return []
+    differing = {
+        item: f"{item} is {getattr(a, item)} in {found.where} and {getattr(b, item)} in {wanted.where}"
+        for item, state in agreement.items()
+        if state == "differs"
+    }
+    refused = [sides for item, sides in differing.items() if item not in despite]
+    if refused:
+        raise CapabilityError(f"what the action's numbers mean differs: {', '.join(refused)}; {advice}")
+    return [*told(agreement, (found.where, a), (wanted.where, b)), *(f"{x}, as stated" for x in differing.values())]
+
+
+def told(agreement: dict[Item, Agreement], a: tuple[str, Convention], b: tuple[str, Convention]) -> list[str]:
+    """What two conventions, each behind its name, have in common and what is unknown, one sentence each."""
+    report = []
+    same = [f"{item} ({getattr(a[1], item)})" for item, state in agreement.items() if state == "same"]
+    if same:
+        report.append(f"actions of {a[0]} and {b[0]} are the same in {', '.join(same)}")
+    unknown = [item for item, state in agreement.items() if state == "unknown"]
+    if unknown:
+        silent = [where for where, said in (a, b) if any(getattr(said, item) is None for item in unknown)]
+        report.append(f"what the action's numbers mean is unknown in {' and '.join(silent)}: {', '.join(unknown)}")
+    return report
+
+
+def _pictures(found: Side, wanted: Side, advice: str) -> list[str]:
+    if found.pictures is None or wanted.pictures is None:
+        return []
+    report = []
+    for name, size in found.pictures.items():
+        shown = wanted.pictures.get(name)
+        if shown is None:
+            known = ", ".join(wanted.pictures) or "none"
+            raise CapabilityError(
+                f"picture '{name}' of {found.where} is not shown by {wanted.where} ({known}); {advice}"
+            )
+        if shown != size:
+            report.append(
+                f"picture '{name}' has {size[0]} x {size[1]} pixels in {found.where}, {shown[0]} x {shown[1]} in "
+                f"{wanted.where}"
+            )
+    return report
+
+
+def stated(where: str, own: Convention | None, said: Convention) -> Convention:
+    """An env's own convention, filled with what a recipe says where the env is silent.
+
+    Raises:
+        ConfigError: The recipe says what the env says itself.
+    """
+    own = own or UNKNOWN
+    for item in ITEMS:
+        if getattr(own, item) is not None and getattr(said, item) is not None:
+            raise ConfigError(
+                f"{where}: convention says {item} ({getattr(said, item)}), and the env says so itself "
+                f"({getattr(own, item)}): remove it"
+            )
+    known = {item: getattr(said, item) if getattr(own, item) is None else getattr(own, item) for item in ITEMS}
+    return read_convention(where, known)
