@@ -13,6 +13,7 @@ from mani_skill.utils.registration import REGISTERED_ENVS
 from torch import Tensor
 
 from embodied_rl.envs._spaces import ActionMap
+from embodied_rl.envs.maniskill import faster
 from embodied_rl.envs.maniskill.device import drawing_device, handed_in
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, nearest
 from embodied_rl.types import Obs, TensorSpec
@@ -91,6 +92,8 @@ class Scene:
             ConfigError: ManiSkill refused a setting.
         """
         self.where, self.device, self.copies = f"env maniskill: '{config.task}'", device, copies
+        if device.type == "cpu":
+            faster.install()
         self._pictures = config.observation != "state"
         self._depth = config.observation == "rgbd"
         task = REGISTERED_ENVS[config.task]
