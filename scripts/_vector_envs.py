@@ -25,9 +25,12 @@ Peers = dict[str, Callable[[], Stepper]]
 THREADS = 2
 FRAME_SKIP = 10
 """Physics steps per control step of the reacher, as the mjcf adapter has them."""
+LIMIT = 50
+"""Control steps of an episode, where one can say it: as many as are timed together, so that each pays for restarts."""
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = tuple(f"MetaWorld/{name}-v3" for name in ("Reach", "Push", "DrawerClose", "WindowOpen"))
 """Quick ones to build; all of MetaWorld's share one observation and action."""
+GOAL_SHOWN = {"partially_observable": False}
 
 
 @dataclass
@@ -96,8 +99,7 @@ def bare_envpool(ids: tuple[str, ...], copies: int) -> Stepper:
     import envpool
 
     share = copies // len(ids)
-    size = {"num_envs": share, "num_threads": THREADS, "seed": 0}
-    pools = [envpool.make_gymnasium(id, **size, **seen(id)) for id in ids]
+    pools = [envpool.make_gymnasium(id, num_envs=share, num_threads=THREADS, seed=0, **told(id)) for id in ids]
     for pool in pools:
         pool.async_reset()
         pool.recv()
@@ -115,9 +117,9 @@ def bare_envpool(ids: tuple[str, ...], copies: int) -> Stepper:
     return step
 
 
-def seen(id: str) -> dict[str, Any]:
-    """MetaWorld's goal is shown, as in the recipe."""
-    return {"partially_observable": False} if id.startswith("MetaWorld") else {}
+def told(id: str) -> dict[str, Any]:
+    """MetaWorld's goal is shown, as in the recipe, and its episodes are short."""
+    return GOAL_SHOWN | {"max_episode_steps": LIMIT} if id.startswith("MetaWorld") else {}
 
 
 class One(gymnasium.Env[Any, Any]):
@@ -127,7 +129,7 @@ class One(gymnasium.Env[Any, Any]):
         """Make it."""
         import envpool
 
-        self.inner = envpool.make_gymnasium(id, num_envs=1, num_threads=1, seed=0, **seen(id))
+        self.inner = envpool.make_gymnasium(id, num_envs=1, num_threads=1, seed=0, **told(id))
         self.observation_space, self.action_space = self.inner.observation_space, self.inner.action_space
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -181,7 +183,7 @@ class Arm(gymnasium.Env[Any, Any]):
         obs, balls = self.look()
         distance = float(np.linalg.norm(balls[0]))
         self.t += 1
-        return obs, float(np.exp(-10 * distance)), False, self.t >= 50, {"success": distance < 0.025}
+        return obs, float(np.exp(-10 * distance)), False, self.t >= LIMIT, {"success": distance < 0.025}
 
 
 def maniskill_alone(control: str) -> Any:
@@ -291,9 +293,9 @@ def _simulator() -> str:
 def cases() -> dict[str, Case]:
     """Every adapter, by the name of what it simulates."""
     pool = {"type": "envpool", "threads": THREADS}
-    shown = {"kwargs": seen(TASKS[0])}
+    shown = {"kwargs": GOAL_SHOWN, "max_steps": LIMIT}
     mixed = [{"name": id[10:-3], "copies": 16, "env": {**pool, "id": id, **shown}} for id in TASKS[:2]]
-    arm = {"scene": "examples/reacher/reacher.xml", "task": "examples/reacher/task.py:Reach", "max_steps": 50}
+    arm = {"scene": "examples/reacher/reacher.xml", "task": "examples/reacher/task.py:Reach", "max_steps": LIMIT}
     cube = {"task": "PushCube-v1", "control": "pd_ee_delta_pose", "end_on_success": False}
     # Not forked: the parent has opened Vulkan by then, for the copy that it asks for its spaces.
     cubes = _gymnasium(partial(maniskill_alone, cube["control"]), 4, "spawn")

@@ -49,11 +49,11 @@ def tabletop(copies: int, threads: int) -> tuple[Any, Parts]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Steps per second of one env: the median over blocks of a tenth of the time."""
+    """Steps per second of one env: the median over blocks of 50 steps, in which most simulations restart once."""
     import statistics
 
     import torch
-    from _vector_envs import cases, ours, stepper
+    from _vector_envs import LIMIT, cases, ours, stepper
 
     torch.set_num_threads(1)
     if job["setting"] == LIBERO:
@@ -67,22 +67,17 @@ def measure(job: Job) -> dict[str, Any]:
     else:
         case = cases()[job["setting"]]
         step = ours(case) if job["env"] == "ours" else case.peers[job["env"]]()
-    start = perf_counter()
-    done = 0
-    while perf_counter() - start < 0.2 * job["seconds"] or done < 3:
+    for _ in range(3):
         step()
-        done += 1
-    # Whole episodes of the tabletop in every block, so that each pays for its restarts.
-    block = 50 if parts else max(1, int(done * 0.5))
     if parts:
         parts.take()
     speeds, steps, start = [], 0, perf_counter()
     while perf_counter() - start < job["seconds"] or len(speeds) < 3:
         before = perf_counter()
-        for _ in range(block):
+        for _ in range(LIMIT):
             step()
-        speeds.append(block * copies / (perf_counter() - before))
-        steps += block
+        speeds.append(LIMIT * copies / (perf_counter() - before))
+        steps += LIMIT
     result: dict[str, Any] = {"steps_per_s": statistics.median(speeds)}
     if parts:
         result |= {f"{name} ms": seconds / steps * 1e3 for name, seconds in parts.take().items()}

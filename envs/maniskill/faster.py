@@ -7,18 +7,24 @@ quaternions is 31 operations on tensors of one number, and every joint is told i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import sapien
 import torch
+from mani_skill.agents.controllers import pd_ee_pose
 from mani_skill.utils.geometry import rotation_conversions
+from mani_skill.utils.structs import pose as pose_module
 from mani_skill.utils.structs.articulation import Articulation
 from mani_skill.utils.structs.pose import Pose
+from numpy.typing import NDArray
 from torch import Tensor
 
+Numbers = Sequence[np.float32] | NDArray[np.float32]
+ZERO = np.float32(0)
 _create = Pose.create.__func__  # the function behind a classmethod
-_multiply = rotation_conversions.quaternion_raw_multiply
+_OWN = {name: getattr(rotation_conversions, name) for name in ("quaternion_multiply", "quaternion_apply")}
 _set_targets = Articulation.set_joint_drive_targets
 
 
@@ -36,19 +42,42 @@ def _pose(cls: type[Pose], pose: Any, device: Any = None) -> Pose:
     return cls(raw_pose=torch.from_numpy(raw))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`quaternion_raw_multiply`; a single product on a CPU by NumPy's float32 scalars, each operation rounded alike."""
-    if not (a.shape == b.shape == (1, 4) and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"):
-        product: Tensor = _multiply(a, b)
-        return product
-    aw, ax, ay, az = a.numpy()[0]
-    bw, bx, by, bz = b.numpy()[0]
-    out = np.empty((1, 4), np.float32)
-    out[0, 0] = aw * bw - ax * bx - ay * by - az * bz
-    out[0, 1] = aw * bx + ax * bw + ay * bz - az * by
-    out[0, 2] = aw * by - ax * bz + ay * bw + az * bx
-    out[0, 3] = aw * bz + ax * by - ay * bx + az * bw
-    return torch.from_numpy(out)
+def _single(*tensors: Tensor) -> bool:
+    """Whether these are one copy's numbers on a CPU."""
+    return all(
+        x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 2 and len(x) == 1 and not x.requires_grad
+        for x in tensors
+    )
+
+
+def _times(a: Numbers, b: Numbers) -> tuple[np.float32, ...]:
+    """The product of two quaternions (w, x, y, z), each operation rounded to float32 as torch rounds it."""
+    (aw, ax, ay, az), (bw, bx, by, bz) = a, b
+    return (
+        aw * bw - ax * bx - ay * by - az * bz,
+        aw * bx + ax * bw + ay * bz - az * by,
+        aw * by - ax * bz + ay * bw + az * bx,
+        aw * bz + ax * by - ay * bx + az * bw,
+    )
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """`quaternion_multiply`: the product, with a real part that is not negative."""
+    if not _single(a, b):
+        made: Tensor = _OWN["quaternion_multiply"](a, b)
+        return made
+    product = np.array([_times(a.numpy()[0], b.numpy()[0])], np.float32)
+    return torch.from_numpy(-product if product[0, 0] < 0 else product)
+
+
+def _apply(quaternion: Tensor, point: Tensor) -> Tensor:
+    """`quaternion_apply`: a point, turned."""
+    if not _single(quaternion, point):
+        made: Tensor = _OWN["quaternion_apply"](quaternion, point)
+        return made
+    w, x, y, z = q = quaternion.numpy()[0]
+    turned = _times(_times(q, (ZERO, *point.numpy()[0])), (w, -x, -y, -z))
+    return torch.from_numpy(np.array([turned[1:]], np.float32))
 
 
 def _drive(self: Articulation, targets: Tensor, joints: Any = None, joint_indices: Tensor | None = None) -> None:
@@ -61,15 +90,22 @@ def _drive(self: Articulation, targets: Tensor, joints: Any = None, joint_indice
         joint._objs[0].drive_target = row[i : i + 1]
 
 
+def _turn_by(functions: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
+    """Put functions where ManiSkill's structures and controllers have imported theirs."""
+    for module in (pose_module, pd_ee_pose):
+        for name, function in functions.items():
+            setattr(module, name, function)
+
+
 def install() -> None:
     """Put them in the place of ManiSkill's own in this process; calling it again changes nothing."""
     Pose.create = classmethod(_pose)
-    rotation_conversions.quaternion_raw_multiply = _product
+    _turn_by({"quaternion_multiply": _multiply, "quaternion_apply": _apply})
     Articulation.set_joint_drive_targets = _drive
 
 
 def uninstall() -> None:
     """Put ManiSkill's own back, to compare with them."""
     Pose.create = classmethod(_create)
-    rotation_conversions.quaternion_raw_multiply = _multiply
+    _turn_by(_OWN)
     Articulation.set_joint_drive_targets = _set_targets
