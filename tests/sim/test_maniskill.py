@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("mani_skill")
 from embodied_rl.check import check_env  # noqa: E402
-from embodied_rl.envs.maniskill import Config, build  # noqa: E402
+from embodied_rl.envs.maniskill import Config, build, faster  # noqa: E402
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, SimulatorError  # noqa: E402
 
 pytestmark = [pytest.mark.sim, pytest.mark.filterwarnings("ignore")]
@@ -47,6 +47,31 @@ def test_equal_seeds_start_equal_episodes_that_go_on_alike(push):
     for action in actions(3):
         state = push.step(action[:1].expand(2, -1).contiguous()).obs["state"]
         assert torch.equal(state[0], state[1])
+
+
+@pytest.mark.parametrize(
+    "task, control, size",
+    [("PushCube-v1", "pd_joint_delta_pos", 8), ("PushCube-v1", "pd_ee_delta_pos", 4), ("PickCube-v1", "pd_ee_delta_pose", 7)],
+)
+def test_less_python_gives_what_maniskill_itself_gives_bit_for_bit(task, control, size):
+    env = make(task, control=control, end_on_success=False)
+
+    def episode():
+        seen = [start(env, [10, 12])["state"]]
+        for action in actions(25, size=size):
+            step = env.step(action)
+            seen += [step.obs["state"], step.reward, step.success]
+        return seen
+
+    try:
+        faster.uninstall()
+        plain = episode()
+        faster.install()
+        assert all(torch.equal(a, b) for a, b in zip(plain, episode(), strict=True))
+        assert not torch.equal(plain[0], plain[-3])  # something has moved
+    finally:
+        faster.install()
+        env.close()
 
 
 def test_an_action_moves_the_hand_by_what_it_says(push):
@@ -207,9 +232,11 @@ def test_without_a_vulkan_device_one_sentence_says_what_to_install():
 
 @pytest.mark.slow
 def test_ppo_learns_to_push_the_cube_from_state(tmp_path):
+    """The recipe as it is, one seed: a few minutes on one thread."""
     from embodied_rl.config import load_recipe
     from embodied_rl.train import run
 
     finished = run(load_recipe("pushcube_ppo", [f"log.folder={tmp_path}", "log.progress=false", "evaluate.videos=0"]).recipe)
     summary = json.loads((finished.folder / "evaluation.json").read_text())["summary"]
+    assert summary["overall"]["episodes"] == 100
     assert summary["overall"]["success_once"]["rate"] > 0.8
