@@ -232,7 +232,7 @@ def test_without_a_vulkan_device_one_sentence_says_what_to_install():
 
 @pytest.mark.slow
 def test_ppo_learns_to_push_the_cube_from_state(tmp_path):
-    """The recipe as it is, one seed: a few minutes on one thread."""
+    """The recipe as it is, one seed."""
     from embodied_rl.config import load_recipe
     from embodied_rl.train import run
 
