@@ -262,8 +262,8 @@ class Demonstrations:
                     f"{self.folder}: observation '{name}' has numbers up to {found.high:g}, the env knows them up to "
                     f"{wanted.high:g}; collect a set in this env, or set the env as it was then"
                 )
-        there = Side(f"demonstrations {self.folder}", self._convention or UNKNOWN)
-        return conform(there, Side.of("the env", spec), "collect a set in this env, or set the env as it was then")
+        kept = Side(f"demonstrations {self.folder}", self._convention or UNKNOWN)
+        return conform(kept, Side.of("the env", spec), "collect a set in this env, or set the env as it was then")
 
     def _is_real(self, column: str) -> bool:
         return self.features[column].dtype.startswith("float")

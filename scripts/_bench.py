@@ -18,6 +18,8 @@ from typing import Any
 
 Job = dict[str, Any]
 """Arguments of one measurement: plain data, because it crosses a process border."""
+_failed: list[Job] = []
+"""Measurements of this process that brought nothing; `finish` tells them."""
 
 
 def worker_main(measure: Callable[[Job], dict[str, Any]]) -> None:
@@ -79,6 +81,7 @@ def _run(script: str, job: Job, timeout: float) -> dict[str, Any] | None:
         last = (err.read().strip().splitlines() or ["no output"])[-1]
     why = f"nothing within {timeout:.0f} s" if code is None else f"exit code {code}: {last}"
     print(f"\nno result from {job}: {why}", file=sys.stderr)
+    _failed.append(job)
     return None
 
 
@@ -176,8 +179,14 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def finish(result: dict[str, Any]) -> None:
-    """Print the result as the last line, numbers rounded to four digits."""
+    """Print the result as the last line, numbers rounded to four digits.
+
+    Raises:
+        SystemExit: A measurement failed: the tables hold the others, and whoever started the script is told by its code.
+    """
     print(json.dumps(_round(result)), flush=True)
+    if _failed:
+        sys.exit(f"{len(_failed)} of the measurements failed, see 'no result from' above")
 
 
 def _round(x: Any) -> Any:

@@ -1,18 +1,22 @@
-"""Environment stepping with random actions: the tabletop arm by parts, and the adapters beside other vectorisations.
+"""Environment stepping with random actions: the tabletop arm by parts, and every adapter beside other vectorisations.
 
-    python scripts/bench_envs.py             all, 3 interleaved rounds (about 5 minutes)
-    python scripts/bench_envs.py --quick     about a minute
+    python scripts/bench_envs.py             all, 3 interleaved rounds (about 12 minutes)
+    python scripts/bench_envs.py --quick     about three minutes
+    python scripts/bench_envs.py --only metaworld   the settings whose name holds this word
 
-tabletop-64 is control steps per second of 64 copies, restarts included, with the share of each part. HalfCheetah-v4
-compares the envpool adapter, HalfCheetah-v5 the gymnasium adapter, with Gymnasium's and Stable-Baselines3's
-vectorisations of 32 copies; v4 also with bare envpool: what is missing to 1 there is what the adapter costs.
+tabletop-64 is control steps per second of 64 copies, restarts included, with the share of each part. The other rows are
+one simulation each: the adapter of ours, then the simulator's own vectorisation where it has one, and Gymnasium's and
+Stable-Baselines3's. `ours / this` is the ratio of the medians. Two threads or worker processes simulate in ours, in
+envpool and in mujoco_rollout; gymnasium_async and sb3_subproc have a process for each copy, as they are made.
+mujoco_rollout is physics alone, without observation, reward and restarts: what is missing to 1 there is what these cost.
+ManiSkill and LIBERO are measured where they are installed (LIBERO_ASSETS says where its assets are; more in
+bench_libero.py), and left out with a line where they are not.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -20,10 +24,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from _bench import Job, Parts, finish, machine, measure_all, median, parser, spread, table, worker_main
 
-COPIES = 32
-PEERS = ("gymnasium_sync", "gymnasium_async", "sb3_dummy", "sb3_subproc")
-ADAPTERS = {"HalfCheetah-v4": "envpool", "HalfCheetah-v5": "gymnasium"}
 PARTS = ("physics", "inverse kinematics", "forward kinematics", "reward", "observation", "reset", "rest")
+LIBERO = "LIBERO (libero)"
 
 
 def tabletop(copies: int, threads: int) -> tuple[Any, Parts]:
@@ -46,160 +48,99 @@ def tabletop(copies: int, threads: int) -> tuple[Any, Parts]:
     return env, parts
 
 
-def stepper(env: Any) -> Callable[[], None]:
-    """One control step of an env of ours with a random action, restarts included."""
-    import torch
-
-    from embodied_rl.seeding import start_seeds
-
-    spec, b = env.spec, env.spec.num_envs
-    actions = torch.rand(16, b, *spec.action.shape) * 2 - 1
-    episodes = torch.zeros(b, dtype=torch.int64)
-    copies = torch.arange(b)
-    clock = {"t": 0}
-
-    def reset(mask: torch.Tensor) -> None:
-        env.reset(mask, start_seeds(0, "train", copies, episodes), (copies + episodes) % len(spec.tasks))
-        episodes[mask] += 1
-
-    def step() -> None:
-        result = env.step(actions[clock["t"] % len(actions)])
-        clock["t"] += 1
-        done = result.terminated | result.truncated
-        if bool(done.any()):
-            reset(done)
-
-    reset(torch.ones(b, dtype=torch.bool))
-    return step
-
-
-def adapter(kind: str, env_id: str) -> Callable[[], None]:
-    """One step of an adapter of ours."""
-    import torch
-
-    from embodied_rl.registry import load
-
-    module = load("env", kind)
-    extra = {"threads": 2} if kind == "envpool" else {"resumable": False}
-    env = module.build(module.Config(id=env_id, **extra), num_envs=COPIES, device=torch.device("cpu"), split="train", seed=0)
-    return stepper(env)
-
-
-def peer(name: str, env_id: str) -> Callable[[], None]:
-    """One step of 32 copies by another library."""
-    import numpy as np
-
-    if name == "envpool":
-        import envpool
-
-        env: Any = envpool.make_gymnasium(env_id, num_envs=COPIES, num_threads=2, seed=0)
-    elif name.startswith("gymnasium"):
-        import gymnasium
-
-        env = gymnasium.make_vec(env_id, num_envs=COPIES, vectorization_mode=name.removeprefix("gymnasium_"))
-    else:
-        import gymnasium
-        from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
-
-        kind = DummyVecEnv if name == "sb3_dummy" else SubprocVecEnv
-        # Forked: 32 fresh interpreters would import torch for minutes on a small machine.
-        how = {"start_method": "fork"} if name == "sb3_subproc" else {}
-        env = kind([lambda: gymnasium.make(env_id) for _ in range(COPIES)], **how)
-    env.reset()
-    wide = np.float64 if name == "envpool" else np.float32
-    actions = np.random.default_rng(0).uniform(-1, 1, (16, COPIES, 6)).astype(wide)
-    clock = {"t": 0}
-
-    def step() -> None:
-        env.step(actions[clock["t"] % len(actions)])
-        clock["t"] += 1
-
-    return step
-
-
 def measure(job: Job) -> dict[str, Any]:
-    """Steps per second of one env: the median over blocks of a tenth of the time."""
+    """Steps per second of one env: the median over blocks of 50 steps, in which most simulations restart once."""
     import statistics
 
     import torch
+    from _vector_envs import LIMIT, cases, ours, stepper
 
     torch.set_num_threads(1)
-    parts = None
-    copies = job.get("copies", COPIES)
+    if job["setting"] == LIBERO:
+        import bench_libero
+
+        return bench_libero.measure({"kind": job["env"], "chunk": 1, "copies": job["copies"], "steps": int(10 * job["seconds"]) + 6})
+    parts, copies = None, job["copies"]
     if job["setting"].startswith("tabletop"):
         env, parts = tabletop(copies, threads=2)
         step = stepper(env)
-    elif job["env"] == "ours":
-        step = adapter(ADAPTERS[job["setting"]], job["setting"])
     else:
-        step = peer(job["env"], job["setting"])
-    start = perf_counter()
-    done = 0
-    while perf_counter() - start < 0.2 * job["seconds"] or done < 3:
+        case = cases()[job["setting"]]
+        step = ours(case) if job["env"] == "ours" else case.peers[job["env"]]()
+    for _ in range(3):
         step()
-        done += 1
-    # Whole episodes of the tabletop in every block, so that each pays for its restarts.
-    block = 50 if parts else max(1, int(done * 0.5))
     if parts:
         parts.take()
     speeds, steps, start = [], 0, perf_counter()
     while perf_counter() - start < job["seconds"] or len(speeds) < 3:
         before = perf_counter()
-        for _ in range(block):
+        for _ in range(LIMIT):
             step()
-        speeds.append(block * copies / (perf_counter() - before))
-        steps += block
+        speeds.append(LIMIT * copies / (perf_counter() - before))
+        steps += LIMIT
     result: dict[str, Any] = {"steps_per_s": statistics.median(speeds)}
     if parts:
         result |= {f"{name} ms": seconds / steps * 1e3 for name, seconds in parts.take().items()}
     return result
 
 
-def plan(seconds: float, quick: bool) -> list[Job]:
-    """All measurements of one round."""
+def plan(seconds: float, quick: bool, only: str) -> tuple[list[Job], list[str]]:
+    """All measurements of one round, and what cannot be measured here."""
+    from _vector_envs import cases
+
     jobs: list[Job] = []
+    absent = []
     for copies in (64,) if quick else (16, 64, 256):
         jobs.append({"env": "ours", "setting": f"tabletop-{copies}", "copies": copies, "seconds": seconds})
-    for env_id in ADAPTERS:
-        bare = ("envpool",) if env_id == "HalfCheetah-v4" else ()
-        jobs += [{"env": e, "setting": env_id, "seconds": seconds} for e in ("ours", *bare, *PEERS)]
-    return jobs
+    for name, case in cases().items():
+        if case.installed:
+            jobs += [{"env": e, "setting": name, "copies": case.copies, "seconds": seconds} for e in ("ours", *case.peers)]
+        else:
+            absent.append(name)
+    if "LIBERO_ASSETS" in os.environ:
+        jobs += [{"env": e, "setting": LIBERO, "copies": 2, "seconds": seconds} for e in ("ours", "SubprocVectorEnv")]
+    else:
+        absent.append(LIBERO)
+    return [job for job in jobs if only in job["setting"].lower()], [name for name in absent if only in name.lower()]
 
 
 def report(jobs: list[Job], results: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
     """Print both tables and return the JSON object."""
     out: dict[str, Any] = {}
     rows, shares = [], []
+    speeds = {(job["setting"], job["env"]): median(results[i], "steps_per_s") for i, job in enumerate(jobs)}
     for i, job in enumerate(jobs):
-        speed = median(results[i], "steps_per_s")
-        name = f"ours ({ADAPTERS[job['setting']]})" if job["env"] == "ours" and job["setting"] in ADAPTERS else job["env"]
-        rows.append([name, job["setting"], speed, f"{spread(results[i], 'steps_per_s'):.0%}"])
-        if speed is not None:
-            out.setdefault(job["env"], {})[job["setting"]] = speed
-        if job["setting"].startswith("tabletop") and speed is not None:
+        setting, name = job["setting"], job["env"]
+        speed, our = speeds[setting, name], speeds.get((setting, "ours"))
+        ratio = our / speed if our and speed and name != "ours" else None
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        rows.append([setting, job["copies"], name, speed, f"{spread(results[i], 'steps_per_s'):.0%}", shown])
+        out.setdefault(setting, {})[name] = {"steps_per_s": speed} | ({} if ratio is None else {"ratio": ratio})
+        if setting.startswith("tabletop") and speed is not None:
             ms = {part: median(results[i], f"{part} ms") or 0.0 for part in PARTS}
             around = sum(ms.values()) - ms["physics"]
-            shares.append([job["setting"], *ms.values(), f"{around / ms['physics']:.0%}"])
-            out.setdefault("around_physics", {})[job["setting"]] = around / ms["physics"]
-            out.setdefault("parts_ms", {})[job["setting"]] = ms
-    print(table(["env", "setting", "steps/s", "spread"], rows))
-    print("\nmilliseconds per control step of all copies; the last column is everything else over the physics")
-    print(table(["tabletop", *PARTS, "around"], shares))
-    for name in ("envpool", *PEERS):
-        ratios = {s: out["ours"][s] / v for s, v in out.get(name, {}).items() if s in out.get("ours", {})}
-        if ratios:
-            out[f"ratio_{name}"] = ratios
+            shares.append([setting, *ms.values(), f"{around / ms['physics']:.0%}"])
+            out[setting] |= {"around_physics": around / ms["physics"], "parts_ms": ms}
+    print(table(["setting", "copies", "by", "steps/s", "spread", "ours / this"], rows))
+    if shares:
+        print("\nmilliseconds per control step of all copies; the last column is everything else over the physics")
+        print(table(["tabletop", *PARTS, "around"], shares))
     return out
 
 
 def main() -> None:
     """Measure, print the tables and the JSON line."""
-    args = parser(__doc__).parse_args()
-    jobs = plan(1.0 if args.quick else 3.0, args.quick)
+    options = parser(__doc__)
+    options.add_argument("--only", default="", help="measure the settings whose name holds this word")
+    args = options.parse_args()
+    jobs, absent = plan(1.0 if args.quick else 3.0, args.quick, args.only.lower())
+    if not jobs:
+        options.error(f"no setting that is installed here holds '{args.only}' in its name")
     print(f"stepping with random actions, {machine()}")
+    for name in absent:
+        print(f"left out, because it is not installed here: {name}")
     results = measure_all(__file__, jobs, args.repeats or (1 if args.quick else 3))
-    out = report(jobs, results)
-    finish({"name": "envs", "setting": {"copies": COPIES, "sim_threads": 2}, **out})
+    finish({"name": "envs", "sim_threads": 2, "settings": report(jobs, results)})
 
 
 if __name__ == "__main__":

@@ -227,9 +227,11 @@ def test_without_a_vulkan_device_one_sentence_says_what_to_install():
 
 @pytest.mark.slow
 def test_ppo_learns_to_push_the_cube_from_state(tmp_path):
+    """The recipe as it is, one seed."""
     from embodied_rl.config import load_recipe
     from embodied_rl.train import run
 
     finished = run(load_recipe("pushcube_ppo", [f"log.folder={tmp_path}", "log.progress=false", "evaluate.videos=0"]).recipe)
     summary = json.loads((finished.folder / "evaluation.json").read_text())["summary"]
+    assert summary["overall"]["episodes"] == 100
     assert summary["overall"]["success_once"]["rate"] > 0.8

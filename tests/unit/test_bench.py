@@ -1,6 +1,9 @@
 """What the benchmarks compute with: time by part, medians, spreads."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,28 @@ def test_a_measurement_that_failed_is_left_out_and_none_is_no_number(bench):
     assert bench.median(results, "ms") == 4.0
     assert bench.spread(results, "ms") == 1.0
     assert bench.median([], "ms") is None and bench.spread([], "ms") == 0.0
+
+
+@pytest.mark.parametrize("wrong", [None, "raise RuntimeError('the peer broke')", "print('nothing that is a result'); import os; os._exit(0)"])
+def test_a_script_one_of_whose_measurements_failed_prints_the_rest_and_exits_with_a_code(tmp_path, wrong):
+    script = tmp_path / "bench_it.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+from _bench import finish, measure_all, median, worker_main
+
+def measure(job):
+    if job["env"] == "peer":
+        {wrong or "pass"}
+    return {{"steps_per_s": 3.0}}
+
+worker_main(measure)
+jobs = [{{"env": env}} for env in ("peer", "ours")]
+found = measure_all(__file__, jobs, 2)
+finish({{job["env"]: median(found[i], "steps_per_s") for i, job in enumerate(jobs)}})
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"peer": None if wrong else 3.0, "ours": 3.0}
+    assert done.returncode == (1 if wrong else 0)
+    assert ("2 of the measurements failed" in done.stderr) == bool(wrong)
+    assert ("the peer broke" in done.stderr) == ("broke" in (wrong or ""))
