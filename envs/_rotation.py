@@ -32,18 +32,18 @@ def convert_rotation(rotation: Tensor, pair: tuple[str, str]) -> Tensor:
     return torch.atan2(out.sin(), out.cos()) if pair[1] == "euler_xyz" else out
 
 
-# Warp's Euler angles go round fixed axes: z, y and x in this order are x, y and z of axes that turn along.
+# (Warp's stubs lack two of these functions.) Its Euler angles go round fixed axes: z, y and x in this order are x, y and z of axes that turn along.
 @wp.kernel
 def _to_euler(given: wp.array[wp.vec3], out: wp.array[wp.vec3]) -> None:
     i = wp.tid()
     v = given[i]
-    out[i] = wp.quat_to_euler(wp.quat_from_axis_angle(wp.normalize(v), wp.length(v)), 2, 1, 0)
+    out[i] = wp.quat_to_euler(wp.quat_from_axis_angle(wp.normalize(v), wp.length(v)), 2, 1, 0)  # type: ignore[attr-defined]
 
 
 @wp.kernel
 def _to_axis_angle(given: wp.array[wp.vec3], out: wp.array[wp.vec3]) -> None:
     i = wp.tid()
-    q = wp.quat_from_euler(given[i], 2, 1, 0)
+    q = wp.quat_from_euler(given[i], 2, 1, 0)  # type: ignore[attr-defined]
     if q[3] < 0.0:
         q = -q
     axis, angle = wp.quat_to_axis_angle(q)
