@@ -75,7 +75,8 @@ def make_vector(config: Config, num_envs: int, told: set[str]) -> VectorEnv[Any,
     try:
         return _vector_env(config, make(autoreset_mode=AutoresetMode.DISABLED))
     except ConfigError as error:
-        log.info("%s: its class has no autoreset_mode Disabled (%s), so its own is taken", where_of(config), error)
+        refusal = error.__cause__
+        log.info("%s: its class refuses autoreset_mode Disabled (%s), so its own is taken", where_of(config), refusal)
         return _vector_env(config, make())
 
 
@@ -144,7 +145,7 @@ def _sentences(config: Config, told: set[str], refusals: tuple[type[Exception], 
     except (gym_error.Error, *refusals) as error:
         look = "look at env.kwargs" + (" and env.vector_kwargs" if config.vector_kwargs else "")
         registered = gymnasium.registry.get(config.id.rpartition(":")[2])
-        if registered is not None and registered.entry_point is None:
+        if config.vectorization_mode != "vector_entry_point" and registered and registered.entry_point is None:
             look = "it has a vector env alone, so set env.vectorization_mode: vector_entry_point"
         raise ConfigError(f"{where} cannot be made: {error}; {look}") from error
 

@@ -274,7 +274,7 @@ class VectorizedEnv(Wrapped):
         what = f"{self.where} has autoreset_mode Disabled, but reset(seed=..., options={{'reset_mask': mask}})"
         cure = "restart the copies where the mask is True and no other, or state autoreset_mode SameStep or NextStep"
         try:
-            now = self._seen(self._env.reset(seed=self._seed(seeds), options={"reset_mask": only})[0])
+            now = self._seen(self._env.reset(seed=self._seed(seeds), options={"reset_mask": only.copy()})[0])
         except Exception as error:
             raise CapabilityError(f"{what} raises {type(error).__name__}: {error}; {cure}") from error
         same = np.all([_same(now[n], before[n]) for n in now], axis=0)

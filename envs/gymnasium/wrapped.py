@@ -69,7 +69,7 @@ class Wrapped:
         known = next((key for key in SUCCESS_KEYS if key in info), None)
         self._success = known if config.success_key is None else config.success_key
         self._terms = {k: k.removeprefix("reward_") for k in info if k.startswith("reward_")}
-        self._told = _told(config, example.unwrapped)
+        self._made_of = _made_of(config, example.unwrapped)
         if not reason and not config.resumable:
             reason = "env.resumable is false"
         elif not reason and registered is not None and registered.nondeterministic:
@@ -153,7 +153,9 @@ class Wrapped:
 
     def manifest(self) -> dict[str, Any]:
         """What results depend on: the env's package, and MuJoCo's version and the model's file where there is one."""
-        return self._told
+        package, mujoco_too, more = self._made_of
+        names = {"gymnasium", *importlib.metadata.packages_distributions().get(package, ()), *mujoco_too}
+        return {"id": self.config.id, "kwargs": self.config.kwargs, "packages": installed(sorted(names)), **more}
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -189,15 +191,16 @@ class Wrapped:
             )
 
 
-def _told(config: Config, inner: Any) -> dict[str, Any]:
-    """See `Wrapped.manifest`; who steps the copies changes nothing, unless it is a simulator of its own."""
-    package = type(inner).__module__.split(".")[0]
-    names = {"gymnasium", *importlib.metadata.packages_distributions().get(package, ())}
-    more: dict[str, Any] = {}
+def _made_of(config: Config, inner: Any) -> tuple[str, list[str], dict[str, Any]]:
+    """The env's module, ["mujoco"] if it uses it, and what else a manifest tells.
+
+    Who steps the copies changes nothing, unless it is a simulator of its own.
+    """
+    module, others, more = type(inner).__module__, [], {}
     if isinstance(getattr(inner, "model", None), mujoco.MjModel):
-        names.add("mujoco")
+        others = ["mujoco"]
         file = Path(str(getattr(inner, "fullpath", "")))
         more = {"model": checksum(file.read_bytes())} if file.is_file() else {}
     if config.vectorization_mode == "vector_entry_point":
-        more["class"] = f"{type(inner).__module__}.{type(inner).__qualname__}"
-    return {"id": config.id, "kwargs": config.kwargs, "packages": installed(sorted(names)), **more}
+        more["class"] = f"{module}.{type(inner).__qualname__}"
+    return module.split(".")[0], others, more
