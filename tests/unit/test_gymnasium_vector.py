@@ -257,7 +257,7 @@ def test_no_state_after_an_end_reaches_a_loss(id, mode, reset):
     assert upright(flat.obs["state"]) and not upright(fallen)
     # What was recorded where nothing was decided changes no advantage.
     idle = ~rollout.valid
-    assert bool(idle.any()) == (reset != "SameStep")
+    assert bool(idle.any()) == (reset != "SameStep") and not bool(rollout.mask[idle].any())
     for name in ("value", "next_value", "reward", "logp"):
         getattr(rollout, name)[idle] = float("nan")
     again = CreditChain(algorithm("ppo").credit)(rollout)
