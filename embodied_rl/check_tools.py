@@ -264,6 +264,11 @@ def check_step(step: Step, env: Env, when: str, rows: Tensor | None = None) -> N
         check_tensor(step.invalid, (b,), torch.bool, env.device, f"{when}: invalid")
         going = step.invalid & ~(step.terminated | step.truncated) & rows
         expect(not bool(going.any()), f"{when}: copies {rows_where(going)} are invalid, but their episodes go on")
+    if step.starting is not None:
+        check_tensor(step.starting, (b,), torch.bool, env.device, f"{when}: starting")
+        expect(spec.restarts_itself, f"{when}: starting is given, but spec.restarts_itself is False")
+        busy = step.starting & (step.terminated | step.truncated | (step.reward != 0))
+        expect(not bool(busy.any()), f"{when}: copies {rows_where(busy)} pay or end while their episode has not begun")
     if spec.has_success:
         check_tensor(step.success, (b,), torch.bool, env.device, f"{when}: success")
     else:

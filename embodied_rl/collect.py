@@ -50,6 +50,8 @@ class Executed:
     """[b] bool, see `Step.invalid`; None when nothing can fail."""
     result: Tensor | None = None
     """[b] int64, see `Step.result`; None when the env has none."""
+    starting: Tensor | None = None
+    """[b] bool, see `Step.starting`: nothing was decided here; None when there is none."""
 
 
 def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
@@ -70,6 +72,8 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
         step = env.step(action[:, c], active)
         everyone = active is None
         mask = torch.ones_like(step.terminated) if active is None else active
+        if step.starting is not None:
+            mask, everyone = mask & ~step.starting, False
         terminated, truncated, reward, success = step.terminated, step.truncated, step.reward, step.success
         invalid = None if step.invalid is None else step.invalid & mask
         if not everyone:
@@ -83,7 +87,7 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
             once = None if success is None else success & mask
             steps = mask.to(torch.int64)
             total = Executed(step.obs, reward, steps, terminated, truncated, once, success, metrics, invalid)
-            total.result = step.result
+            total.result, total.starting = step.result, step.starting
             if chunk > 1:
                 # An env may reuse its arrays from step to step.
                 total.reward, total.terminated, total.truncated = reward.clone(), terminated.clone(), truncated.clone()
@@ -205,7 +209,8 @@ class Collector:
         if group_size > 1 and not self.spec.seedable:
             raise CapabilityError(
                 f"collect.group_size {group_size} needs an env that starts the same episode again for the same seed, "
-                "and this one cannot; use group_size: 1 with a method that needs no groups, or the gymnasium env"
+                f"and this one cannot{self.spec.because}; use group_size: 1 with a method that needs no groups, or an "
+                "env that can"
             )
         self.sampler = make_sampler(curriculum or Curriculum(), envs, group_size, run_seed, budgeted=budget is not None)
         self.budget = budget
@@ -411,7 +416,10 @@ class Collector:
             except CapabilityError as error:
                 log.warning("%s", error)
         self.episode_return.zero_(), self.episode_length.zero_(), self.episode_success.zero_()
-        log.warning("this env cannot restore its state: episodes begin anew, so the resumed run is not bit-identical")
+        log.warning(
+            "this env cannot restore its state%s: episodes begin anew, so the resumed run is not bit-identical",
+            self.spec.because,
+        )
         return False
 
     def _restore_generator(self, saved: State | None) -> bool:

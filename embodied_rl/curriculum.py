@@ -177,8 +177,8 @@ class StartPool(TaskSampler):
         assert config.starts is not None
         if not env.seedable:
             raise CapabilityError(
-                f"collect.curriculum.starts ({config.starts}) plays the same starts again, and this env cannot: set "
-                "collect.curriculum.starts: null"
+                f"collect.curriculum.starts ({config.starts}) plays the same starts again, and this env cannot"
+                f"{env.because}: set collect.curriculum.starts: null"
             )
         index = torch.arange(config.starts)
         self.seed = start_seeds(run_seed, "train", torch.full_like(index, POOL), index)

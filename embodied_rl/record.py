@@ -118,6 +118,9 @@ class Record:
             d["result"][t, cols] = executed.result
         if executed.invalid is not None:
             d["invalid"][t, cols] = executed.invalid
+        if executed.starting is not None:
+            d["valid"][t, cols] = ~executed.starting
+            d["mask"][t, cols] &= ~executed.starting.unsqueeze(-1)
         for n, parts in executed.metrics.items():
             if n not in self.metrics:
                 self.metrics[n] = (torch.zeros_like(d["reward"]), torch.zeros_like(d["reward"]))
@@ -139,7 +142,7 @@ class Record:
         if c.mode == "episodes":
             # Whoever has not finished after the last decision is cut there, like at a time limit.
             d["truncated"][t - 1] |= active
-            d["valid"][1:] = ~(d["terminated"] | d["truncated"])[:-1].cummax(0).values
+            d["valid"][1:] &= ~(d["terminated"] | d["truncated"])[:-1].cummax(0).values
             if self.only is not None:
                 d["valid"] &= self.only
             d["mask"] &= d["valid"].unsqueeze(-1)

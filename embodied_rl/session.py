@@ -79,7 +79,8 @@ def build_policy(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Polic
     """Build the recipe's policy for an env; its parameters depend on the recipe's seed only.
 
     Raises:
-        CapabilityError: One decision of the policy is longer than an episode of the env.
+        CapabilityError: One decision of the policy is longer than an episode of the env, or than what its copies can be
+            held to.
     """
     module = registry.load("policy", _type_of(recipe.policy))
     seed_everything(recipe.seed)
@@ -89,6 +90,12 @@ def build_policy(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Polic
             f"a decision of the policy covers {policy.chunk} control steps and an episode of the env has "
             f"{env.max_steps}, so the rest could never be executed: lower the policy's chunk to {env.max_steps}, or "
             "raise env.max_steps"
+        )
+    if env.restarts_itself and policy.chunk > 1:
+        raise CapabilityError(
+            f"a decision of the policy covers {policy.chunk} control steps, and a copy of the env whose episode ends "
+            f"within it cannot wait for the others{env.because}: set the policy's chunk to 1, or use an env whose "
+            "copies wait for their reset"
         )
     return policy
 

@@ -145,6 +145,11 @@ class EnvSpec:
     """Camera names accepted by `render`; empty when the env draws no pictures."""
     control_hz: float | None = None
     """Control steps per second of simulated time."""
+    restarts_itself: bool = False
+    """Its copies begin their next episode when the simulator does, not when `reset` asks for it, so none can wait while
+    others move on. Until it has begun, `reset` and `step` show some finite observation, and `Step.starting` says so."""
+    reason: str = ""
+    """Why it is not seedable or has no state, for messages."""
     on_demand: bool = False
     """`Step.obs` is empty and `observe` gives the observation: for envs whose pictures cost more than a control step.
     Copies that are not active in `step` then stay exactly where they stopped."""
@@ -168,6 +173,11 @@ class EnvSpec:
             able[first : first + copies, list(tasks)] = True
             first += copies
         return able
+
+    @property
+    def because(self) -> str:
+        """The reason in brackets after a blank, or nothing; for messages."""
+        return f" ({self.reason})" if self.reason else ""
 
     @property
     def seen(self) -> dict[str, TensorSpec]:

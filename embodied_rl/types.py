@@ -62,9 +62,8 @@ Split = Literal["train", "eval"]
 class Step:
     """What happened in one control step, for all copies; nothing has been reset yet.
 
-    `obs` is always the state that really followed the action: an env never resets by itself, `collect` asks
-    for it with `reset(mask, ...)`. So there is no "final observation" to keep apart. It is empty where the env gives
-    observations on demand.
+    `obs` is always the state that really followed the action: episodes begin with `reset(mask, ...)`, so there is no
+    "final observation" to keep apart. It is empty where the env gives observations on demand.
     """
 
     obs: Obs
@@ -84,6 +83,8 @@ class Step:
     invalid: Tensor | None = None
     """[B] bool, the judge or the simulator failed: the episode is over (`terminated | truncated` holds too), is left
     out of every mean, baseline and loss, and is counted. None when nothing can fail."""
+    starting: Tensor | None = None
+    """[B] bool, copies that took no action: their episode begins with `obs` or later (`EnvSpec.restarts_itself`)."""
 
 
 @runtime_checkable
@@ -151,8 +152,7 @@ class Env(Protocol):
 class PolicyOutput:
     """One decision for B copies.
 
-    Example, 2 copies of a 3-dimensional Gaussian with chunk 1: units [2, 3], logp [2, 3], action [2, 1, 3],
-    value [2].
+    Example, 2 copies of a 3-dimensional Gaussian, chunk 1: units and logp [2, 3], action [2, 1, 3], value [2].
     """
 
     units: Tensor
@@ -329,8 +329,8 @@ class Rollout:
     mask: Tensor
     """[T, B, A] bool, units that count."""
     valid: Tensor
-    """[T, B] bool, decisions that count: False after the end of an episode that is not restarted, and in all of an
-    episode in which the judge or the simulator failed."""
+    """[T, B] bool, decisions that count: False after the end of an episode that is not restarted, where the copy took
+    none (`Step.starting`), and in all of an episode in which the judge or the simulator failed."""
     reward: Tensor
     """[T, B] unscaled, summed over the executed steps of the chunk."""
     steps: Tensor

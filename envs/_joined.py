@@ -107,6 +107,13 @@ def join(
             report.append(f"the mixture has no {what}, because {', '.join(lacking)} has none")
     if len({s.vocabulary.fingerprint if s.vocabulary else None for s in specs}) > 1:
         raise CapabilityError("mixture: the parts speak different vocabularies, so the same ids would be other words")
+    restless = [n for n, s in zip(names, specs, strict=True) if s.restarts_itself]
+    if restless and rows is None:
+        raise CapabilityError(
+            f"mixture: the copies of {', '.join(restless)} restart by themselves, so they cannot wait while another "
+            "part is played: state copies for every part, and at least one copy for each wherever it is played "
+            "(evaluate.copies)"
+        )
     blocks = None
     if rows is not None:
         of_part = [tuple(i for i, (q, _) in enumerate(tasks) if q == p) for p in range(len(specs))]
@@ -126,6 +133,8 @@ def join(
         cameras=cameras,
         control_hz=specs[0].control_hz if len(clocks) == 1 else None,
         on_demand=any(s.on_demand for s in specs),
+        restarts_itself=bool(restless),
+        reason="; ".join(f"{n}: {s.reason}" for n, s in zip(names, specs, strict=True) if s.reason),
         vocabulary=specs[0].vocabulary,
         task_weights=None if rows is not None or len(set(weights)) == 1 else tuple(weights),
     )

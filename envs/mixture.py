@@ -149,6 +149,9 @@ class MixtureEnv:
             if step.invalid is not None:
                 out.invalid = no.clone() if out.invalid is None else out.invalid
                 _put(out.invalid, rows, here, step.invalid)
+            if step.starting is not None:
+                out.starting = no.clone() if out.starting is None else out.starting
+                _put(out.starting, rows, here, step.starting)
             moved.append({name: zero.clone() for name in step.metrics})
             for name, x in step.metrics.items():
                 _put(moved[-1][name], rows, here, x)

@@ -85,6 +85,7 @@ def spec_of(layouts: Sequence[Layout], num_envs: int) -> EnvSpec:
         tasks=tuple(layout.id for layout in layouts),
         seedable=False,
         has_state=False,
+        reason="envpool seeds its copies once, when they are made, and gives no access to their state",
         has_success=all(layout.success_at is not None for layout in layouts),
     )
 
