@@ -46,7 +46,7 @@ types: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.ready-bench
 	for name in envs scaling ppo vla; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done

@@ -32,8 +32,8 @@ def convert_rotation(rotation: Tensor, pair: tuple[str, str]) -> Tensor:
     return torch.atan2(out.sin(), out.cos()) if pair[1] == "euler_xyz" else out
 
 
-# Warp's stubs lack two of these functions. Its Euler angles go round fixed axes: z, y and x in this order are x, y and z
-# of axes that turn along.
+# Warp's stubs lack two of these functions. Its Euler angles go round fixed axes: z, y and x in this order are x, y and
+# z of axes that turn along.
 @wp.kernel
 def _to_euler(given: wp.array[wp.vec3], out: wp.array[wp.vec3]) -> None:
     i = wp.tid()
