@@ -164,3 +164,8 @@ def gradient(policy: Any) -> Tensor:
 def number(x: Tensor) -> float:
     """The value of a scalar tensor, whether or not it carries a gradient."""
     return float(x.detach())
+
+
+def unwrapped(text: str) -> str:
+    """What was printed, on one line: where a terminal's lines break depends on how long paths are."""
+    return " ".join(text.split())

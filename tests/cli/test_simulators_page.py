@@ -40,7 +40,7 @@ def test_the_vector_env_of_ones_own_keeps_the_contract_and_trains(tmp_path, monk
 
 
 def test_every_key_of_a_spec_is_explained_and_no_other():
-    table = set(re.findall(r"^\| `(\w+)` \|", PAGE.split("What `spec` may say")[1].split("## LIBERO")[0], re.MULTILINE))
+    table = set(re.findall(r"^\| `(\w+)` \|", PAGE.split("What `spec` may say")[1].split("\n## ")[0], re.MULTILINE))
     filled = worker.complete({"observation": {"x": {"shape": [1]}}, "action": {"kind": "discrete", "size": 2}})
     assert table == filled.keys()
 

@@ -237,7 +237,8 @@ frobnicate: 1
             "my.yaml:15: train.env_steps: expected a valid integer, got '1_000_000'; write 1000000",
             "my.yaml:16: collect.copies: unknown key; a dotted key works only on the command line, nest it here",
             "my.yaml:17: frobnicate: unknown key; known: "
-            "algorithm, checkpoint, collect, device, env, evaluate, log, name, policy, reward, seed, start_from, threads, train",
+            "algorithm, checkpoint, collect, device, env, evaluate, log, name, policy, reward, seed, start_despite, "
+            "start_from, threads, train",
             "command line: algorithm.epoch=3: algorithm.epoch: unknown key; did you mean 'epochs'?",
             "command line: train.max_seconds=0: train.max_seconds: expected greater than 0, got 0",
             "command line: evaluate.episodes=1e3: evaluate.episodes: expected a valid integer, got 1000.0; write 1000",

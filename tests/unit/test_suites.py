@@ -14,6 +14,7 @@ from embodied_rl.results import EvaluationResult
 from embodied_rl.seeding import start_seed
 from embodied_rl.suites import Suite, check_suites, evaluation_file, suites_of
 from embodied_rl.video import read_mp4
+from tests.kit import unwrapped
 
 HURRIED = "evaluate.suites.hurried.max_steps=3"
 TRAINING = ("evaluate.every=1", "algorithm.update.lr=0.1")
@@ -94,11 +95,11 @@ def test_a_suite_changes_nothing_of_the_training(pair, toy_run, tmp_path):
 
 def test_evaluating_a_run_by_hand_plays_its_suites_and_compares_them(pair, capsys):
     assert main(["evaluate", str(pair), "--episodes", "6"]) == 0
-    shown = capsys.readouterr().out
+    shown = unwrapped(capsys.readouterr().out)
     assert "second: 6 held-out episodes, greedy" in shown and "second, hurried: 6 held-out episodes" in shown
     assert "A = hurried, B = heldout, on the same starts" in shown
     assert main(["evaluate", str(pair), str(pair), "--episodes", "4"]) == 0
-    assert "do not show a difference" in capsys.readouterr().out
+    assert "do not show a difference" in unwrapped(capsys.readouterr().out)
 
 
 def test_a_recipe_with_suites_survives_the_run_folder(toy):
