@@ -1,4 +1,4 @@
-# make demo        set up .venv; demonstrations, imitation, then PPO from pictures and words (under 25 minutes on 2 cores)
+# make demo        set up .venv; demonstrations, imitation, then PPO from pictures and words (some 25 minutes on 2 cores)
 # make demo-state  one policy learns three tabletop tasks from the simulator's state (under 15 minutes)
 # make demo-text   a real language model learns arithmetic and letter counting (under 30 minutes)
 # make test        set up .venv with the test tools; lint, types and the default test suite

@@ -68,7 +68,7 @@ def gaussian_classes(place: Tensor, bins: int, std: float) -> Tensor:
 def median_class(logits: Tensor) -> Tensor:
     """First class with which at least half of the mass is reached: logits [..., K] -> [...] int64."""
     mass = torch.softmax(logits, dim=-1).cumsum(-1)
-    return (mass < 0.5).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return (mass < 0.5).sum(-1)
 
 
 class TokenPolicy(VlaPolicy):

@@ -240,11 +240,11 @@ def bare_rollout(copies: int) -> Stepper:
     mujoco.mj_getState(model, data[0], state[0], mujoco.mjtState.mjSTATE_FULLPHYSICS)
     state[:] = state[0]
     control = np.random.default_rng(0).uniform(-0.1, 0.1, (copies, FRAME_SKIP, model.nu))
-    engine, seen_ = Rollout(nthread=THREADS), {"state": state}
+    engine, now = Rollout(nthread=THREADS), {"state": state}
 
     def step() -> None:
-        states, _ = engine.rollout([model] * copies, data, seen_["state"], control)
-        seen_["state"] = states[:, -1]
+        states, _ = engine.rollout([model] * copies, data, now["state"], control)
+        now["state"] = states[:, -1]
 
     return step
 

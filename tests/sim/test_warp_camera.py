@@ -116,7 +116,7 @@ def test_threads_side_by_side_draw_what_one_draws(camera, threads):
 
 
 def test_only_one_context_at_a_time_draws_its_first_picture(monkeypatch):
-    """MuJoCo Warp generates a kernel then; two at once came out wrong in some ten of a hundred cameras."""
+    """MuJoCo Warp generates a kernel then; two at once came out wrong in 10 to 37 of a hundred cameras."""
     alone, render = [], modules.mjw.render
 
     def watched(*args):
