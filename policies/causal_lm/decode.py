@@ -130,8 +130,8 @@ class Prefill:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """See `Packed.attend`."""
         count = self.cache.contexts
-        places = torch.arange(int(count.max()), device=count.device)
-        at = ((count.cumsum(0) - count)[:, None] + places).masked_fill(places >= count[:, None], 0)
+        beyond = torch.arange(int(count.max()), device=count.device) >= count[:, None]
+        at = self.packed.contexts[:, : beyond.shape[1]].masked_fill(beyond, 0)
         # Small products of bf16 matrices are slower on a CPU than those of float32.
         dtype = torch.float32 if key.device.type == "cpu" else value.dtype
         rows = [x.to(dtype)[at].transpose(1, 2).contiguous() for x in (key, value)]

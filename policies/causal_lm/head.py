@@ -14,47 +14,51 @@ AT_ONCE = 2**25
 
 
 class TokenLogp(torch.autograd.Function):
-    """Log-probability and entropy of tokens, never holding more than some rows of logits.
+    """Log-probabilities of tokens and entropies of states, never holding more than some rows of logits.
 
     z = h W^T,  logp = z[id] - lse(z),  H = lse(z) - sum_v p_v z_v
     d logp / dz_v = 1[v = id] - p_v,  dH / dz_v = -p_v (log p_v + H)
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, state: Tensor, ids: Tensor, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         """See `token_logp`."""
         rows = max(1, AT_ONCE // len(weight))
-        keep = len(hidden) * len(weight) <= KEEP
-        logp, spread, kept = [], [], []
-        for h, i in zip(hidden.split(rows), ids.split(rows), strict=True):
+        keep = len(hidden) * len(weight) <= KEEP and ctx.needs_input_grad[0]
+        logp, spread, kept = hidden.new_empty(len(ids)), [], []
+        for start, h in zip(range(0, len(hidden), rows), hidden.split(rows), strict=True):
+            here = _within(state, start, rows)
             z = h @ weight.T
             lse = z.logsumexp(-1, keepdim=True)
-            logp.append((z.gather(-1, i[:, None]) - lse).squeeze(-1))
+            row = state[here] - start
+            logp[here] = z[row, ids[here]] - lse[row, 0]
             if entropy:
                 p = (z - lse).exp_()
                 spread.append(lse.squeeze(-1) - z.mul_(p).sum(-1))
-            elif keep and ctx.needs_input_grad[0]:
+            elif keep:
                 p = z.sub_(lse).exp_()
-            if keep and ctx.needs_input_grad[0]:
+            if keep:
                 kept.append(p)
-        out = torch.cat(logp)
-        h_out = torch.cat(spread) if entropy else out.new_zeros(())
-        ctx.save_for_backward(hidden, weight, ids, h_out, *kept)
+        h_out = torch.cat(spread) if entropy else logp.new_zeros(())
+        ctx.save_for_backward(hidden, weight, state, ids, h_out, *kept)
         ctx.rows = rows
         # An entropy that is only looked at has no gradient, and its logarithms are not taken.
         ctx.set_materialize_grads(False)
-        return out, h_out
+        return logp, h_out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor | None, None, None, None]:
         """Gradients of the hidden states and, where they are trained, of the weights."""
-        hidden, weight, ids, spread, *kept = ctx.saved_tensors
+        hidden, weight, state, ids, spread, *kept = ctx.saved_tensors
         of_logp, of_entropy = gradients
+        of_state = None if of_logp is None else of_logp.new_zeros(len(hidden)).index_add_(0, state, of_logp)
         into_hidden = torch.empty_like(hidden)
         into_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for n, start in enumerate(range(0, len(hidden), ctx.rows)):
             cut = slice(start, start + ctx.rows)
-            h, g = hidden[cut], 0.0 if of_logp is None else of_logp[cut, None]
+            h, g = hidden[cut], 0.0 if of_state is None else of_state[cut, None]
             p = kept[n].clone() if kept else torch.softmax(h @ weight.T, dim=-1)
             if of_entropy is not None:
                 e = of_entropy[cut, None]
@@ -62,19 +66,28 @@ class TokenLogp(torch.autograd.Function):
             else:
                 dz = p.mul_(-g)
             if of_logp is not None:
-                dz.scatter_add_(-1, ids[cut, None], of_logp[cut, None])
+                here = _within(state, start, ctx.rows)
+                dz.index_put_((state[here] - start, ids[here]), of_logp[here], accumulate=True)
             torch.mm(dz, weight, out=into_hidden[cut])
             if into_weight is not None:
                 into_weight.addmm_(dz.T, h)
-        return into_hidden, into_weight, None, None
+        return into_hidden, into_weight, None, None, None
 
 
-def token_logp(hidden: Tensor, weight: Tensor, ids: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of tokens under softmax(h W^T).
+def _within(state: Tensor, start: int, rows: int) -> Tensor:
+    """Indices of the tokens whose states are among `rows` from `start` on."""
+    return ((state >= start) & (state < start + rows)).nonzero().flatten()
+
+
+def token_logp(
+    hidden: Tensor, weight: Tensor, state: Tensor, ids: Tensor, *, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of tokens under softmax(h W^T), of which several may follow the same state.
 
     Args:
-        hidden: [M, D] float32, divided by the temperature already.
+        hidden: [S, D] float32, divided by the temperature already.
         weight: [V, D] float32.
+        state: [M] int64, the row of `hidden` that each token follows.
         ids: [M] int64.
         entropy: Whether to compute it.
 
@@ -82,5 +95,5 @@ def token_logp(hidden: Tensor, weight: Tensor, ids: Tensor, *, entropy: bool) ->
         logp: [M].
         entropy: [M], None when not asked for.
     """
-    logp, spread = TokenLogp.apply(hidden, weight, ids, entropy)
-    return logp, spread if entropy else None
+    logp, spread = TokenLogp.apply(hidden, weight, state, ids, entropy)
+    return logp, spread[state] if entropy else None

@@ -1,16 +1,16 @@
 """Rows of tokens of different lengths as one long row without padding, in which equal beginnings stand once.
 
-    contexts [c c c c] [d d]          replies a a a, a b and e e f, of which a, b continue c and e continues d
-    packed   c c c c | d d | a a a | b | e e f
+    contexts [s s c c] [s s d]        replies a a a, a b and e e f, of which a, b continue c and e continues d
+    packed   s s c c | d | a a a | b | e e f
 
 Linear layers see the packed row. Attention is computed in blocks of rows of similar length, whose queries and keys are
-gathered from it: a reply's keys are those of its context and of what it has in common with an earlier reply, wherever
-that stands, and its own.
+gathered from it: a context's keys are what it has in common with an earlier context, wherever that stands, and its own;
+a reply's are those of its context, what it has in common with an earlier reply to it, and its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,7 +92,7 @@ class Block:
     key: Tensor
     """[R, K] int64"""
     mask: Tensor
-    """[R, Q, K] bool, which key each query may see; the first for every query, so that no softmax is over nothing."""
+    """[R, Q, K] bool, which key each query may see; all see the row's own first, so that no softmax is over nothing."""
 
 
 @dataclass
@@ -106,6 +106,8 @@ class Packed:
     blocks: list[Block]
     back: Tensor
     """[T] int64, where each token's attention stands among the queries of all blocks, one block after the other."""
+    contexts: Tensor
+    """[G, P] int64, where each token of the contexts stands; anything beyond their ends."""
     source: Tensor
     """[N, A] int64, the token whose hidden state predicts each unit; 0 where there is none."""
     last: Tensor
@@ -148,11 +150,35 @@ class Packed:
         return F.embedding(self.back, torch.cat(outs) if len(outs) > 1 else outs[0])
 
 
+@dataclass
+class Seats:
+    """Where rows of tokens stand in the packed row, those that an earlier row has in common once."""
+
+    own: Tensor
+    """[N, L] bool, the tokens that no earlier row has said."""
+    begin: Tensor
+    """[N] int64, place of the first of them."""
+    alone: Tensor
+    """[N] int64, how many they are: those from some token of the row on."""
+    stands: Tensor
+    """[N, L] int64, place of every token that counts."""
+
+    @classmethod
+    def of(cls, group: Tensor, tokens: Tensor, counts: Tensor, first: int) -> Seats:
+        """Seats from the place `first` on; rows have something in common within a group only (see `owners`)."""
+        owner = owners(group, tokens, counts)
+        own = counts & (owner == torch.arange(len(tokens), device=tokens.device)[:, None])
+        alone = own.sum(1)
+        begin = first + alone.cumsum(0) - alone
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return cls(own, begin, alone, (begin - counts.sum(1) + alone)[owner] + places)
+
+
 def pack(contexts: Tensor, group: Tensor, units: Tensor, kernel: Kernel = "sdpa") -> Packed:
     """Lay contexts and their continuations in one row.
 
-    The last token of a reply predicts nothing that counts, so it is left out; what replies to one context have in
-    common at their beginning stands once.
+    The last token of a reply predicts nothing that counts, so it is left out; what contexts, and what replies to one
+    context, have in common at their beginning stands once.
 
     Args:
         contexts: [G, P] int64 with PAD.
@@ -161,64 +187,60 @@ def pack(contexts: Tensor, group: Tensor, units: Tensor, kernel: Kernel = "sdpa"
         kernel: How attention is computed.
 
     Returns:
-        packed: T = tokens of all contexts + tokens of all replies - N - tokens that an earlier reply has in common.
+        packed: T = tokens of all contexts + tokens of all replies - N - tokens that an earlier row has in common.
     """
     device = contexts.device
     of_context, of_reply = lengths(contexts), (lengths(units) - 1).clamp(min=0)
-    start = of_context.cumsum(0) - of_context
-    total = int(of_context.sum())
     places = torch.arange(max(contexts.shape[1], units.shape[1]), device=device)
-    inside = places[: units.shape[1]] < of_reply[:, None]
-    owner = owners(group, units, inside)
-    own = inside & (owner == torch.arange(len(units), device=device)[:, None])
-    alone = own.sum(1)
-    common = of_reply - alone
-    reply = total + alone.cumsum(0) - alone
-    stands = (reply - common)[owner] + places[: units.shape[1]]  # [N, A], of each token that is inside
-    counts = contexts != PAD
-    ids = torch.cat([contexts[counts], units[own]])
+    asked = Seats.of(torch.zeros_like(of_context), contexts, contexts != PAD, 0)
+    replied = Seats.of(group, units, places[: units.shape[1]] < of_reply[:, None], int(asked.alone.sum()))
+    ids = torch.cat([contexts[asked.own], units[replied.own]])
     positions = torch.cat(
         [
-            places[: contexts.shape[1]].expand_as(contexts)[counts],
-            (of_context[group][:, None] + places[: units.shape[1]])[own],
+            places[: contexts.shape[1]].expand_as(contexts)[asked.own],
+            (of_context[group][:, None] + places[: units.shape[1]])[replied.own],
         ]
     )
-    last = start + of_context - 1
+    last = asked.stands.gather(1, of_context[:, None] - 1).squeeze(1)
     source = torch.zeros_like(units)
     if units.shape[1]:
-        source = torch.cat([last[group][:, None], stands[:, :-1]], dim=1)
+        source = torch.cat([last[group][:, None], replied.stands[:, :-1]], dim=1)
         source = source.masked_fill(units == PAD, 0)
+
+    def conversations(rows: Tensor, longest: int) -> Tensor:
+        """[R, longest] places of the tokens of replies and of the contexts before them, from the first on."""
+        far, context = torch.arange(longest, device=device), of_context[group[rows]][:, None]
+        before = asked.stands[group[rows]][:, :longest]
+        before = F.pad(before, (0, longest - before.shape[1]))
+        said = replied.stands[rows].gather(1, (far - context).clamp(0, units.shape[1] - 1))
+        return torch.where(far < context, before, said)
+
     blocks, back, done = [], torch.zeros_like(ids), 0
-    jobs = [(start, of_context, None)] + ([(reply, alone, group)] if len(units) else [])
-    for begin, count, whose in jobs:
-        before = torch.zeros_like(count) if whose is None else of_context[whose] + common
-        for rows in similar(count.tolist(), before.tolist()):
-            r = torch.tensor(rows, device=device)
-            n = int(count[r].max())
-            ahead = None
-            if whose is not None:
-                far, context = torch.arange(int(before[r].max()), device=device), of_context[whose[r]][:, None]
-                said = stands[r].gather(1, (far - context).clamp(0, units.shape[1] - 1))
-                ahead = (torch.where(far < context, start[whose[r]][:, None] + far, said), before[r])
-            block = _block(begin[r], count[r], places[:n], ahead)
-            real = places[:n] < count[r][:, None]
+    jobs: list[tuple[Seats, Tensor, Callable[[Tensor, int], Tensor]]] = [
+        (asked, of_context - asked.alone, lambda rows, longest: asked.stands[rows][:, :longest])
+    ]
+    if len(units):
+        jobs.append((replied, of_context[group] + of_reply - replied.alone, conversations))
+    for seats, before, line in jobs:
+        for some in similar(seats.alone.tolist(), before.tolist()):
+            r = torch.tensor(some, device=device)
+            count, ahead = seats.alone[r], before[r]
+            block = _block(seats.begin[r], count, places[: int(count.max())], line(r, int(ahead.max())), ahead)
+            real = places[: int(count.max())] < count[:, None]
             back[block.query[real]] = done + torch.arange(real.numel(), device=device).view_as(real)[real]
             done += real.numel()
             blocks.append(block)
-    return Packed(ids, positions, blocks, back, source, last, kernel)
+    return Packed(ids, positions, blocks, back, asked.stands, source, last, kernel)
 
 
-def _block(begin: Tensor, count: Tensor, places: Tensor, ahead: tuple[Tensor, Tensor] | None) -> Block:
-    """The block of rows that begin at `begin` [R] and have `count` [R] tokens; ahead of them keys [R, F], count [R]."""
+def _block(begin: Tensor, count: Tensor, places: Tensor, far: Tensor, length: Tensor) -> Block:
+    """Rows [R] that begin at `begin` and have `count` tokens; before them keys `far` [R, F], `length` of them real."""
     own = (begin[:, None] + places).masked_fill(places >= count[:, None], 0)
     seen = (places <= places[:, None]) & (places < count[:, None, None])  # [R, Q, Q]
-    key = own
-    if ahead is not None:
-        far, length = ahead
-        before = torch.arange(far.shape[1], device=begin.device) < length[:, None]
-        key = torch.cat([far.masked_fill(~before, 0), own], dim=1)
-        seen = torch.cat([before[:, None].expand(-1, len(places), -1), seen], dim=2)
-    seen[:, :, 0] = True
+    before = torch.arange(far.shape[1], device=begin.device) < length[:, None]
+    key = torch.cat([far.masked_fill(~before, 0), own], dim=1)
+    seen = torch.cat([before[:, None].expand(-1, len(places), -1), seen], dim=2)
+    seen[:, :, far.shape[1]] = True
     return Block(own, key, seen)
 
 

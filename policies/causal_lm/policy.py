@@ -172,10 +172,13 @@ class CausalLM(nn.Module):
         packed = pack(contexts, group, units, self.config.attention)
         hidden = self._hidden(packed.ids, packed.positions, packed)
         counts = units != PAD
-        seen = hidden[packed.source[counts]].float()
+        # Replies that begin alike go on from the same states, whose logits are made once.
+        places, state = packed.source[counts].unique(return_inverse=True)
+        seen = hidden[places].float()
         with torch.autocast(seen.device.type, enabled=False):
-            cold = self._temperature().expand(units.shape)[counts].unsqueeze(-1)
-            logp, spread = token_logp(seen / cold, self._head(), units[counts], entropy=entropy)
+            cold = self._temperature().expand(units.shape)[counts]
+            cold = cold.new_empty(len(places)).index_copy_(0, state, cold).unsqueeze(-1)
+            logp, spread = token_logp(seen / cold, self._head(), state, units[counts], entropy=entropy)
 
         def lay(x: Tensor) -> Tensor:
             return x.new_zeros(units.shape).masked_scatter(counts, x)
@@ -183,7 +186,7 @@ class CausalLM(nn.Module):
         value = None
         if self.has_critic:
             level = self.config.critic.level
-            value = lay(self._judge(seen)) if level == "unit" else self._judge(hidden[packed.last])[group]
+            value = lay(self._judge(seen)[state]) if level == "unit" else self._judge(hidden[packed.last])[group]
         return Evaluation(lay(logp), None if spread is None else lay(spread), value)
 
     def encode(self, action: Tensor) -> tuple[Tensor, Tensor]:

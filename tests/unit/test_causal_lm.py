@@ -239,15 +239,17 @@ def test_a_shelf_is_found_by_cumulative_probability():
 
 def test_logits_in_pieces_give_what_they_give_at_once(monkeypatch):
     torch.manual_seed(0)
-    h, w, ids = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64), torch.arange(7)
+    h, w = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    # The third state is followed by two tokens, one of them twice; nothing follows the fifth.
+    state, ids = torch.tensor([2, 0, 1, 2, 3, 5, 6, 2]), torch.tensor([4, 0, 1, 2, 3, 10, 6, 4])
     for keep, at_once in ((2**20, 2**20), (2**20, 22), (0, 22)):
         monkeypatch.setattr(head, "KEEP", keep), monkeypatch.setattr(head, "AT_ONCE", at_once)
         x, y = h.clone().requires_grad_(), w.clone().requires_grad_()
-        assert torch.autograd.gradcheck(lambda a, b: head.TokenLogp.apply(a, b, ids, True), (x, y))
+        assert torch.autograd.gradcheck(lambda a, b: head.TokenLogp.apply(a, b, state, ids, True), (x, y))
         for one in (0, 1):  # the other has no gradient
-            assert torch.autograd.gradcheck(lambda a, b, one=one: head.TokenLogp.apply(a, b, ids, True)[one], (x, y))
-        logp, entropy = head.token_logp(x, y, ids, entropy=True)
-        exact = torch.distributions.Categorical(logits=h @ w.T)
+            assert torch.autograd.gradcheck(lambda a, b, one=one: head.TokenLogp.apply(a, b, state, ids, True)[one], (x, y))
+        logp, entropy = head.token_logp(x, y, state, ids, entropy=True)
+        exact = torch.distributions.Categorical(logits=(h @ w.T)[state])
         torch.testing.assert_close(logp, exact.log_prob(ids))
         torch.testing.assert_close(entropy, exact.entropy())
 
@@ -260,8 +262,31 @@ def test_packing_leaves_no_padding_and_computes_equal_beginnings_once(llama):
     assert len(each) == 4 and torch.equal(each[group], obs)
     rows = [(c, [i for i in u if i != PAD][:-1]) for c, u in zip(obs.tolist(), units.tolist(), strict=True)]
     beginnings = {(tuple(c), *u[: t + 1]) for c, u in rows for t in range(len(u))}
-    assert len(packed.ids) == int((each != PAD).sum()) + len(beginnings)
+    asked = {tuple(c[: t + 1]) for c in each.tolist() for t in range(len(c)) if c[t] != PAD}
+    assert len(packed.ids) == len(asked) + len(beginnings)
     assert (packed.ids >= 0).all()
+
+
+def test_contexts_that_begin_alike_are_computed_once_up_to_where_they_part(llama):
+    policy, env = make(llama, length=6)
+    obs = torch.full((5, contexts(env)["context"].shape[1]), PAD)
+    said = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 4], [5, 6, 9], [3, 6]]  # the first is the beginning of the third
+    for row, tokens in zip(obs, said, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    units = torch.tensor([
+        [4, 7, 7, PAD, PAD, PAD], [8, 3, 3, 3, PAD, PAD], [7, 7, 9, 9, 9, 9], [8, 3, 5, PAD, PAD, PAD], [6, 6, PAD, PAD, PAD, PAD],
+    ])  # fmt: skip
+    packed = pack.pack(*pack.distinct(obs), units)
+    # Contexts, then replies: what the first says to its context is not shared with the third's context, which says the same.
+    assert packed.ids.tolist() == [5, 6, 7, 8, 9, 4, 3, 6, *[4, 7], *[8, 3, 3], *[7, 7, 9, 9, 9], *[6]]
+    wanted = by_transformers(unchanged(policy, llama), obs, units)
+    found = policy.evaluate({"context": obs}, units)
+    torch.testing.assert_close(found.logp, wanted[0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found.entropy, wanted[1], atol=2e-5, rtol=1e-5)
+    # Generation fills its cache from the same packing.
+    greedy = policy.act({"context": obs}, generator=None, greedy=True).units
+    alone = torch.cat([policy.act({"context": row[None]}, generator=None, greedy=True).units for row in obs])
+    assert torch.equal(greedy, alone)
 
 
 def test_replies_that_begin_alike_are_computed_once_up_to_where_they_part(llama):
