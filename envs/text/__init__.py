@@ -40,7 +40,7 @@ class Config(Section):
     """Folder (or Hugging Face name) of the model that replies; only its tokenizer and chat template are read."""
     tasks: tuple[str | dict[str, Any], ...] = Field(("arithmetic",), min_length=1)
     """Tasks side by side in one batch: names, or with settings as in {task: arithmetic, name: sums, digits: [3, 3]},
-    where `name` is how metrics call it."""
+    where `name` is how metrics call it and `weight` (1 without it) how often training plays it beside the others."""
     max_context: int = Field(160, ge=1)
     """Most tokens of a conversation that the policy is shown; a longer question is refused, a longer conversation
     ends."""

@@ -98,7 +98,7 @@ class TextEnv:
         """
         self.config, self.device = config, device
         self.tasks = [build_task(entry) for entry in config.tasks]
-        names = tuple(read_entry(entry)[1] for entry in config.tasks)
+        _, names, weights, _ = zip(*map(read_entry, config.tasks), strict=True)
         self._check_use(config)
         self.speech = Speech(config.model, config.system)
         vocabulary, speaks = self.speech.vocabulary, any(task.speaks for task in self.tasks)
@@ -112,6 +112,7 @@ class TextEnv:
             num_envs=num_envs,
             max_steps=config.max_turns if speaks else 1,
             tasks=names,
+            task_weights=None if len(set(weights)) == 1 else weights,
             seedable=True,
             has_state=True,
             has_success=True,

@@ -98,6 +98,8 @@ def test_a_question_longer_than_the_context(model):
         ("[arithmetik]", "task 'arithmetik' does not exist; did you mean 'arithmetic'?"),
         ("[arithmetic, arithmetic]", "two tasks are called 'arithmetic': give one of them another name"),
         ("[{name: x}]", "does not say which task"),
+        ("[{task: arithmetic, weight: 0}]", "weight must be a number above 0"),
+        ("[{task: arithmetic, weight: often}]", "weight must be a number above 0"),
         ("[{task: arithmetic, digit: 3}]", "task 'arithmetic': digit (3): Extra inputs are not permitted"),
         ("[{task: arithmetic, digits: [3, 1]}]", "digits (3, 1) must be two numbers from 1 to 9"),
         ("[reasoning_gym]", "task 'reasoning_gym': dataset"),

@@ -11,6 +11,7 @@ import torch
 from embodied_rl import registry
 from embodied_rl.check_env import spec_is_coherent, wrong_actions_are_refused
 from embodied_rl.check_tools import EnvCase, differing, examine
+from embodied_rl.curriculum import Curriculum, StartPool, TaskSampler
 from embodied_rl.envs.text.calculation import evaluate
 from embodied_rl.envs.text.env import overlong_cost
 from embodied_rl.envs.text.task import Question, held_out
@@ -95,6 +96,17 @@ def test_a_right_reply_is_paid_1_and_a_wrong_one_0(model):
         f"question: {env._copies[0].question.text}\nreply: {a[0]}\nright answer: {a[0]}\nscore 1",
         f"question: {env._copies[2].question.text}\nreply: {int(a[2]) + 1}\nright answer: {a[2]}\nscore 0",
     ]
+
+
+def test_a_task_of_weight_3_is_played_three_times_as_often(model):
+    tasks = [{"task": "arithmetic", "name": "sums", "weight": 3}, {"task": "arithmetic", "name": "long", "digits": [3, 3]}]
+    spec = make(model, tasks).spec
+    assert spec.task_weights == (3.0, 1.0) and spec.tasks == ("sums", "long")
+    seed, task = TaskSampler(Curriculum(), spec).begin(torch.arange(4000), torch.zeros(4000, dtype=torch.int64))
+    assert 0.72 < float((task == 0).float().mean()) < 0.78
+    pool = StartPool(Curriculum(kind="success", starts=400), spec)
+    assert 0.67 < float((pool.task == 0).float().mean()) < 0.83
+    assert make(model, [t | {"weight": 2} for t in tasks]).spec.task_weights is None
 
 
 def test_idle_copies_are_left_alone(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -27,16 +28,17 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def read_entry(entry: Entry) -> tuple[str, str, dict[str, Any]]:
+def read_entry(entry: Entry) -> tuple[str, str, float, dict[str, Any]]:
     """Take an entry apart.
 
     Returns:
         kind: A built-in name, a dotted module or a `.py` file.
         name: How metrics call the task.
+        weight: How often training plays it, beside the others.
         settings: Of its Config.
 
     Raises:
-        ValueError: A mapping without `task`, or a name that is no text.
+        ValueError: A mapping without `task`, a name that is no text, or a weight that is no number above 0.
     """
     settings = {"task": entry} if isinstance(entry, str) else dict(entry)
     kind = settings.pop("task", None)
@@ -45,6 +47,9 @@ def read_entry(entry: Entry) -> tuple[str, str, dict[str, Any]]:
     name = settings.pop("name", None)
     if name is not None and (not isinstance(name, str) or not name):
         raise ValueError(f"{entry}: name must be a text")
+    weight = settings.pop("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ValueError(f"{entry}: weight must be a number above 0")
     default = kind
     if kind.startswith(GYM):
         kind, settings = "reasoning_gym", {"dataset": kind.removeprefix(GYM), **settings}
@@ -53,7 +58,7 @@ def read_entry(entry: Entry) -> tuple[str, str, dict[str, Any]]:
         kind, settings = "questions", {"path": kind, **settings}
     elif kind.endswith(".py"):
         default = PurePath(kind).stem
-    return kind, name or default, settings
+    return kind, name or default, float(weight), settings
 
 
 def check_entry(entry: Entry) -> str:
@@ -62,7 +67,7 @@ def check_entry(entry: Entry) -> str:
     Raises:
         ValueError: No such built-in task, or settings that it refuses.
     """
-    kind, name, settings = read_entry(entry)
+    kind, name, _, settings = read_entry(entry)
     if "." not in kind:
         try:
             _configure(_module(kind), kind, settings)
@@ -77,7 +82,7 @@ def build_task(entry: Entry) -> Task:
     Raises:
         UserError: It does not exist, refuses its settings, or needs a package that is not installed.
     """
-    kind, _, settings = read_entry(entry)
+    kind, _, _, settings = read_entry(entry)
     module = _module(kind)
     config = _configure(module, kind, settings)
     try:
