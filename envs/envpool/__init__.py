@@ -78,14 +78,13 @@ def build(
         raise ConfigError(f"env envpool: instructions has a sentence for '{unknown[0]}'{nearest(unknown[0], ids)}")
     layouts = [_layout(config, id) for id in ids]
 
-    def make(layout: Layout, copies: int, first: int) -> EnvpoolEnv:
+    def make(layout: Layout, copies: int, first: int) -> Any:
         size = {"num_envs": copies, "num_threads": config.threads, "seed": (seed + first) % 2**31}
-        pool = _refused(_where(layout.id), envpool.make_gymnasium, layout.id, _settings(config) | size)
-        return EnvpoolEnv(layout, pool, device)
+        return _refused(_where(layout.id), envpool.make_gymnasium, layout.id, _settings(config) | size)
 
     told = {"ids": list(ids), "settings": _settings(config), "packages": installed(["envpool"])}
     if len(layouts) == 1:
-        env: EnvpoolEnv | EnvpoolTasks = make(layouts[0], num_envs, 0)
+        env: EnvpoolEnv | EnvpoolTasks = EnvpoolEnv(layouts[0], make(layouts[0], num_envs, 0), device)
     else:
         env = EnvpoolTasks(_agreed(layouts), make, num_envs, device)
     env.told = told
