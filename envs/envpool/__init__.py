@@ -55,9 +55,7 @@ class Config(Section):
     """Log the parts of the reward that the env reports; costs a few microseconds per step."""
 
 
-def build(
-    config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int
-) -> EnvpoolEnv | EnvpoolTasks:
+def build(config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int) -> EnvpoolEnv | EnvpoolTasks:
     """Make one pool, or pools of several ids.
 
     Args:
