@@ -21,6 +21,7 @@ class Pooled:
     def __init__(self, layouts: Sequence[Layout], num_envs: int, device: torch.device, where: str) -> None:
         """Nothing seen yet."""
         self.where, self.device, self._b = where, device, num_envs
+        self._on_cpu = device.type == "cpu"
         self.spec = spec_of(layouts, num_envs)
         self.told: dict[str, Any] = {}
         self._terms = tuple(layouts[0].terms)
@@ -68,48 +69,58 @@ class Pooled:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _result(self, given: Given | None, copies: Array | None) -> Step:
+    def _result(self, given: Given, copies: Array | None = None) -> Step:
         """The step in which these copies moved (None: all, in order) and gave this; the others have 0 and False."""
-        if given is None:
-            no = np.zeros(0, bool)
-            given = Given({}, np.zeros(0, np.float32), no, no, no if self.spec.has_success else None, {})
-            given.terms.update(dict.fromkeys(self._terms, given.reward))
-        self._look(given.obs, copies)
+        if copies is not None:
 
-        def column(x: Array) -> Tensor:
-            if copies is not None:
-                everyone = np.zeros(self._b, x.dtype)
-                everyone[copies] = x
-                x = everyone
-            return torch.from_numpy(x).to(self.device)
+            def everyone(x: Array) -> Array:
+                whole = np.zeros(self._b, x.dtype)
+                whole[copies] = x
+                return whole
 
+            success = None if given.success is None else everyone(given.success)
+            ends = everyone(given.terminated), everyone(given.truncated)
+            terms = {name: everyone(x) for name, x in given.terms.items()}
+            given = Given(self._spread(given.obs, copies), everyone(given.reward), *ends, success, terms)
+        self._seen = given.obs
+        tensor = self._tensor
         return Step(
-            obs=self._shown(),
-            reward=column(given.reward),
-            terminated=column(given.terminated),
-            truncated=column(given.truncated),
-            success=None if given.success is None else column(given.success),
-            metrics={name: column(x) for name, x in given.terms.items()},
+            self._shown(),
+            tensor(given.reward),
+            tensor(given.terminated),
+            tensor(given.truncated),
+            None if given.success is None else tensor(given.success),
+            {name: tensor(x) for name, x in given.terms.items()},
         )
 
-    def _look(self, obs: dict[str, Array], copies: Array | None) -> None:
-        """Take over what these copies see (None: all, in order).
+    def _idle(self) -> Step:
+        """A step in which no copy was active."""
+        zero, no = np.zeros(0, np.float32), np.zeros(0, bool)
+        nothing = Given({}, zero, no, no, no if self.spec.has_success else None, dict.fromkeys(self._terms, zero))
+        return self._result(nothing, np.zeros(0, np.int32))
+
+    def _spread(self, obs: dict[str, Array], copies: Array) -> dict[str, Array]:
+        """What all copies see after these have seen something new."""
+        seen = dict(self._seen)
+        for name, x in obs.items():
+            seen[name] = seen[name].copy() if name in seen else np.zeros((self._b, *x.shape[1:]), x.dtype)
+            seen[name][copies] = x
+        return seen
+
+    def _shown(self) -> Obs:
+        """The observation of all copies.
 
         envpool writes every step into fresh memory that lives as long as somebody refers to it, so arrays that need no
         conversion are handed on as they are.
         """
-        for name, x in obs.items():
-            if copies is not None:
-                before = self._seen.get(name)
-                whole = np.zeros((self._b, *x.shape[1:]), x.dtype) if before is None else before.copy()
-                whole[copies] = x
-                x = whole
-            self._seen[name] = x
+        obs = {name: self._tensor(x) for name, x in self._seen.items()}
+        if self._words is not None:
+            obs["instruction"] = self._words
+        return obs
 
-    def _shown(self) -> Obs:
-        """The observation of all copies."""
-        obs = {name: torch.from_numpy(x).to(self.device) for name, x in self._seen.items()}
-        return obs if self._words is None else obs | {"instruction": self._words}
+    def _tensor(self, x: Array) -> Tensor:
+        there = torch.from_numpy(x)
+        return there if self._on_cpu else there.to(self.device)
 
 
 class EnvpoolEnv(Pooled):
@@ -139,7 +150,8 @@ class EnvpoolEnv(Pooled):
         ids = np.flatnonzero(mask.cpu().numpy()).astype(np.int32) if self._seen else self._all
         if len(ids):
             self._pool._reset(ids)
-            self._look(self._layout.observed(self._pool._recv(), len(ids)), self._these(ids))
+            obs = self._layout.observed(self._pool._recv(), len(ids))
+            self._seen = obs if len(ids) == self._b else self._spread(obs, ids)
         return self._shown()
 
     def send(self, action: Tensor, active: Tensor | None = None) -> None:
@@ -160,8 +172,10 @@ class EnvpoolEnv(Pooled):
         assert ids is not None, "recv without send"
         # The pool's own lists of arrays, without the dictionaries that its Python wrapper makes of them at every step
         # (30 of 50 microseconds): where each array lies in them never changes.
-        given = self._layout.read(self._pool._recv(), len(ids)) if len(ids) else None
-        return self._result(given, self._these(ids))
+        if not len(ids):
+            return self._idle()
+        given = self._layout.read(self._pool._recv(), len(ids))
+        return self._result(given, None if len(ids) == self._b else ids)
 
     def close(self) -> None:
         """Stop the threads; may be called twice."""
@@ -169,15 +183,13 @@ class EnvpoolEnv(Pooled):
             self._pool.close()
             self._pool = None
 
-    def _these(self, ids: Array) -> Array | None:
-        """None where they are all."""
-        return None if len(ids) == self._b else ids
-
 
 def everyone_or(active: Tensor | None) -> Array | None:
     """[B] bool which copies move; None where all do."""
-    moving = None if active is None else active.cpu().numpy()
-    return None if moving is None or moving.all() else moving
+    if active is None:
+        return None
+    moving: Array = active.cpu().numpy()
+    return None if moving.all() else moving
 
 
 def no_state(where: str) -> CapabilityError:

@@ -80,7 +80,7 @@ class EnvpoolTasks(Pooled):
             obs = block.layout.observed(block.pool._recv(), len(rows))
             if not block.begun:
                 obs, block.begun = {name: x[block.rows[new]] for name, x in obs.items()}, True
-            self._look(obs, block.copies[new])
+            self._seen = self._spread(obs, block.copies[new])
         return self._shown()
 
     def send(self, action: Tensor, active: Tensor | None = None) -> None:
@@ -103,7 +103,7 @@ class EnvpoolTasks(Pooled):
         sent, self._sent = self._sent, None
         assert sent is not None, "recv without send"
         if not sent:
-            return self._result(None, NOBODY)
+            return self._idle()
         given = [block.layout.read(block.pool._recv(), len(copies)) for block, copies in sent]
         return self._result(Given.joined(given), np.concatenate([copies for _, copies in sent]))
 
