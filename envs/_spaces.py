@@ -159,7 +159,8 @@ class ActionMap:
             return (x + self.start).astype(self.dtype)
         if out is None:
             out = np.empty(x.shape, self.dtype)
-        np.maximum(x, -1.0, out=out)
+        np.copyto(out, x)
+        np.maximum(out, -1.0, out=out)
         np.minimum(out, 1.0, out=out)
         if not self.identity:
             out *= self.half
