@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -34,13 +34,20 @@ class Joined:
     rows: tuple[slice, ...]
     """Copies of the mixture that each part holds."""
 
-    def observation_of(self, p: int, obs: Obs) -> Obs:
-        """Part p's observation under the mixture's names, with vectors padded; entries it lacks are absent."""
-        out = {self.rename[p].get(name, name): x for name, x in obs.items()}
-        for name, x in out.items():
-            short = self.spec.observation[name].shape[-1:] != x.shape[1:][-1:]
-            if short:
-                out[name] = torch.nn.functional.pad(x, (0, self.spec.observation[name].shape[-1] - x.shape[-1]))
+    def observation_of(self, p: int, obs: Obs, wanted: Collection[str] | None = None) -> Obs:
+        """Part p's observation under the mixture's names, with vectors padded; entries it lacks are absent.
+
+        Args:
+            p: Number of the part.
+            obs: What it shows.
+            wanted: The mixture's names of the entries that are asked for; None for all.
+        """
+        out = {}
+        for old, x in obs.items():
+            name = self.rename[p].get(old, old)
+            if wanted is None or name in wanted:
+                lacking = sum(self.spec.observation[name].shape[-1:]) - sum(x.shape[1:][-1:])
+                out[name] = torch.nn.functional.pad(x, (0, lacking)) if lacking else x
         return out
 
     def action_of(self, p: int, action: Tensor) -> Tensor:
@@ -68,9 +75,7 @@ def share_copies(wanted: Sequence[int], copies: int) -> list[slice]:
     return [slice(end - n, end) for n, end in zip(given, ends, strict=True)]
 
 
-def join(
-    config: Config, names: Sequence[str], specs: Sequence[EnvSpec], rows: Sequence[slice] | None = None
-) -> Joined:
+def join(config: Config, names: Sequence[str], specs: Sequence[EnvSpec], rows: Sequence[slice] | None = None) -> Joined:
     """Negotiate one spec.
 
     Args:

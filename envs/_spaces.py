@@ -144,16 +144,23 @@ class ActionMap:
                 raise ShapeError(
                     f"{self.where} action: {_copies(wrong)} got {x[wrong][0]}, expected 0 to {self.spec.size - 1}"
                 )
+        else:
+            finite = np.isfinite(x)
+            if not finite.all():
+                raise ShapeError(
+                    f"{self.where} action: not finite in {_copies(~finite.all(axis=1))}, expected numbers in [-1, 1]; "
+                    "the policy that made them has diverged"
+                )
+        return self.native(x, out)
+
+    def native(self, x: Array, out: Array | None = None) -> Array:
+        """Convert actions that are known to be good; see `__call__`."""
+        if self.spec.kind == "discrete":
             return (x + self.start).astype(self.dtype)
-        finite = np.isfinite(x)
-        if not finite.all():
-            raise ShapeError(
-                f"{self.where} action: not finite in {_copies(~finite.all(axis=1))}, expected numbers in [-1, 1]; "
-                "the policy that made them has diverged"
-            )
         if out is None:
             out = np.empty(x.shape, self.dtype)
-        np.maximum(x, -1.0, out=out)
+        np.copyto(out, x)
+        np.maximum(out, -1.0, out=out)
         np.minimum(out, 1.0, out=out)
         if not self.identity:
             out *= self.half

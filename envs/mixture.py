@@ -13,7 +13,8 @@ told in `conformance`, and refused otherwise.
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -103,6 +104,12 @@ class MixtureEnv:
         if self.spec.blocks is not None:
             for p, rows in enumerate(self._rows):
                 self._part[rows] = p
+        self._seated: list[tuple[int, Tensor | None]] = []
+        """Parts in which copies play, and which of the part's those are, [b] bool; None where all of them do."""
+        # What does not change within an episode is only read where episodes begin.
+        self._changing = {
+            k for k, entry in self.spec.observation.items() if joined.spec.restarts_itself or not entry.constant
+        }
         self._begun = False
         self._obs: Obs = {}
 
@@ -123,24 +130,23 @@ class MixtureEnv:
             start = (mine if self._begun else torch.ones_like(mask))[rows]
             if bool(start.any()):
                 task = torch.where(mine, inner, torch.zeros_like(inner))[rows]
-                self._take(p, env.reset(start, seeds[rows], task), mine if self._begun else self._part == p)
+                obs = env.reset(start, seeds[rows], task)
+                self._take(p, obs, (mine if self._begun else self._part == p)[rows])
         self._begun = True
+        self._seat()
         return dict(self._obs)
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         """Advance the active copies, each in its part; the others wait, with reward 0."""
         self.spec.action.check(action, self.spec.num_envs, self.device, "mixture")
         assert self._begun, "step before the first reset"
-        go = torch.ones_like(self._part, dtype=torch.bool) if active is None else active
-        zero, no = torch.zeros(self.spec.num_envs, device=self.device), torch.zeros_like(go)
+        no = torch.zeros(self.spec.num_envs, dtype=torch.bool, device=self.device)
+        zero = torch.zeros(self.spec.num_envs, device=self.device)
         out = Step({}, zero.clone(), no.clone(), no.clone(), no.clone() if self.spec.has_success else None)
         moved: list[dict[str, Tensor]] = []
-        for p, (env, rows) in enumerate(zip(self.envs, self._rows, strict=True)):
-            mine = go & (self._part == p)
-            if not bool(mine.any()):
-                continue
-            here = mine[rows]
-            step = env.step(self._joined.action_of(p, action[rows]), here)
+        fresh: Obs = {}
+        for p, here, step in self._advance(action, active):
+            rows = self._rows[p]
             _put(out.reward, rows, here, step.reward)
             _put(out.terminated, rows, here, step.terminated)
             _put(out.truncated, rows, here, step.truncated)
@@ -155,19 +161,39 @@ class MixtureEnv:
             moved.append({name: zero.clone() for name in step.metrics})
             for name, x in step.metrics.items():
                 _put(moved[-1][name], rows, here, x)
-            if not env.spec.on_demand:
-                self._take(p, step.obs, mine)
+            for name, x in self._joined.observation_of(p, step.obs, self._changing).items():
+                if name not in fresh:
+                    fresh[name] = self._obs[name].clone()  # earlier observations keep theirs
+                _put(fresh[name], rows, here, x)
+        self._obs |= fresh
         # A mean over copies of which some do not know the quantity would be of something else.
         shared = set.intersection(*(set(m) for m in moved)) if moved else set()
         out.metrics = {name: torch.stack([m[name] for m in moved]).sum(0) for name in sorted(shared)}
         out.obs = {} if self.spec.on_demand else dict(self._obs)
         return out
 
+    def _advance(self, action: Tensor, active: Tensor | None) -> Iterator[tuple[int, Tensor | None, Step]]:
+        """Each part in which copies move, which of its copies those are (None: all), and its step.
+
+        Parts whose step has two halves are all begun before the first is waited for.
+        """
+        moving = self._seated
+        if active is not None and not bool(active.all()):
+            some = [(p, _and(here, active[self._rows[p]])) for p, here in moving]
+            moving = [(p, here) for p, here in some if bool(here.any())]
+        shares = [self._joined.action_of(p, action[self._rows[p]]) for p, _ in moving]
+        begun = [hasattr(self.envs[p], "send") for p, _ in moving]
+        for (p, here), share, split in zip(moving, shares, begun, strict=True):
+            if split:
+                cast("Any", self.envs[p]).send(share, here)
+        for (p, here), share, split in zip(moving, shares, begun, strict=True):
+            yield p, here, cast("Any", self.envs[p]).recv() if split else self.envs[p].step(share, here)
+
     def observe(self) -> Obs:
         """Observation of all copies as they are now; parts that show themselves with every step are not asked again."""
         for p, env in enumerate(self.envs):
             if env.spec.on_demand:
-                self._take(p, env.observe(), self._part == p)
+                self._take(p, env.observe(), (self._part == p)[self._rows[p]])
         return dict(self._obs)
 
     def get_state(self) -> State:
@@ -193,7 +219,8 @@ class MixtureEnv:
         for p, (env, saved) in enumerate(zip(self.envs, state["envs"], strict=True)):
             obs = env.set_state(saved)
             if self._begun:
-                self._take(p, obs, self._part == p)
+                self._take(p, obs, (self._part == p)[self._rows[p]])
+        self._seat()
         return dict(self._obs)
 
     def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
@@ -222,8 +249,13 @@ class MixtureEnv:
         for env in self.envs:
             env.close()
 
-    def _take(self, p: int, obs: Obs, mine: Tensor) -> None:
-        """Lay one part's observation into the mixture's, in the copies [B] that play there."""
+    def _seat(self) -> None:
+        """Note who plays where, until the next reset."""
+        here = [(self._part == p)[rows] for p, rows in enumerate(self._rows)]
+        self._seated = [(p, None if bool(x.all()) else x) for p, x in enumerate(here) if bool(x.any())]
+
+    def _take(self, p: int, obs: Obs, here: Tensor) -> None:
+        """Lay all that one part shows into the mixture's observation, in those of its copies [b] that are meant."""
         new, held = self._joined.observation_of(p, obs), self._rows[p]
         for name, entry in self.spec.observation.items():
             x = new.get(name)
@@ -231,12 +263,19 @@ class MixtureEnv:
                 shape = (self.spec.num_envs, *entry.shape)
                 self._obs[name] = torch.zeros(shape, dtype=entry.dtype, device=self.device)
             whole = self._obs[name] = self._obs[name].clone()  # earlier observations keep theirs
-            _put(whole, held, mine[held], torch.zeros_like(whole[held]) if x is None else x)
+            _put(whole, held, here, torch.zeros_like(whole[held]) if x is None else x)
 
 
-def _put(whole: Tensor, held: slice, here: Tensor, x: Tensor) -> None:
-    """Write a part's values x [b, ...] into the mixture's [B, ...], in those of its copies that are meant, [b] bool."""
-    whole[held] = torch.where(here.view(-1, *[1] * (x.ndim - 1)), x, whole[held])
+def _and(here: Tensor | None, active: Tensor) -> Tensor:
+    """Copies that are both; None stands for all."""
+    return active if here is None else here & active
+
+
+def _put(whole: Tensor, held: slice, here: Tensor | None, x: Tensor) -> None:
+    """Write a part's values x [b, ...] into the mixture's [B, ...], in those of its copies [b] that are meant."""
+    if here is not None:
+        x = torch.where(here.view(-1, *[1] * (x.ndim - 1)), x, whole[held])
+    whole[held] = x
 
 
 def build(config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int) -> MixtureEnv:

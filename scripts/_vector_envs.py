@@ -2,6 +2,10 @@
 
 A `Case` is one simulation with a number of copies. Each of its ways to step (`ours` and the peers) is a function that
 builds it and returns a control step of all copies with a random action, restarts included.
+
+What is counted are control steps: a copy that was only restarted in a call has made none. Our copies restart between two
+steps, those of bare envpool and of Gymnasium in the call after the one that ended their episode, in which they ignore
+their action. To count that call would give these one step for nothing in every episode (one of 51 with `LIMIT`).
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-Stepper = Callable[[], object]
+Stepper = Callable[[], int]
+"""Moves all copies; how many of them made a control step."""
 Peers = dict[str, Callable[[], Stepper]]
 """Name of a vectorisation -> what builds it."""
 THREADS = 2
@@ -55,7 +60,7 @@ def stepper(env: Any) -> Stepper:
     from embodied_rl.seeding import start_seeds
 
     spec, b = env.spec, env.spec.num_envs
-    actions = torch.rand(16, b, *spec.action.shape) * 2 - 1
+    actions = (torch.rand(16, b, *spec.action.shape) * 2 - 1).unbind()
     episodes = torch.zeros(b, dtype=torch.int64)
     copies = torch.arange(b)
     able = spec.playable()
@@ -68,12 +73,13 @@ def stepper(env: Any) -> Stepper:
         env.reset(mask, start_seeds(0, "train", copies, episodes), tasks)
         episodes[mask] += 1
 
-    def step() -> None:
+    def step() -> int:
         result = env.step(actions[clock["t"] % len(actions)])
         clock["t"] += 1
         done = result.terminated | result.truncated
         if bool(done.any()):
             reset(done)
+        return b
 
     reset(torch.ones(b, dtype=torch.bool))
     return step
@@ -107,12 +113,11 @@ def bare_envpool(ids: tuple[str, ...], copies: int) -> Stepper:
     actions = np.random.default_rng(0).uniform(-1, 1, (16, share, width))
     rows, clock = np.arange(share, dtype=np.int32), {"t": 0}
 
-    def step() -> None:
+    def step() -> int:
         for pool in pools:
             pool.send(actions[clock["t"] % len(actions)], rows)
-        for pool in pools:
-            pool.recv()
         clock["t"] += 1
+        return sum(int(np.count_nonzero(pool.recv()[4]["elapsed_step"])) for pool in pools)
 
     return step
 
@@ -195,7 +200,12 @@ def maniskill_alone(control: str) -> Any:
     from embodied_rl.envs.maniskill.device import drawing_device, handed_in
 
     torch.set_num_threads(1)
-    settings = {"obs_mode": "state", "control_mode": control, "reward_mode": "normalized_dense", "sim_backend": "physx_cpu"}
+    settings = {
+        "obs_mode": "state",
+        "control_mode": control,
+        "reward_mode": "normalized_dense",
+        "sim_backend": "physx_cpu",
+    }
     with handed_in(drawing_device(torch.device("cpu"), "the benchmark")):
         return CPUGymWrapper(gymnasium.make("PushCube-v1", **settings))
 
@@ -203,27 +213,31 @@ def maniskill_alone(control: str) -> Any:
 def by_gymnasium(make: list[Callable[[], Any]], processes: bool, context: str | None = None) -> Stepper:
     """Gymnasium's vectorisation: a process for each copy, or all in this one."""
     env: Any = AsyncVectorEnv(make, context=context) if processes else SyncVectorEnv(make)
-    return _random_steps(env)
+    assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    return _random_steps(env, next_step=True)
 
 
 def by_sb3(id: str, copies: int, processes: bool) -> Stepper:
-    """Stable-Baselines3's."""
+    """Stable-Baselines3's, which restart a copy in the step that ends its episode."""
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
     make = [partial(one_of, id)] * copies
     # Forked: 32 fresh interpreters would import torch for minutes on a small machine.
-    return _random_steps(SubprocVecEnv(make, start_method="fork") if processes else DummyVecEnv(make))
+    return _random_steps(SubprocVecEnv(make, start_method="fork") if processes else DummyVecEnv(make), next_step=False)
 
 
-def _random_steps(env: Any) -> Stepper:
+def _random_steps(env: Any, next_step: bool) -> Stepper:
+    """`next_step`: copies that ended are restarted by the next call."""
     env.reset()
     space = getattr(env, "single_action_space", env.action_space)
     actions = np.random.default_rng(0).uniform(-1, 1, (16, env.num_envs, *space.shape)).astype(space.dtype)
-    clock = {"t": 0}
+    clock = {"t": 0, "over": 0}
 
-    def step() -> None:
-        env.step(actions[clock["t"] % len(actions)])
+    def step() -> int:
+        ends = env.step(actions[clock["t"] % len(actions)])[2:4]
         clock["t"] += 1
+        restarted, clock["over"] = clock["over"], int(np.count_nonzero(ends[0] | ends[1])) if next_step else 0
+        return env.num_envs - restarted
 
     return step
 
@@ -242,9 +256,10 @@ def bare_rollout(copies: int) -> Stepper:
     control = np.random.default_rng(0).uniform(-0.1, 0.1, (copies, FRAME_SKIP, model.nu))
     engine, now = Rollout(nthread=THREADS), {"state": state}
 
-    def step() -> None:
+    def step() -> int:
         states, _ = engine.rollout([model] * copies, data, now["state"], control)
         now["state"] = states[:, -1]
+        return copies
 
     return step
 

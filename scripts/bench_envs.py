@@ -59,10 +59,12 @@ def measure(job: Job) -> dict[str, Any]:
     if job["setting"] == LIBERO:
         import bench_libero
 
-        return bench_libero.measure({"kind": job["env"], "chunk": 1, "copies": job["copies"], "steps": int(10 * job["seconds"]) + 6})
-    parts, copies = None, job["copies"]
+        return bench_libero.measure(
+            {"kind": job["env"], "chunk": 1, "copies": job["copies"], "steps": int(10 * job["seconds"]) + 6}
+        )
+    parts = None
     if job["setting"].startswith("tabletop"):
-        env, parts = tabletop(copies, threads=2)
+        env, parts = tabletop(job["copies"], threads=2)
         step = stepper(env)
     else:
         case = cases()[job["setting"]]
@@ -74,9 +76,8 @@ def measure(job: Job) -> dict[str, Any]:
     speeds, steps, start = [], 0, perf_counter()
     while perf_counter() - start < job["seconds"] or len(speeds) < 3:
         before = perf_counter()
-        for _ in range(LIMIT):
-            step()
-        speeds.append(LIMIT * copies / (perf_counter() - before))
+        made = sum(step() for _ in range(LIMIT))
+        speeds.append(made / (perf_counter() - before))
         steps += LIMIT
     result: dict[str, Any] = {"steps_per_s": statistics.median(speeds)}
     if parts:
@@ -94,7 +95,9 @@ def plan(seconds: float, quick: bool, only: str) -> tuple[list[Job], list[str]]:
         jobs.append({"env": "ours", "setting": f"tabletop-{copies}", "copies": copies, "seconds": seconds})
     for name, case in cases().items():
         if case.installed:
-            jobs += [{"env": e, "setting": name, "copies": case.copies, "seconds": seconds} for e in ("ours", *case.peers)]
+            jobs += [
+                {"env": e, "setting": name, "copies": case.copies, "seconds": seconds} for e in ("ours", *case.peers)
+            ]
         else:
             absent.append(name)
     if "LIBERO_ASSETS" in os.environ:

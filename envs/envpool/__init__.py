@@ -55,9 +55,7 @@ class Config(Section):
     """Log the parts of the reward that the env reports; costs a few microseconds per step."""
 
 
-def build(
-    config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int
-) -> EnvpoolEnv | EnvpoolTasks:
+def build(config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int) -> EnvpoolEnv | EnvpoolTasks:
     """Make one pool, or pools of several ids.
 
     Args:
@@ -78,14 +76,13 @@ def build(
         raise ConfigError(f"env envpool: instructions has a sentence for '{unknown[0]}'{nearest(unknown[0], ids)}")
     layouts = [_layout(config, id) for id in ids]
 
-    def make(layout: Layout, copies: int, first: int) -> EnvpoolEnv:
+    def make(layout: Layout, copies: int, first: int) -> Any:
         size = {"num_envs": copies, "num_threads": config.threads, "seed": (seed + first) % 2**31}
-        pool = _refused(_where(layout.id), envpool.make_gymnasium, layout.id, _settings(config) | size)
-        return EnvpoolEnv(layout, pool, device)
+        return _refused(_where(layout.id), envpool.make_gymnasium, layout.id, _settings(config) | size)
 
     told = {"ids": list(ids), "settings": _settings(config), "packages": installed(["envpool"])}
     if len(layouts) == 1:
-        env: EnvpoolEnv | EnvpoolTasks = make(layouts[0], num_envs, 0)
+        env: EnvpoolEnv | EnvpoolTasks = EnvpoolEnv(layouts[0], make(layouts[0], num_envs, 0), device)
     else:
         env = EnvpoolTasks(_agreed(layouts), make, num_envs, device)
     env.told = told

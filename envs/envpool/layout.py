@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,33 @@ class Entry:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
+class Given(NamedTuple):
+    """What n copies gave, in the order in which a pool was told of them."""
+
+    obs: dict[str, Array]
+    """Without the instruction."""
+    reward: Array
+    terminated: Array
+    truncated: Array
+    success: Array | None
+    terms: dict[str, Array]
+
+    @staticmethod
+    def joined(parts: Sequence[Given]) -> Given:
+        """One after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        successes = [part.success for part in parts if part.success is not None]
+        return Given(
+            {name: np.concatenate([part.obs[name] for part in parts]) for name in parts[0].obs},
+            np.concatenate([part.reward for part in parts]),
+            np.concatenate([part.terminated for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
+            np.concatenate(successes) if len(successes) == len(parts) else None,
+            {name: np.concatenate([part.terms[name] for part in parts]) for name in parts[0].terms},
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
     """What one id shows and takes."""
@@ -67,6 +94,22 @@ class Layout:
         """Every entry, the instruction included."""
         told = {} if self.words is None else {"instruction": INSTRUCTION}
         return {entry.name: entry.spec for entry in self.entries} | told
+
+    def observed(self, arrays: Sequence[Array], rows: int) -> dict[str, Array]:
+        """The observation of n rows from what a pool gave, without the instruction."""
+        return {entry.name: entry.read(arrays, rows) for entry in self.entries}
+
+    def read(self, arrays: Sequence[Array], rows: int) -> Given:
+        """Everything from what a pool gave for n rows."""
+        cut = arrays[self.find["trunc"]]
+        return Given(
+            self.observed(arrays, rows),
+            arrays[self.find["reward"]],
+            arrays[self.find["done"]] > cut,
+            cut,
+            None if self.success_at is None else arrays[self.success_at].astype(bool),
+            {name: arrays[at].astype(np.float32) for name, at in self.terms.items()},
+        )
 
 
 INSTRUCTION = TensorSpec(

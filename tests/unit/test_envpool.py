@@ -321,3 +321,76 @@ def test_every_metaworld_task_has_a_sentence_and_tells_its_success():
         assert torch.equal(step.obs["state"][1], torch.from_numpy(raw[0].astype(np.float32)))
         reached.append(bool(info["success"][0]))
     assert any(reached) and not reached[0]
+
+
+class Lent:
+    """Several ids played with bare pools, row by row: what a copy is lent, and what each row gave, by its own number."""
+
+    def __init__(self, copies, share, seed):
+        self.pools, self.free, self.at = [], {id: [] for id in POLES}, {}
+        self.share, self.seed, self.copies = share, seed, copies
+        self.seen = np.zeros((copies, 4), np.float32)
+
+    def reset(self, rows, ids):
+        for copy in rows:
+            if copy in self.at:
+                id, pool, row = self.at[copy]
+                self.free[id].append((pool, row))
+        lent = {}
+        for copy in rows:
+            id = ids[copy]
+            if not self.free[id]:
+                made = sum(self.share for other, _, _ in self.pools if other == id)
+                self.free[id] = [(len(self.pools), row) for row in range(self.share)]
+                self.pools.append([id, raw_pool(id, copies=self.share, seed=self.seed + made), False])
+            self.free[id].sort()
+            pool, row = self.free[id].pop(0)
+            self.at[copy] = (id, pool, row)
+            lent.setdefault(pool, {})[row] = copy
+        for number, of in lent.items():
+            _, pool, begun = self.pools[number]
+            obs, info = pool.reset(np.array(sorted(of), np.int32)) if begun else pool.reset()
+            self.pools[number][2] = True
+            for row, x in zip(info["env_id"], obs, strict=True):
+                if row in of:
+                    self.seen[of[row]] = x
+
+    def step(self, actions, active):
+        reward, ended, cut = np.zeros(self.copies, np.float32), np.zeros(self.copies, bool), np.zeros(self.copies, bool)
+        for number, (_, pool, _) in enumerate(self.pools):
+            of = {row: copy for copy, (_, where, row) in self.at.items() if where == number and active[copy]}
+            if not of:
+                continue
+            rows = np.array(sorted(of), np.int32)
+            obs, r, e, c, info = pool.step(np.array([actions[of[row]] for row in rows], np.int32), rows)
+            for i, row in enumerate(info["env_id"]):
+                copy = of[row]
+                self.seen[copy], reward[copy], ended[copy], cut[copy] = obs[i], r[i], e[i], c[i]
+        return reward, ended, cut
+
+
+def test_any_copies_may_move_and_change_their_task_while_pools_are_added():
+    rng, ids = np.random.default_rng(0), list(POLES)
+    env, bare = several(copies=5), Lent(5, 3, 7)
+    start, over, handed_out, words = np.ones(5, bool), np.zeros(5, bool), [], {}
+    for t in range(60):
+        if start.any():
+            # At first all play one task, for which two pools are needed.
+            tasks = rng.integers(0, 2, 5) if t else np.zeros(5, int)
+            obs = begin(env, tasks.tolist(), mask=start.tolist())
+            bare.reset(np.flatnonzero(start).tolist(), [ids[task] for task in tasks])
+            words |= {copy: encode_words(POLES[ids[tasks[copy]]], 16, "", "") for copy in np.flatnonzero(start)}
+            over &= ~start
+            assert np.array_equal(obs["state"].numpy(), bare.seen)
+        active = ~over & ((rng.random(5) < 0.7) | (t % 3 == 0)) & (t % 11 != 7)
+        action = rng.integers(0, 2, 5)
+        step = env.step(torch.from_numpy(action), torch.from_numpy(active))
+        reward, ended, cut = bare.step(action, active)
+        assert np.array_equal(step.obs["state"].numpy(), bare.seen) and np.array_equal(step.reward.numpy(), reward)
+        assert np.array_equal(step.terminated.numpy(), ended) and np.array_equal(step.truncated.numpy(), cut)
+        assert [tuple(row) for row in step.obs["instruction"].tolist()] == [words[copy] for copy in range(5)]
+        handed_out += [(x, x.clone()) for x in (*step.obs.values(), step.reward)]
+        over |= ended | cut
+        start = over | (rng.random(5) < 0.1)
+    assert len(bare.pools) > 2 and len(env._blocks) == len(bare.pools)
+    assert all(torch.equal(x, kept) for x, kept in handed_out)

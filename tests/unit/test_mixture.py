@@ -251,3 +251,42 @@ def test_a_group_across_two_parts_is_refused():
     parts = [{**TOY, "copies": 3}, {"env": TABLETOP, "copies": 5}]
     with pytest.raises(CapabilityError, match="the parts have 3 and 5 copies; make each a multiple of 2"):
         Collector([make(8, missing="zeros", parts=parts)], None, decisions=1, group_size=2)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_parts_that_move_side_by_side_give_what_each_gives_alone(own):
+    pytest.importorskip("envpool")
+    from embodied_rl.envs import envpool
+
+    ids, of = ("CartPole-v0", "CartPole-v1"), [0, 0, 1, 1] if own else [0, 1, 0, 1]
+    parts = [{"name": f"part{p}", "env": {"type": "envpool", "id": id}} | ({"copies": 2} if own else {}) for p, id in enumerate(ids)]
+    env, held = make(4, parts=parts), 2 if own else 4
+    alone = [envpool.build(envpool.Config(id=id), num_envs=held, device=CPU, split="train", seed=0) for id in ids]
+    none, every = torch.zeros(held, dtype=torch.int64), torch.ones(held, dtype=torch.bool)
+    rows = [slice(0, 2), slice(2, 4)] if own else [slice(0, 4)] * 2
+    seen = start(env, of)["state"]
+    parts_seen = [part.reset(every, none, none)["state"] for part in alone]
+    g = torch.Generator().manual_seed(0)
+    handed_out = []
+    for t in range(24):
+        if t == 8 and not own:
+            of[0] = 1
+            seen = start(env, of, mask=[True, False, False, False])["state"]
+            parts_seen[1] = alone[1].reset(torch.tensor([True, False, False, False]), none, none)["state"]
+        where = torch.tensor(of)
+        wanted = torch.stack([parts_seen[p][copy - rows[p].start] for copy, p in enumerate(of)])
+        assert torch.equal(seen, wanted)
+        action = torch.randint(2, (4,), generator=g)
+        # No copy at all, those of one part, any, and all.
+        active = [torch.zeros(4, dtype=torch.bool), where == 0, torch.rand(4, generator=g) < 0.6, None][t % 4]
+        step = env.step(action, active)
+        for p, part in enumerate(alone):
+            go = (where == p)[rows[p]] & (torch.ones(4, dtype=torch.bool) if active is None else active)[rows[p]]
+            theirs = part.step(action[rows[p]], go)
+            parts_seen[p] = theirs.obs["state"]
+            mine = torch.arange(4)[rows[p]][(where == p)[rows[p]]]
+            assert torch.equal(step.reward[mine], theirs.reward[mine - rows[p].start])
+            assert torch.equal(step.terminated[mine], theirs.terminated[mine - rows[p].start])
+        seen = step.obs["state"]
+        handed_out.append((seen, seen.clone()))
+    assert all(torch.equal(x, kept) for x, kept in handed_out)
