@@ -6,16 +6,29 @@
 All tables are of the recipe `tabletop_vla` with untrained weights, for both kinds of policy:
 
     phases       milliseconds per decision of all copies, by what they are spent on
-    pipeline     collecting with one part (simulate, then decide) and with two (one simulates while the other decides),
-                 taken in turns in one process. `as is`: the recipe's own simulator, which needs the cores itself;
-                 `waiting`: the same, and besides each decision waits as long as the policy thinks, as for a simulator
-                 on another machine; `elsewhere`: nothing but that wait
+    pipeline     collecting with one part (simulate, then decide), with two (one simulates while the other decides) and
+                 with four, taken in turns in one process; see below
     skipping     an update when a share of the decisions has no advantage, with those rows evaluated and left out
     frozen       an update of the flow policy with likelihood: latent, whose trunk is frozen, on pictures that are encoded
                  again and on the features that were kept while sampling
     prefix       a decision with pictures and words encoded once, and encoded again for each denoising step or token
 
 Results of a GPU are added when there is one.
+
+What `pipeline` injects. On a machine where simulator and policy compete for the same cores there is little to overlap, so
+besides the recipe `as is` it is run with a simulator that takes its time somewhere else. Each decision then waits, once,
+where its observation is asked for; `latency` is how long the wait of all copies is, as a multiple of what the policy takes
+for all copies (measured in the same process just before). Resets do not wait.
+
+    elsewhere    nothing but the wait: the simulator costs this machine nothing, and no episode ends
+    waiting      the recipe's own simulator, and the wait besides
+    shared       one simulator serves the parts in the order of their requests, and half of the copies take half of the
+                 time, as on CPU cores of another machine: more parts do not make it faster
+    each         each part waits the whole latency, however few its copies are, and parts wait at the same time, as for a
+                 network or for simulators on a GPU each
+
+Overlapped perfectly, with n parts, T decisions, inference i and a shared latency s of all copies, T (i + s) becomes
+T max(i, s) + min(i, s) / n: nothing runs beside the first decision or the last wait.
 """
 
 from __future__ import annotations
@@ -24,6 +37,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from threading import Lock
 from time import perf_counter, sleep
 from typing import Any
 
@@ -34,11 +48,18 @@ from _bench import Job, Parts, finish, machine, measure_all, median, parser, spr
 RECIPE = "tabletop_vla"
 POLICIES = ("tiny_vla_flow", "tiny_vla_tokens")
 PHASES = ("physics", "camera", "inference", "update", "reset", "rest")
-SIMULATORS = ("as is", "waiting", "elsewhere")
+PARTS = (1, 2, 4)
+SIMULATORS = (
+    ("as is", "-", 0.0), ("waiting", "shared", 1.0),
+    *(("elsewhere", "shared", x) for x in (0.5, 1.0, 2.0)), *(("elsewhere", "each", x) for x in (0.5, 1.0)),
+)  # fmt: skip
+"""(simulator, wait, latency) of the table `pipeline`."""
 EVERY_STEP = {"policy__stochastic": "all", "policy__start": 1.0, "policy__noise": 0.5, "policy__min_std": 0.08}
 """Of the flow policy, where the recipe samples in its last step alone."""
 SIZES = {True: {"copies": 32, "decisions": 4, "turns": 1}, False: {"copies": 64, "decisions": 8, "turns": 2}}
-"""Of a measurement, quick or not; a whole rollout of the recipe has 20 decisions, and so it does in `pipeline`."""
+"""Of a measurement, quick or not."""
+WHOLE = {"copies": 128, "decisions": 10}
+"""Of `pipeline`: a rollout as the recipe has it, because its ends are what cannot be overlapped."""
 
 
 def recipe(job: Job, **settings: Any) -> Any:
@@ -119,38 +140,54 @@ def measure_phases(job: Job) -> dict[str, Any]:
     }
 
 
+class Server:
+    """Something elsewhere that works off requests one after the other."""
+
+    def __init__(self) -> None:
+        """Nothing to do yet."""
+        self._lock, self._free = Lock(), 0.0
+
+    def serve(self, seconds: float) -> None:
+        """Wait until it has done what was asked for earlier, and then this for `seconds`.
+
+        Sleeping gives the interpreter and the core to others, as waiting for a network or a GPU does.
+        """
+        with self._lock:
+            self._free = max(self._free, perf_counter()) + seconds
+            left = self._free - perf_counter()
+        sleep(max(0.0, left))
+
+
 class Distant:
-    """An env that runs, as far as this process can tell, on another machine: every step is waited for.
+    """An env that runs, as far as this process can tell, on another machine: what it shows is waited for."""
 
-    Sleeping gives the interpreter and the core to others, as waiting for a network or a GPU does.
-    """
-
-    def __init__(self, env: Any, seconds: float, simulate: bool) -> None:
+    def __init__(self, env: Any, server: Server, seconds: float, simulate: bool) -> None:
         """Wrap an env whose reset has been called.
 
         Args:
-            env: On demand.
-            seconds: Of waiting per control step.
+            env: On demand, so that each decision asks once what is seen.
+            server: Simulates.
+            seconds: It takes per decision.
             simulate: Also step the env; otherwise it shows what it saw last, and no episode ends.
         """
-        self.env, self.seconds, self.simulate = env, seconds, simulate
+        self.env, self.server, self.seconds, self.simulate = env, server, seconds, simulate
         self.spec, self.reset = env.spec, env.reset
         self._seen = env.observe()
 
     def step(self, action: Any, active: Any = None) -> Any:
-        """Wait, then step."""
+        """Hand the action over."""
         import torch
 
         from embodied_rl.types import Step
 
-        sleep(self.seconds)
         if self.simulate:
             return self.env.step(action, active)
         no = torch.zeros(len(action), dtype=torch.bool, device=action.device)
         return Step({}, no.float(), no, no.clone(), no.clone())
 
     def observe(self) -> Any:
-        """What is seen after the latest step."""
+        """What is seen after the latest step, when the simulator is done."""
+        self.server.serve(self.seconds)
         return self.env.observe() if self.simulate else self._seen
 
     def close(self) -> None:
@@ -159,24 +196,30 @@ class Distant:
 
 
 def measure_pipeline(job: Job) -> dict[str, Any]:
-    """Milliseconds per decision of all copies, collected with one part and with two."""
-    threads = os.cpu_count() or 1
-    ways = {f"{n} parts": session(job, collect__pipeline=n, env__threads=max(1, threads // n)) for n in (1, 2)}
-    ways["2 parts"].collector.collect()
-    obs = seen(ways["1 parts"])
-    policy = ways["1 parts"].policy
-    thought = in_turns({"act": lambda: policy.act(obs, generator=None)}, job | {"seconds": 0.5})["act"]
-    if job["simulator"] != "as is":
-        for s in ways.values():
-            for part in s.collector.parts:
-                # Of a decision of all copies: half of the copies are simulated in half of the time.
-                seconds = thought * part.env.spec.num_envs / job["copies"] / s.policy.chunk
-                part.env = Distant(part.env, seconds, simulate=job["simulator"] == "waiting")
-    took = in_turns({name: s.collector.collect for name, s in ways.items()}, job)
+    """Milliseconds per decision of all copies by number of parts; of the policy alone for all copies and half of them."""
+    threads, copies = os.cpu_count() or 1, job["copies"]
+    ways = {n: session(job, collect__pipeline=n, env__threads=max(1, threads // n)) for n in PARTS}
+    obs = seen(ways[1])
+    policy = ways[1].policy
+    half = {name: x[: copies // 2] for name, x in obs.items()}
+    think = {"act": lambda: policy.act(obs, generator=None), "half": lambda: policy.act(half, generator=None)}
+    thought = in_turns(think, job | {"seconds": 1.0})
+    for n, s in ways.items():
+        if n > 1:
+            s.collector.collect()
+        shared = Server()
+        for part in s.collector.parts:
+            if job["simulator"] == "as is":
+                continue
+            wait = thought["act"] * job["latency"]
+            server, seconds = (shared, wait / n) if job["wait"] == "shared" else (Server(), wait)
+            part.env = Distant(part.env, server, seconds, simulate=job["simulator"] == "waiting")
+    took = in_turns({f"{n} parts": s.collector.collect for n, s in ways.items()}, job)
     for s in ways.values():
         s.close()
     ms = {name: seconds / job["decisions"] * 1e3 for name, seconds in took.items()}
-    return ms | {"act": thought * 1e3, "ratio": took["1 parts"] / took["2 parts"]}
+    ratios = {f"ratio {n}": took["1 parts"] / took[f"{n} parts"] for n in PARTS[1:]}
+    return ms | ratios | {name: seconds * 1e3 for name, seconds in thought.items()}
 
 
 def measure_skipping(job: Job) -> dict[str, Any]:
@@ -288,9 +331,8 @@ def plan(tables: list[str], quick: bool, seconds: float) -> list[Job]:
         rows: dict[str, list[Job]] = {
             "phases": [{"policy": p, "threads": t} for p in POLICIES for t in many],
             "pipeline": [
-                {"policy": POLICIES[0], "threads": t, "simulator": s} | (sizes if quick else {"decisions": 20})
-                for t in many
-                for s in (SIMULATORS[::2] if quick else SIMULATORS)
+                {"policy": POLICIES[0], "threads": 1, "simulator": s, "wait": w, "latency": x} | (sizes if quick else WHOLE)
+                for s, w, x in (SIMULATORS[:4:3] if quick else SIMULATORS)
             ],
             "skipping": [{"policy": p, "threads": 1, "share": x} for p in policies for x in ((0.5,) if quick else (0.5, 0.9))],
             "frozen": [{"policy": POLICIES[0], "threads": 1}],
@@ -302,16 +344,16 @@ def plan(tables: list[str], quick: bool, seconds: float) -> list[Job]:
 
 COLUMNS = {
     "phases": (*PHASES, "decisions_per_s"),
-    "pipeline": ("act", "1 parts", "2 parts", "ratio"),
+    "pipeline": ("act", "half", *(f"{n} parts" for n in PARTS), *(f"ratio {n}" for n in PARTS[:0:-1])),
     "skipping": ("all", "skipped", "ratio"),
     "frozen": ("pictures", "features", "ratio"),
     "prefix": ("passes", "each", "once", "ratio"),
 }
 """Table -> what is measured; the last is the one whose spread over the rounds is told."""
-SETTINGS = {"pipeline": ("simulator",), "skipping": ("share",)}
+SETTINGS = {"pipeline": ("simulator", "wait", "latency"), "skipping": ("share",)}
 UNITS = {
     "phases": "milliseconds per decision of all copies",
-    "pipeline": "milliseconds per decision of all copies while collecting; act: the policy alone",
+    "pipeline": "milliseconds per decision of all copies while collecting; act, half: the policy alone on all copies, on half of them",
     "skipping": "seconds per update; share: of decisions without an advantage",
     "frozen": "seconds per update with likelihood: latent",
     "prefix": "milliseconds per decision of all copies",

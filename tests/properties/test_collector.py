@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import islice
+from threading import Condition
 
 import pytest
 import torch
@@ -284,6 +285,43 @@ def test_an_env_with_threads_of_its_own_gives_the_same_rollouts():
     assert len(sent) == 4 * 4 * 2, "every step of every part went through send"
     plain.close()
     threaded.close()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_part_simulates_until_its_next_decision_while_the_policy_decides_for_all_others(parts):
+    """Every step returns only after the last decision that can be made without it: without overlap nobody would get on."""
+    decisions, rollouts, changed, acted, late = 3, 2, Condition(), [], []
+
+    def overlapped(env, part):
+        inner, made = env.step, []
+
+        def step(action, active):
+            rollout, t = divmod(len(made), decisions)
+            made.append(t)
+            wanted = rollout * decisions * parts + min((t + 1) * parts + part, decisions * parts)
+            with changed:
+                if not late and not changed.wait_for(lambda: len(acted) >= wanted, timeout=30):
+                    late.append((part, rollout, t))
+            return inner(action, active)
+
+        env.step = step
+
+    c = collector(4, parts=parts, decisions=decisions, has_critic=False)
+    inner = c.policy.act
+
+    def act(obs, **given):
+        with changed:
+            acted.append(len(obs["t"]))
+            changed.notify_all()
+        return inner(obs, **given)
+
+    c.policy.act = act
+    for i, part in enumerate(c.parts):
+        overlapped(part.env, i)
+    for _ in range(rollouts):
+        c.collect()
+    c.close()
+    assert not late and acted == [4 // parts] * (rollouts * decisions * parts)
 
 
 def test_a_copy_stops_in_the_middle_of_a_chunk():

@@ -92,3 +92,20 @@ finish({{job["env"]: median(found[i], "steps_per_s") for i, job in enumerate(job
     assert done.returncode == (1 if wrong else 0)
     assert ("2 of the measurements failed" in done.stderr) == bool(wrong)
     assert ("the peer broke" in done.stderr) == ("broke" in (wrong or ""))
+
+
+def test_a_distant_simulator_serves_one_part_after_the_other(bench, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    spec = importlib.util.spec_from_file_location("bench_vla", SCRIPTS / "bench_vla.py")
+    vla = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(vla)
+    waited = []
+    monkeypatch.setattr(vla, "perf_counter", lambda: bench.now)
+    monkeypatch.setattr(vla, "sleep", waited.append)
+    server, bench.now = vla.Server(), 100.0
+    server.serve(3.0), server.serve(2.0)
+    bench.now = 104.0
+    server.serve(1.0)
+    bench.now = 110.0
+    server.serve(4.0)
+    assert waited == [3.0, 5.0, 2.0, 4.0], "behind what was asked for earlier, and at once when there is nothing left to do"
