@@ -118,9 +118,9 @@ class EnvpoolTasks(Pooled):
     def _seat(self, starting: list[int], tasks: list[int]) -> None:
         """Give each copy that starts a row of its task, and tell every pool who plays in it."""
         for copy in starting:
-            task, block, row = self._place[copy]
-            if block >= 0:
-                heapq.heappush(self._free[task], (block, row))
+            task, *seat = self._place[copy]
+            if seat[0] >= 0:
+                heapq.heappush(self._free[task], (seat[0], seat[1]))
         for copy in starting:
             self._place[copy] = (tasks[copy], *self._take(tasks[copy]))
         place = np.array(self._place, np.int32)
