@@ -14,8 +14,12 @@ changed pixels before without a word (MuJoCo 3.3.3 and LIBERO's objects).
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.metadata
+import inspect
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +41,14 @@ def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) ->
     """Put a manifest together.
 
     Args:
-        env: That was evaluated in; its `manifest()`, if it has one, says what its results depend on.
+        env: That was evaluated in; its `manifest()` says what its results depend on. Where it has none, its file does.
         starts: What the starts were made from.
         frames: Task -> `frame`.
 
     Raises:
         CapabilityError: The env tells something of itself that is not plain data.
     """
-    told: dict[str, Any] = getattr(env, "manifest", dict)()
+    told: dict[str, Any] = env.manifest() if hasattr(env, "manifest") else source(type(env))
     spec = env.spec
     rates: dict[str, Any] = {"max_steps": spec.max_steps, "control_hz": spec.control_hz}
     if spec.vocabulary is not None:
@@ -58,6 +62,30 @@ def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) ->
             "dicts"
         ) from None
     return {"engine": dict(_engine()), "starts": starts, "env": plain, "frames": frames}
+
+
+def source(kind: type) -> dict[str, str]:
+    """{"source": checksum} of the file that defines a class of the user's own; nothing of one with a version.
+
+    Example: of a class in `./drift.py` {"source": "9c1f..."}, of a class of Gymnasium {}.
+    """
+    file = inspect.getsourcefile(kind) if kind.__module__ in sys.modules else None
+    top = kind.__module__.split(".")[0]
+    if file is None or top == "embodied_rl" or top in importlib.metadata.packages_distributions():
+        return {}
+    return {"source": checksum(Path(file).read_bytes())}
+
+
+@functools.cache
+def checksum_of(folder: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files of a folder; read once, assets can be large."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [folder]
+    return checksum(*(p for file in files for p in (str(file.relative_to(folder)).encode(), _bytes_of(file))))
+
+
+def _bytes_of(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
 
 
 @functools.cache

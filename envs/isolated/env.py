@@ -209,6 +209,8 @@ class IsolatedEnv:
         Raises:
             SimulatorError: No worker could tell.
         """
+        if self.foreign.manifest is not None:
+            return self.foreign.manifest()
         if not self._about:
             for worker in self._workers:
                 if not worker.ready:
@@ -262,16 +264,18 @@ class IsolatedEnv:
     def _start(self, rows: Array) -> None:
         """Start the episodes of some rows, with new workers where the old ones are lost."""
         missing = rows.copy()
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
             for worker in self._workers:
                 if missing[worker.rows].any() and not worker.ready:
-                    self._admit(worker)
+                    self._readmit(worker, last=attempt + 1 == TRIES)
             self._lost[missing], self._running[missing] = False, True
             self._shared["seed"][...], self._shared["task"][...] = self._seeds, self._tasks
             self._shared["active"][...] = missing
             started = missing.copy()
-            for worker in self._command(RESET, missing, self.foreign.start_seconds):
-                started[worker.rows] = False
+            self._command(RESET, missing, self.foreign.start_seconds)
+            for worker in self._workers:
+                if not worker.ready:
+                    started[worker.rows] = False
             missing &= ~started
             if not missing.any():
                 return
@@ -281,6 +285,15 @@ class IsolatedEnv:
             f"{self.where}: the episode of seed {self._seeds[row]}, task '{self.spec.tasks[self._tasks[row]]}' could "
             f"not be started, {TRIES} times in a row; {worker.output()}"
         )
+
+    def _readmit(self, worker: Worker, *, last: bool) -> None:
+        """Shake hands with the successor of a lost worker; one that is lost as well gets a successor of its own."""
+        try:
+            self._admit(worker)
+        except SimulatorError:
+            if last:
+                raise
+            self._lose(worker, "did not start again")
 
     def _lose(self, worker: Worker, how: str) -> None:
         """Give up a worker and the episodes it held, and start its successor in the background."""
