@@ -19,7 +19,6 @@ import importlib.metadata
 import inspect
 import json
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,8 @@ def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) ->
     Raises:
         CapabilityError: The env tells something of itself that is not plain data.
     """
-    told: dict[str, Any] = env.manifest() if hasattr(env, "manifest") else source(type(env))
+    own = getattr(env, "manifest", None)
+    told: dict[str, Any] = own() if own else dict(source(type(env)))
     spec = env.spec
     rates: dict[str, Any] = {"max_steps": spec.max_steps, "control_hz": spec.control_hz}
     if spec.vocabulary is not None:
@@ -64,23 +64,27 @@ def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) ->
     return {"engine": dict(_engine()), "starts": starts, "env": plain, "frames": frames}
 
 
+@functools.cache
 def source(kind: type) -> dict[str, str]:
     """{"source": checksum} of the file that defines a class of the user's own; nothing of one with a version.
 
     Example: of a class in `./drift.py` {"source": "9c1f..."}, of a class of Gymnasium {}.
     """
-    file = inspect.getsourcefile(kind) if kind.__module__ in sys.modules else None
     top = kind.__module__.split(".")[0]
-    if file is None or top == "embodied_rl" or top in importlib.metadata.packages_distributions():
+    if top == "embodied_rl" or top in importlib.metadata.packages_distributions():
         return {}
-    return {"source": checksum(Path(file).read_bytes())}
+    try:
+        file = inspect.getsourcefile(kind)
+    except (OSError, TypeError):  # it was typed in, or made by other code
+        file = None
+    return {"source": checksum(Path(file).read_bytes())} if file else {}
 
 
 @functools.cache
 def checksum_of(folder: Path) -> str:
     """SHA-256 of a file, or of the names and contents of all files of a folder; read once, assets can be large."""
     files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [folder]
-    return checksum(*(p for file in files for p in (str(file.relative_to(folder)).encode(), _bytes_of(file))))
+    return checksum(*(p for file in files for p in (f"{file.relative_to(folder)}\0".encode(), _bytes_of(file))))
 
 
 def _bytes_of(file: Path) -> bytes:
