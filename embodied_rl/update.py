@@ -342,9 +342,14 @@ class Updater:
         self.bad_in_a_row = 0 if self._stepped else self.bad_in_a_row + 1
         if self.bad_in_a_row >= self.max_bad_updates:
             paid = (~torch.isfinite(rollout.reward) & rollout.valid).any(0).nonzero().flatten().tolist()
-            reward = f"the env paid rewards that are not finite in copies {paid[:8]}; " if paid else ""
+            if paid:
+                raise DivergenceError(
+                    f"the env pays rewards that are not finite, in the last update in copies {paid[:8]}, so not one "
+                    f"optimizer step of the last {self.bad_in_a_row} updates was finite: mend the env; the weights "
+                    "were left as they were"
+                )
             raise DivergenceError(
-                f"not one optimizer step of the last {self.bad_in_a_row} updates was finite ({reward}{self._problem}). "
+                f"not one optimizer step of the last {self.bad_in_a_row} updates was finite ({self._problem}). "
                 "The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named"
             )
 

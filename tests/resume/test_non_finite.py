@@ -109,11 +109,10 @@ def test_a_streak_of_bad_updates_ends_the_run_and_keeps_the_last_good_checkpoint
     assert main(["train", str(recipe)]) == 2
     err = capsys.readouterr().err
     assert err.count("error:") == 1 and "Traceback" not in err
-    assert (
-        "error: not one optimizer step of the last 3 updates was finite (the env paid rewards that are not finite in "
-        "copies [0]; loss nan; non-finite inputs: advantage, target; "
-        "non-finite gradients: log_std, "
-    ) in err
+    assert err.endswith(
+        "error: the env pays rewards that are not finite, in the last update in copies [0], so not one optimizer step of "
+        "the last 3 updates was finite: mend the env; the weights were left as they were\n"
+    )
     rows = lab.rows_of(path)
     assert [row.get("actor/skipped_updates", 0) for row in rows] == [0, 0, 0, 0, 4, 4], "the seventh raised"
     newest = checkpoint.latest(path / "checkpoints")

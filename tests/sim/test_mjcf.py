@@ -127,7 +127,7 @@ LOOKING = {
 
 def test_ppo_trains_on_the_pictures_of_the_example(tmp_path):
     """A small policy that looks: every part of it learns, and a run evaluates and films it."""
-    small = {"type": "tiny_vla_tokens", "bins": 5, "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 1}
+    small = {"type": "tiny_vla_tokens", "bins": 5, "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 1, "foresight": 0}
     env = LOOKING["env"] | {"type": "mjcf", "scene": SCENE, "task": TASK}
     ppo = {"type": "ppo", "update": {"epochs": 1, "minibatches": 1, "lr": 1e-3}}
     wanted = build_recipe(LOOKING | {"name": "looks", "env": env, "policy": small, "algorithm": ppo, "seed": 0})
