@@ -23,8 +23,8 @@ from torch import Tensor
 from embodied_rl.budget import Budget, share_out
 from embodied_rl.curriculum import Curriculum, StartPool, make_sampler
 from embodied_rl.decide import decide, decide_mixed
-from embodied_rl.errors import CapabilityError, CheckpointError, DivergenceError, ShapeError
-from embodied_rl.observation import check_observation
+from embodied_rl.errors import CapabilityError, CheckpointError
+from embodied_rl.observation import check_finite, check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed
 from embodied_rl.selection import columns
@@ -250,13 +250,9 @@ class Collector:
         """Gather one rollout of at most `decisions` decisions per copy.
 
         Raises:
-            DivergenceError: An env returned an observation that is not finite, and the policy made a bad action of it.
+            DivergenceError: An env shows numbers that are not finite in an episode that goes on.
         """
-        try:
-            return self._collect(Record(self))
-        except ShapeError as error:
-            self._blame_observation(error)
-            raise
+        return self._collect(Record(self))
 
     def again(self, copies: Tensor, hint: float) -> Rollout:
         """Play the last starts of some copies once more, with a hint; nobody else moves, and no statistic counts it.
@@ -318,6 +314,7 @@ class Collector:
         executed = part.finish()
         part.obs = executed.obs
         done = record.outcome(t, part, executed)
+        check_finite(part.obs, active[part.columns] & ~done, part.env, first=part.columns.start)
         if not bool(done.any()):
             return
         record.final_obs(t, part, done if self.keep_final_obs else executed.truncated)
@@ -351,19 +348,8 @@ class Collector:
             here, seeds, tasks = (x[part.columns].to(self.device) for x in (mask, self.seed, self.task))
             part.obs = part.env.reset(here, seeds, tasks)
             check_observation(part.obs, part.env.spec, start=True)
+            check_finite(part.obs, here, part.env, first=part.columns.start)
         record.begin_episodes(mask.nonzero().squeeze(-1))
-
-    def _blame_observation(self, error: ShapeError) -> None:
-        """Name the observation behind a refused action, when there is one: the policy is not to blame for it."""
-        for part in self.parts:
-            for name, x in part.obs.items():
-                rows = (~torch.isfinite(x)).reshape(len(x), -1).any(1)
-                if bool(rows.any()):
-                    copies = (rows.nonzero().squeeze(-1) + part.columns.start).tolist()
-                    raise DivergenceError(
-                        f"the env returned an observation that is not finite: '{name}' in copies {copies[:8]}, so no "
-                        "action could be chosen; mend the env, or end the episode there (terminated)"
-                    ) from error
 
     @property
     def _starts_anew(self) -> bool:

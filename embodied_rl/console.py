@@ -194,7 +194,8 @@ def stop_sentence(summary: Summary) -> str:
         "finished": f"Trained for all of its {summary['env_steps']:,} control steps.",
         "target": "Ended early: an evaluation reached train.target_success.",
         "time": "Ended early: train.max_seconds was reached.",
-        "diverged": "Stopped: too many updates in a row were not finite; the last good checkpoint is kept.",
+        "diverged": "Stopped: numbers were not finite; the last good checkpoint is kept.",
+        "simulator": "Stopped: its simulator failed again and again; the last checkpoint is kept, go on with --resume.",
         "SIGINT": "Stopped by an interrupt; go on with --resume.",
         "SIGTERM": "Stopped by a termination signal; go on with --resume.",
     }

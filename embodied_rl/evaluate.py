@@ -20,7 +20,7 @@ from embodied_rl import manifest
 from embodied_rl.collect import execute
 from embodied_rl.decide import decide
 from embodied_rl.errors import CapabilityError, DivergenceError
-from embodied_rl.observation import check_observation
+from embodied_rl.observation import check_finite, check_observation
 from embodied_rl.results import EvaluationResult
 from embodied_rl.seeding import start_seeds
 from embodied_rl.types import Env, EnvSpec, Obs, Policy, Split, Step
@@ -64,7 +64,7 @@ def evaluate(
 
     Raises:
         CapabilityError: No episodes were asked for, or an env without a time limit does not end one.
-        DivergenceError: The env paid a reward that is not finite.
+        DivergenceError: The env paid, or showed in an episode that goes on, what is not finite.
     """
     if episodes < 1:
         raise CapabilityError(f"evaluate needs at least 1 episode, got {episodes}; set evaluate.episodes")
@@ -315,6 +315,7 @@ def _play(
         which = numbers[row.clamp(max=e - 1)]
         obs = env.reset(mask.to(device), starts.seeds(which).to(device), starts.tasks(which).to(device))
         check_observation(obs, env.spec, start=True)
+        check_finite(obs, mask.to(device), env)
         for copy in mask.nonzero().flatten().tolist() if on_start else ():
             assert on_start is not None
             on_start(int(which[copy]), obs, copy)
@@ -331,6 +332,8 @@ def _play(
             stepper: Any = watched or env
             executed = execute(stepper, action, active)
             obs = executed.obs
+            over = executed.terminated | executed.truncated
+            check_finite(obs, ~over if active is None else active & ~over, env)
             total += executed.reward
             length += executed.steps
             if executed.success_once is not None:
@@ -340,7 +343,7 @@ def _play(
                     f"an evaluation episode has not ended within {LONGEST:,} control steps, and the env has no time "
                     "limit of its own; give it one (env.max_steps), or skip evaluation (evaluate.episodes: 0)"
                 )
-            done = (executed.terminated | executed.truncated).cpu() & playing
+            done = over.cpu() & playing
             if not bool(done.any()):
                 continue
             ended = row[done]

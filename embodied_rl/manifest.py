@@ -14,6 +14,9 @@ changed pixels before without a word (MuJoCo 3.3.3 and LIBERO's objects).
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.metadata
+import inspect
 import json
 import platform
 from pathlib import Path
@@ -37,14 +40,15 @@ def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) ->
     """Put a manifest together.
 
     Args:
-        env: That was evaluated in; its `manifest()`, if it has one, says what its results depend on.
+        env: That was evaluated in; its `manifest()` says what its results depend on. Where it has none, its file does.
         starts: What the starts were made from.
         frames: Task -> `frame`.
 
     Raises:
         CapabilityError: The env tells something of itself that is not plain data.
     """
-    told: dict[str, Any] = getattr(env, "manifest", dict)()
+    own = getattr(env, "manifest", None)
+    told: dict[str, Any] = own() if own else dict(source(type(env)))
     spec = env.spec
     rates: dict[str, Any] = {"max_steps": spec.max_steps, "control_hz": spec.control_hz}
     if spec.vocabulary is not None:
@@ -58,6 +62,34 @@ def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) ->
             "dicts"
         ) from None
     return {"engine": dict(_engine()), "starts": starts, "env": plain, "frames": frames}
+
+
+@functools.cache
+def source(kind: type) -> dict[str, str]:
+    """{"source": checksum} of the file that defines a class of the user's own; nothing of one with a version.
+
+    Example: of a class in `./drift.py` {"source": "9c1f..."}, of a class of Gymnasium {}.
+    """
+    top = kind.__module__.split(".")[0]
+    if top == "embodied_rl" or top in importlib.metadata.packages_distributions():
+        return {}
+    try:
+        file = inspect.getsourcefile(kind)
+    except (OSError, TypeError):  # it was typed in, or made by other code
+        file = None
+    return {"source": checksum(Path(file).read_bytes())} if file else {}
+
+
+@functools.cache
+def checksum_of(folder: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files of a folder; read once, assets can be large."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [folder]
+    return checksum(*(p for file in files for p in (f"{file.relative_to(folder)}\0".encode(), _bytes_of(file))))
+
+
+def _bytes_of(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
 
 
 @functools.cache

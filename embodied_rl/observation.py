@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from embodied_rl.errors import ShapeError
+import math
+from typing import Any
+
+from torch import Tensor
+
+from embodied_rl.errors import DivergenceError, ShapeError
 from embodied_rl.types import EnvSpec, Obs
 
 
@@ -36,3 +41,28 @@ def check_observation(obs: Obs, spec: EnvSpec, *, start: bool = False) -> None:
                     f"the env shows '{name}' with numbers from {low} to {high}, its spec promises {wanted.low} to "
                     f"{wanted.high}: keep to it in the env, or correct EnvSpec.observation"
                 )
+
+
+def check_finite(obs: Obs, rows: Tensor, env: Any, *, first: int = 0) -> None:
+    """Refuse numbers that are not finite where a decision follows; other copies may show anything.
+
+    Args:
+        obs: name -> [b, ...].
+        rows: [b] bool, copies whose episode goes on.
+        env: That shows them, for the message.
+        first: Number of copy 0 in the message.
+
+    Raises:
+        DivergenceError: Says which env, entry and copies.
+    """
+    for name, x in obs.items():
+        # One sum says that all are finite; where it is not (it may have overflowed) every number is looked at.
+        if not x.is_floating_point() or math.isfinite(x.sum().item()):
+            continue
+        bad = ~x.isfinite().reshape(len(x), -1).all(1) & rows
+        if bool(bad.any()):
+            copies = (bad.nonzero().squeeze(-1) + first).tolist()
+            raise DivergenceError(
+                f"{getattr(env, 'where', f'env {type(env).__name__}')}: observation '{name}' is not finite in copies "
+                f"{copies[:8]}: mend the env, or let it end the episode there (terminated)"
+            )

@@ -19,7 +19,7 @@ from embodied_rl import checkpoint
 from embodied_rl.algorithms import ImitationConfig
 from embodied_rl.compare import summarize
 from embodied_rl.config import dump_recipe, load_resolved
-from embodied_rl.errors import ConfigError, DivergenceError
+from embodied_rl.errors import ConfigError, DivergenceError, SimulatorError
 from embodied_rl.evaluate import choose, frame_rate
 from embodied_rl.imitate import ImitationSession
 from embodied_rl.measure import Clock, memory_mib
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 RESUMABLE = ("name", "train", "evaluate", "checkpoint", "log", "device")
 """Sections that may differ between a run and its continuation: they do not change what the next update computes."""
 GOALS = ("finished", "time", "target")
-"""Reasons to stop that are an end of training; the others are a signal's name and "diverged"."""
+"""Reasons to stop that are an end of training; the others are a signal's name, "diverged" and "simulator"."""
 
 
 Learner = Session | ImitationSession
@@ -210,8 +210,9 @@ def _run_in(folder: RunFolder, session: Learner, resume: bool) -> Finished:
         try:
             with closing(_writers(folder, session)) as writers:
                 reason = train(session, folder, writers, stop)
-        except DivergenceError:
-            folder.write_summary(_summary(session, "diverged", {}))
+        except (DivergenceError, SimulatorError) as error:
+            reason = "simulator" if isinstance(error, SimulatorError) else "diverged"
+            folder.write_summary(_summary(session, reason, {}))
             raise
         results: dict[str, EvaluationResult] = {}
         stop.at_once = True

@@ -198,7 +198,7 @@ class Updater:
                     break
         metrics.merge(metrics_of_epoch.without(*OF_EVERY_EPOCH))
         metrics.last("actor/lr", self.lr)
-        self._count_bad()
+        self._count_bad(rollout)
         self.version += 1
         self._reset_reference()
         return metrics
@@ -337,10 +337,17 @@ class Updater:
                 "there was nothing to learn from; mend it (the warnings above say what failed)"
             )
 
-    def _count_bad(self) -> None:
+    def _count_bad(self, rollout: Rollout) -> None:
         """Count updates in a row that changed nothing; one finite step begins the count anew."""
         self.bad_in_a_row = 0 if self._stepped else self.bad_in_a_row + 1
         if self.bad_in_a_row >= self.max_bad_updates:
+            paid = (~torch.isfinite(rollout.reward) & rollout.valid).any(0).nonzero().flatten().tolist()
+            if paid:
+                raise DivergenceError(
+                    f"the env pays rewards that are not finite, in the last update in copies {paid[:8]}, so not one "
+                    f"optimizer step of the last {self.bad_in_a_row} updates was finite: mend the env; the weights "
+                    "were left as they were"
+                )
             raise DivergenceError(
                 f"not one optimizer step of the last {self.bad_in_a_row} updates was finite ({self._problem}). "
                 "The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named"

@@ -17,6 +17,7 @@ from torch import Tensor
 from embodied_rl.envs._spaces import ActionMap, Array, leaves, resized
 from embodied_rl.envs.gymnasium.making import where_of
 from embodied_rl.errors import CapabilityError, CheckpointError, MissingExtraError, NotFoundError, nearest
+from embodied_rl.manifest import source
 from embodied_rl.runfolder import checksum, installed
 from embodied_rl.types import EnvSpec, Obs, State
 
@@ -152,7 +153,7 @@ class Wrapped:
         return resized(torch.stack(frames), height, width).to(self.device)
 
     def manifest(self) -> dict[str, Any]:
-        """What results depend on: the env's package, and MuJoCo's version and the model's file where there is one."""
+        """What results depend on: the env's package or file, and MuJoCo's version and the model where there are."""
         package, mujoco_too, more = self._made_of
         names = {"gymnasium", *importlib.metadata.packages_distributions().get(package, ()), *mujoco_too}
         return {"id": self.config.id, "kwargs": self.config.kwargs, "packages": installed(sorted(names)), **more}
@@ -201,6 +202,7 @@ def _made_of(config: Config, inner: Any) -> tuple[str, list[str], dict[str, Any]
         others = ["mujoco"]
         file = Path(str(getattr(inner, "fullpath", "")))
         more = {"model": checksum(file.read_bytes())} if file.is_file() else {}
+    more |= source(type(inner))
     if config.vectorization_mode == "vector_entry_point":
         more["class"] = f"{module}.{type(inner).__qualname__}"
     return module.split(".")[0], others, more

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embodied_rl.conformance import read_convention
-from embodied_rl.envs._words import WORD_IDS, encode_words
+from embodied_rl.envs._words import encode_words
+from embodied_rl.envs.isolated.spec import INSTRUCTION, env_spec
 from embodied_rl.envs.isolated.worker import OBSERVE, RESET, STEP, layout, name_rows, share
 from embodied_rl.envs.isolated.workers import Foreign, Lost, Worker, shared_memory, split_rows
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, SimulatorError, nearest
-from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
+from embodied_rl.types import Obs, State, Step
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,6 @@ TRIES = 3
 """Attempts to start one episode, each with a new worker."""
 LOWEST, HIGHEST = np.float32(-1.0), np.float32(1.0)
 """Ends of a continuous action."""
-INSTRUCTION = "instruction"
-"""Entry of the observation that holds the word ids."""
 LOSSES = 10
 """Lost workers without one finished episode between them, after which waiting for better luck would be in vain."""
 
@@ -209,6 +207,8 @@ class IsolatedEnv:
         Raises:
             SimulatorError: No worker could tell.
         """
+        if self.foreign.manifest is not None:
+            return self.foreign.manifest()
         if not self._about:
             for worker in self._workers:
                 if not worker.ready:
@@ -262,16 +262,18 @@ class IsolatedEnv:
     def _start(self, rows: Array) -> None:
         """Start the episodes of some rows, with new workers where the old ones are lost."""
         missing = rows.copy()
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
             for worker in self._workers:
                 if missing[worker.rows].any() and not worker.ready:
-                    self._admit(worker)
+                    self._readmit(worker, last=attempt + 1 == TRIES)
             self._lost[missing], self._running[missing] = False, True
             self._shared["seed"][...], self._shared["task"][...] = self._seeds, self._tasks
             self._shared["active"][...] = missing
             started = missing.copy()
-            for worker in self._command(RESET, missing, self.foreign.start_seconds):
-                started[worker.rows] = False
+            self._command(RESET, missing, self.foreign.start_seconds)
+            for worker in self._workers:
+                if not worker.ready:
+                    started[worker.rows] = False
             missing &= ~started
             if not missing.any():
                 return
@@ -281,6 +283,15 @@ class IsolatedEnv:
             f"{self.where}: the episode of seed {self._seeds[row]}, task '{self.spec.tasks[self._tasks[row]]}' could "
             f"not be started, {TRIES} times in a row; {worker.output()}"
         )
+
+    def _readmit(self, worker: Worker, *, last: bool) -> None:
+        """Shake hands with the successor of a lost worker; one that is lost as well gets a successor of its own."""
+        try:
+            self._admit(worker)
+        except SimulatorError:
+            if last:
+                raise
+            self._lose(worker, "did not start again")
 
     def _lose(self, worker: Worker, how: str) -> None:
         """Give up a worker and the episodes it held, and start its successor in the background."""
@@ -417,31 +428,3 @@ class IsolatedEnv:
 def all_finite(x: Array) -> bool:
     """Whether every number is finite, as a sum shows in one pass; a sum that overflows is looked at more closely."""
     return math.isfinite(np.add.reduce(x, axis=None)) or bool(np.isfinite(x).all())
-
-
-def env_spec(native: dict[str, Any], num_envs: int, where: str) -> EnvSpec:
-    """Turn a simulator's own description into the engine's; ConfigError where its convention cannot be."""
-    observation = {
-        name: TensorSpec(
-            tuple(one["shape"]), getattr(torch, one["dtype"]), one["low"], one["high"], one["constant"], one["meaning"]
-        )
-        for name, one in native["observation"].items()
-    }
-    if words := native["words"]:
-        meaning = "word ids of the instruction, 0 pads"
-        observation[INSTRUCTION] = TensorSpec((words,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning)
-    action, said = native["action"], native["action"]["convention"]
-    convention = None if said is None else read_convention(where, said, action["size"])
-    return EnvSpec(
-        observation=observation,
-        action=ActionSpec(action["kind"], action["size"], tuple(action["names"]), convention=convention),
-        num_envs=num_envs,
-        max_steps=native["max_steps"],
-        tasks=tuple(native["tasks"]),
-        seedable=native["repeatable"],
-        has_state=native["repeatable"],
-        has_success=native["success"],
-        cameras=tuple(native["cameras"]),
-        control_hz=native["control_hz"],
-        on_demand=native["on_demand"],
-    )

@@ -156,7 +156,8 @@ class Copies:
     def __init__(self, module: Any, hello: dict[str, Any]) -> None:
         """Build them."""
         self.low, self.high = hello["rows"]
-        self.simulators = [module.Simulator(dict(hello["settings"])) for _ in range(self.low, self.high)]
+        self.settings = hello["settings"]
+        self.simulators = [module.Simulator(dict(self.settings)) for _ in range(self.low, self.high)]
         # Later imports, as of what only draws films, would make two manifests differ.
         self.modules = frozenset(sys.modules)
         with open(hello["simulator"], "rb") as file:
@@ -239,7 +240,8 @@ class Copies:
             return {}
         if message["ask"] == "manifest":
             self.doing = "the simulator failed in manifest"
-            told: dict[str, Any] = getattr(self.simulators[0], "manifest", dict)()
+            own = getattr(self.simulators[0], "manifest", None)
+            told: dict[str, Any] = own() if own else {"settings": self.settings}
             packages = versions(message["pins"]) if message["pins"] else self.packages()
             python = sys.version.split()[0]
             return {"simulator": self.checksum, "python": python, "packages": packages, **told}

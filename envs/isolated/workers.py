@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Foreign:
     """Longest time for building a simulator or starting an episode."""
     step_seconds: float = 60.0
     """Longest time for a control step of all copies of a worker."""
+    manifest: Callable[[], dict[str, Any]] | None = None
+    """Says what results depend on, where that is known here; None asks a worker."""
 
 
 def shared_memory(size: int) -> int:

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -85,7 +88,7 @@ def build(
     # Imported here, so that its settings can be read, checked and documented where ManiSkill is not installed.
     try:
         from embodied_rl.envs.maniskill.env import ManiSkillEnv
-        from embodied_rl.envs.maniskill.scene import Scene, check_task
+        from embodied_rl.envs.maniskill.scene import Scene, check_task, manifest_of
     except ImportError as error:
         raise MissingExtraError(
             f"env 'maniskill' cannot be loaded ({error}); run: pip install 'embodied-rl[maniskill]', and where a "
@@ -93,7 +96,7 @@ def build(
         ) from error
     check_task(config, device)
     if config.workers is not None:
-        return _hosted(config, config.workers, num_envs, device)
+        return _hosted(config, config.workers, num_envs, device, partial(manifest_of, config, device))
     each = num_envs if device.type == "cuda" else 1
     scenes: list[Scene] = []
     try:
@@ -106,7 +109,9 @@ def build(
         raise
 
 
-def _hosted(config: Config, workers: int, num_envs: int, device: torch.device) -> IsolatedEnv:
+def _hosted(
+    config: Config, workers: int, num_envs: int, device: torch.device, manifest: Callable[[], dict[str, Any]]
+) -> IsolatedEnv:
     """The copies in processes of this Python."""
     if device.type == "cuda":
         raise CapabilityError(
@@ -117,4 +122,5 @@ def _hosted(config: Config, workers: int, num_envs: int, device: torch.device) -
     settings = config.model_dump(mode="json", exclude={"workers"})
     watched = Hosted(workers=workers)
     foreign = foreign_of(watched, "env maniskill", simulator, settings, max_steps=config.max_steps)
-    return host(watched, foreign, num_envs=num_envs, device=device)
+    # The same results come of copies in processes as of copies here, so they have the same manifest.
+    return host(watched, replace(foreign, manifest=manifest), num_envs=num_envs, device=device)

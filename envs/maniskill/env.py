@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from embodied_rl.envs._spaces import resized
-from embodied_rl.envs.maniskill.scene import Moment, Scene
+from embodied_rl.envs.maniskill.scene import Moment, Scene, manifest_of
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError, nearest
-from embodied_rl.runfolder import installed
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step
 
 if TYPE_CHECKING:
@@ -175,10 +174,7 @@ class ManiSkillEnv:
 
     def manifest(self) -> dict[str, Any]:
         """What results depend on."""
-        settings = ("task", "observation", "pixels", "control", "reward", "end_on_success", "kwargs")
-        told = {name: getattr(self.config, name) for name in settings}
-        # PhysX on a GPU is another solver, with another scene.
-        return {**told, "physics": self.device.type, "packages": installed(["mani_skill", "sapien"])}
+        return manifest_of(self.config, self.device)
 
     def close(self) -> None:
         """Free every scene; may be called twice."""

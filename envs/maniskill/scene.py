@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mani_skill.envs  # noqa: F401  registers the tasks
@@ -16,6 +17,8 @@ from embodied_rl.envs._spaces import ActionMap
 from embodied_rl.envs.maniskill.convention import convention_of
 from embodied_rl.envs.maniskill.device import drawing_device, handed_in
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, nearest
+from embodied_rl.manifest import checksum_of, source
+from embodied_rl.runfolder import installed
 from embodied_rl.types import Obs, TensorSpec
 
 if TYPE_CHECKING:
@@ -78,6 +81,20 @@ def _needed(task: str) -> list[str]:
         group = name in assets.DATA_GROUPS
         found += assets.expand_data_group_into_individual_data_source_ids(name) if group else [name]
     return found
+
+
+def manifest_of(config: Config, device: torch.device) -> dict[str, Any]:
+    """What results depend on, also where the copies are simulated in processes of their own."""
+    settings = ("task", "observation", "pixels", "control", "reward", "end_on_success", "kwargs")
+    sources = {name: assets.DATA_SOURCES[name] for name in _needed(config.task)}
+    return {
+        **{name: getattr(config, name) for name in settings},
+        **source(REGISTERED_ENVS[config.task].cls),
+        "assets": {name: checksum_of(Path(one.output_dir) / one.target_path) for name, one in sources.items()},
+        # PhysX on a GPU is another solver, with another scene.
+        "physics": device.type,
+        "packages": installed(["mani_skill", "sapien"]),
+    }
 
 
 class Scene:

@@ -18,6 +18,7 @@ from embodied_rl.envs.mjcf.view import Poses, View
 from embodied_rl.envs.tabletop.physics import Physics
 from embodied_rl.envs.tabletop.pictures import Films, engines
 from embodied_rl.errors import CheckpointError, ConfigError, nearest
+from embodied_rl.manifest import source
 from embodied_rl.runfolder import checksum
 from embodied_rl.seeding import numpy_rng
 from embodied_rl.types import EnvSpec, Obs, State, Step, TensorSpec
@@ -176,7 +177,9 @@ class MjcfEnv:
         mujoco.mj_saveModel(model, None, compiled)
         return {
             "scene": checksum(compiled.tobytes()),
-            "settings": self.config.model_dump(mode="json", exclude={"scene", "physics", "threads"}),
+            "task": type(self.task).__qualname__,
+            **source(type(self.task)),
+            "settings": self.config.model_dump(mode="json", exclude={"scene", "task", "physics", "threads"}),
             "physics": type(self.physics).__name__,
             "packages": engines(self.physics, self._pictures),
         }

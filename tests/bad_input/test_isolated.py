@@ -1,6 +1,7 @@
 """What goes wrong with simulators in a Python of their own: one clear sentence each."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import tempfile
@@ -126,6 +127,36 @@ def test_a_worker_of_another_version_is_refused(tmp_path, monkeypatch):
     other.write_text(workers.WORKER.read_text().replace(f"PROTOCOL = {workers.PROTOCOL}", "PROTOCOL = 0"))
     monkeypatch.setattr(workers, "WORKER", other)
     assert f"speaks protocol 0, this engine speaks {workers.PROTOCOL}: install both from one version of embodied_rl" in refused()
+
+
+FALLS_OFF = """
+class Simulator:
+    spec = {"observation": {"x": {"shape": [1]}}, "action": {"kind": "discrete", "size": 2}, "max_steps": 5}
+    def __init__(self, settings): self.steps = settings["steps"]
+    def reset(self, seed, task): return {"x": [0.0]}
+    def step(self, action):
+        with open(self.steps, "a+") as file:
+            file.write("x")
+            if file.tell() > 50: raise ValueError("the arm fell off")
+        return {"x": [1.0]}, 1.0, False, False, {}
+"""
+
+
+def test_a_run_whose_simulator_fails_again_and_again_is_told_and_not_lost(tmp_path, capsys):
+    (tmp_path / "falls.py").write_text(FALLS_OFF)
+    steps, recipe, run = tmp_path / "steps", tmp_path / "run.yaml", tmp_path / "runs" / "falls"
+    recipe.write_text(
+        f"name: falls\nenv: {{type: isolated, simulator: {tmp_path}/falls.py, settings: {{steps: {steps}}}, workers: 1}}\n"
+        "policy: {type: mlp, hidden: [8]}\nalgorithm: {type: ppo, update: {epochs: 1, minibatches: 1}}\n"
+        "collect: {copies: 2, decisions: 10}\ntrain: {env_steps: 80}\ncheckpoint: {every: 1}\nevaluate: {episodes: 0}\n"
+        f"log: {{tensorboard: false, progress: false, folder: {run.parent}}}\n"
+    )
+    assert main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "11 workers were lost without one finished episode" in error and "ValueError: the arm fell off" in error
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["stop_reason"], summary["updates"], summary["finished"]) == ("simulator", 3, False), "the third lost a part of its episodes"
+    assert any((run / "checkpoints").iterdir())
 
 
 # ---- environments of simulators -------------------------------------------------------------------------------------

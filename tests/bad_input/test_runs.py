@@ -282,13 +282,17 @@ def test_a_camera_that_does_not_exist():
         env.close()
 
 
-def test_numbers_that_diverge_stop_the_run_and_name_the_input(toy, capsys):
+@pytest.mark.parametrize("number", ["nan", "1e30"])
+def test_numbers_that_diverge_stop_the_run_and_name_the_cause(number, toy, capsys):
     source = Path(registry.load("env", str(Path(__file__).parents[1] / "toys" / "point.py")).__file__).read_text()
-    (toy / "nan.py").write_text(source.replace("1 - distance)", "distance * float('nan'))").replace("else 1 - distance", "else distance * float('nan')"))
-    err = say(capsys, "train", "toy.yaml", "env.type=nan.py", "train.env_steps=10000", "train.max_bad_updates=2")
-    assert err.startswith(
-        "error: not one optimizer step of the last 2 updates was finite (loss nan; non-finite inputs: advantage, target; non-finite gradients: log_std, "
-    )
-    assert err.endswith("). The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named\n")
+    bad = f"distance * float('{number}')"
+    (toy / "bad.py").write_text(source.replace("1 - distance)", f"{bad})").replace("else 1 - distance", f"else {bad}"))
+    err = say(capsys, "train", "toy.yaml", "env.type=bad.py", "train.env_steps=10000", "train.max_bad_updates=2")
+    if number == "nan":
+        assert err.startswith("error: the env pays rewards that are not finite, in the last update in copies [0, 1, 2")
+        assert err.endswith("the last 2 updates was finite: mend the env; the weights were left as they were\n")
+    else:
+        assert err.startswith("error: not one optimizer step of the last 2 updates was finite (loss ")
+        assert err.endswith("). The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named\n")
     rows = [json.loads(line) for line in (toy / "runs/toy/metrics.jsonl").read_text().splitlines()]
     assert all("actor/skipped_updates" in row for row in rows)

@@ -9,6 +9,8 @@ import torch
 from embodied_rl import checkpoint
 from embodied_rl.cli import main
 from embodied_rl.errors import DivergenceError
+from embodied_rl.evaluate import evaluate
+from embodied_rl.observation import check_finite
 from embodied_rl.session import Session
 from tests.resume import lab
 
@@ -78,17 +80,6 @@ def test_the_reward_scale_and_the_normaliser_are_those_of_the_sound_numbers(tmp_
     session.close()
 
 
-def test_a_bad_observation_that_was_acted_upon_stays_out_of_the_normaliser(tmp_path):
-    """A discrete action can always be chosen, so the copy goes on with a NaN."""
-    env = {"inner": {"type": "two_state.py", "max_steps": 4}, "what": "obs", "first": 11, "last": 17}
-    wanted = lab.recipe(updates=4, **poisoned(**env))
-    rows, state = lab.go(wanted, tmp_path / "run")
-    assert ["actor/skipped_updates" in row for row in rows] == [False, True, False, False]
-    assert finite(state)
-    left_out = 4 * 80 - int(state["policy"]["norms.state.count"])
-    assert 0 < left_out <= 7, "copy 0 was shown 7 bad observations, some of which a reset replaced before it acted"
-
-
 def test_a_nan_loss_is_skipped_whatever_it_comes_from(tmp_path, monkeypatch):
     session = Session.build(lab.recipe(updates=1))
     rollout = session.collector.collect()
@@ -118,10 +109,10 @@ def test_a_streak_of_bad_updates_ends_the_run_and_keeps_the_last_good_checkpoint
     assert main(["train", str(recipe)]) == 2
     err = capsys.readouterr().err
     assert err.count("error:") == 1 and "Traceback" not in err
-    assert (
-        "error: not one optimizer step of the last 3 updates was finite (loss nan; non-finite inputs: advantage, target; "
-        "non-finite gradients: log_std, "
-    ) in err
+    assert err.endswith(
+        "error: the env pays rewards that are not finite, in the last update in copies [0], so not one optimizer step of "
+        "the last 3 updates was finite: mend the env; the weights were left as they were\n"
+    )
     rows = lab.rows_of(path)
     assert [row.get("actor/skipped_updates", 0) for row in rows] == [0, 0, 0, 0, 4, 4], "the seventh raised"
     newest = checkpoint.latest(path / "checkpoints")
@@ -143,13 +134,36 @@ def test_a_streak_that_a_signal_interrupts_goes_on_being_counted(tmp_path):
         lab.go(wanted, tmp_path / "run", resume=True)
 
 
-def test_an_observation_that_no_action_can_follow_is_named_with_its_copies(tmp_path, capsys):
-    recipe = lab.write(lab.recipe(**poisoned(what="obs", first=12), collect={"pipeline": 2}), tmp_path)
+@pytest.mark.parametrize(("inner", "entry"), [("point.py", "position"), ("two_state.py", "state")])
+def test_an_observation_that_is_not_finite_is_named_with_its_env_and_copies(inner, entry, tmp_path, capsys):
+    """Also to a policy of discrete actions, which can always choose one."""
+    bad = {"inner": {"type": inner, "max_steps": 4}, "what": "obs", "first": 12}
+    recipe = lab.write(lab.recipe(**poisoned(**bad), collect={"pipeline": 2}), tmp_path)
     assert main(["train", str(recipe)]) == 2
-    assert capsys.readouterr().err.endswith(
-        "error: the env returned an observation that is not finite: 'position' in copies [0], so no action could be "
-        "chosen; mend the env, or end the episode there (terminated)\n"
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1 and "Traceback" not in err
+    assert err.endswith(
+        f"error: env Poison: observation '{entry}' is not finite in copies [0]: mend the env, or let it end the episode "
+        "there (terminated)\n"
     )
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_an_evaluation_that_is_shown_what_is_not_finite_says_so(first):
+    session = Session.build(lab.recipe(**poisoned(inner={"type": "point.py", "max_steps": 12}, what="obs", first=first)))
+    with pytest.raises(DivergenceError, match=r"^env Poison: observation 'position' is not finite in copies \[0\]: "):
+        evaluate(session.policy, session.collector.parts[0].env, episodes=8, run_seed=0)
+    session.close()
+
+
+def test_numbers_whose_sum_alone_is_not_finite_are_shown_to_the_policy():
+    obs = {"far": torch.full((2, 3), 3e38), "picture": torch.zeros(2, 1, dtype=torch.uint8)}
+    everyone = torch.ones(2, dtype=torch.bool)
+    check_finite(obs, everyone, None)
+    obs["far"][1, 2] = math.inf
+    check_finite(obs, torch.tensor([True, False]), None)
+    with pytest.raises(DivergenceError, match=r"'far' is not finite in copies \[5\]"):
+        check_finite(obs, everyone, None, first=4)
 
 
 LOUD = '''

@@ -12,7 +12,9 @@ from scipy.spatial.transform import Rotation
 pytest.importorskip("mani_skill")
 from embodied_rl.check import check_env  # noqa: E402
 from embodied_rl.envs.maniskill import Config, build  # noqa: E402
+from embodied_rl.envs.maniskill.scene import manifest_of  # noqa: E402
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, SimulatorError  # noqa: E402
+from embodied_rl.manifest import checksum_of  # noqa: E402
 
 pytestmark = [pytest.mark.sim, pytest.mark.filterwarnings("ignore")]
 CPU = torch.device("cpu")
@@ -193,10 +195,25 @@ def test_copies_in_processes_play_the_same_episodes(push):
             assert torch.equal(a.obs["state"], b.obs["state"]) and torch.equal(a.reward, b.reward)
             assert a.truncated.tolist() == b.truncated.tolist() == [t == 7, False]
         assert torch.equal(a.success, b.success) and there.spec.cameras == push.spec.cameras
+        assert there.manifest() == push.manifest() and push.manifest()["packages"].keys() == {"mani_skill", "sapien"}
     finally:
         there.close()
     with pytest.raises(SimulatorError, match="controller 'pd_ee_delta_pos3' does not exist; did you mean 'pd_ee_delta_pos'"):
         make(control="pd_ee_delta_pos3", workers=1)
+
+
+def test_what_was_downloaded_and_tasks_of_ones_own_are_told_by_their_checksums(tmp_path, monkeypatch):
+    from mani_skill.utils.assets import DATA_SOURCES, DataSource
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    (tmp_path / "cans").mkdir()
+    (tmp_path / "cans" / "mesh.obj").write_text("v 0 0 0")
+    monkeypatch.setitem(DATA_SOURCES, "cans", DataSource("task_assets", target_path="cans", output_dir=tmp_path))
+    monkeypatch.setattr(REGISTERED_ENVS["PushCube-v1"], "asset_download_ids", ["cans"])
+    told = manifest_of(Config(task="PushCube-v1"), CPU)
+    assert told["assets"] == {"cans": checksum_of(tmp_path / "cans")} and "source" not in told
+    monkeypatch.setattr(REGISTERED_ENVS["PushCube-v1"], "cls", type("Mine", (), {"__module__": __name__}))
+    assert len(manifest_of(Config(task="PushCube-v1"), CPU)["source"]) == 64
 
 
 def test_what_does_not_exist_is_told_with_the_nearest_name():

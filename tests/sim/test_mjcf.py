@@ -6,10 +6,14 @@ import mujoco
 import pytest
 import torch
 
+from embodied_rl import checkpoint
+from embodied_rl.config import build_recipe
 from embodied_rl.envs.mjcf import Config, build
 from embodied_rl.envs.mjcf.scene import load_scene
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError
 from embodied_rl.registry import load
+from embodied_rl.session import Session
+from embodied_rl.train import run
 from tests.kit import mlp
 
 CPU = torch.device("cpu")
@@ -88,6 +92,54 @@ def test_the_example_is_trained_for_a_few_updates():
     env = make(copies=8, max_steps=10)
     rollout = Collector([env], mlp(env.spec), decisions=20, generator=torch.Generator().manual_seed(0)).collect()
     assert rollout.truncated.sum() == 16 and rollout.constants["instruction"].shape[1] == 16
+
+
+@pytest.mark.parametrize("physics", ["native", "warp"])
+def test_a_policy_that_looks_sees_what_the_scene_has_become(physics):
+    """Pictures are drawn for copies that have moved, alike on both engines, and are those that `render` draws."""
+    env = make(copies=2, physics=physics, observation="pictures", picture_size=32)
+    first = begin(env)
+    assert first.keys() == {"above", "instruction", "proprio"} and first["above"].shape == (2, 32, 32, 3)
+    for _ in range(10):
+        step = env.step(torch.ones(2, 2), torch.tensor([True, False]))
+        assert step.obs == {}, "shown on demand alone"
+    now = env.observe()
+    assert torch.equal(now["above"][1], first["above"][1]) and not torch.equal(now["above"][0], first["above"][0])
+    view = env.view()
+    torch.testing.assert_close(now["proprio"], torch.cat([view.qpos.sin(), view.qpos.cos(), 0.1 * view.qvel], 1).float())
+    # Films have shadows and pictures none, so only the balls are compared: they are where the red is.
+    for copy, film in enumerate(env.render(torch.tensor([0, 1]), "above", 32, 32)):
+        seen, filmed = (((x[..., 0].int() - x[..., 1]) > 60).nonzero().float().mean(0) for x in (now["above"][copy], film))
+        assert (seen - filmed).norm() < 1.0
+    other = make(copies=2, physics="warp" if physics == "native" else "native", observation="pictures", picture_size=32)
+    apart = (begin(other)["above"].int() - first["above"].int()).abs().amax(-1) > 2
+    assert apart.float().mean() < 0.01, "rounding may move an edge by a pixel"
+
+
+LOOKING = {
+    "env": {"observation": "pictures", "picture_size": 16, "max_steps": 8, "threads": 1},
+    "collect": {"copies": 4, "decisions": 8},
+    "train": {"env_steps": 64},
+    "evaluate": {"episodes": 4, "copies": 4, "videos": 1},
+    "log": {"tensorboard": False, "progress": False},
+}
+
+
+def test_ppo_trains_on_the_pictures_of_the_example(tmp_path):
+    """A small policy that looks: every part of it learns, and a run evaluates and films it."""
+    small = {"type": "tiny_vla_tokens", "bins": 5, "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 1, "foresight": 0}
+    env = LOOKING["env"] | {"type": "mjcf", "scene": SCENE, "task": TASK}
+    ppo = {"type": "ppo", "update": {"epochs": 1, "minibatches": 1, "lr": 1e-3}}
+    wanted = build_recipe(LOOKING | {"name": "looks", "env": env, "policy": small, "algorithm": ppo, "seed": 0})
+    before = Session.build(wanted)
+    weights = {name: p.detach().clone() for name, p in before.policy.named_parameters()}
+    before.close()
+    finished = run(wanted, folder=tmp_path / "run")
+    after = checkpoint.load(checkpoint.latest(finished.folder / "checkpoints"))["policy"]
+    still = [name for name, p in weights.items() if torch.equal(p, after[name])]
+    assert still == [] and finished.reason == "finished" and finished.result.episodes == 4
+    assert set(finished.result.manifest["frames"]) == {"red", "blue"} and "above" in finished.result.manifest["frames"]["red"]
+    assert list((finished.folder / "videos").glob("*.mp4"))
 
 
 def scene_without(old, new=""):

@@ -220,6 +220,36 @@ def test_a_start_that_never_succeeds_stops_with_a_sentence(make):
         start(env, seeds=[7], tasks=[1])
 
 
+FRAGILE = """
+
+class Simulator(Simulator):
+    def __init__(self, settings):
+        super().__init__(settings)
+        with open(settings["builds"], "a+") as file:
+            file.write("x")
+            if file.tell() in settings["dies"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("dies", "lives"), [([2, 3], True), ([2, 3, 4], False)])
+def test_a_successor_that_is_killed_while_it_starts_has_a_successor(make, tmp_path, caplog, dies, lives):
+    """Where memory is short the next one may be killed as well."""
+    file = tmp_path / "fragile.py"
+    file.write_text(POINT.read_text() + FRAGILE)
+    env = make(1, simulator=str(file), settings={"builds": str(tmp_path / "builds"), "dies": dies})
+    start(env)
+    os.kill(env._workers[0].process.pid, signal.SIGKILL)
+    assert push(env).invalid.tolist() == [True]
+    if not lives:
+        with pytest.raises(SimulatorError, match="does not start: its worker died of SIGKILL"):
+            start(env, seeds=[5])
+        return
+    assert start(env, seeds=[5])["state"][0, 0] == first_x(5)
+    assert not push(env).invalid.any() and env.restarts == 3
+    assert sum("did not start again" in message for message in caplog.messages) == 2
+
+
 def test_workers_that_are_lost_over_and_over_stop_the_run(make, monkeypatch):
     monkeypatch.setattr("embodied_rl.envs.isolated.env.LOSSES", 2)
     env = make(1, trouble={"what": "leave"})
@@ -349,6 +379,11 @@ def test_the_manifest_is_of_the_simulators_own_python(make, tmp_path):
     assert told["python"].count(".") == 2
     os.kill(env._workers[0].process.pid, signal.SIGKILL)
     assert env.manifest() == told, "asked once: a lost worker does not change what was played"
+
+
+def test_a_simulator_without_a_manifest_of_its_own_is_told_by_its_settings(make):
+    told = make(1, settings={"mass": 2.0}).manifest()
+    assert told["settings"] == {"bare": True, "trouble": {}, "mass": 2.0} and told["simulator"]
 
 
 def test_a_manifest_that_fails_costs_a_worker_and_is_told(make, tmp_path):

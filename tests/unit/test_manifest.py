@@ -4,8 +4,10 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 
@@ -87,6 +89,65 @@ def test_built_in_envs_tell_what_their_results_depend_on(name, overrides, keys):
     env.close()
     assert keys <= told.keys() and told["max_steps"] == env.spec.max_steps
     assert re.fullmatch(r"[\d.]+\w*", told["packages"]["mujoco"])
+
+
+OWN = """
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+class Line(gymnasium.Env):
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+gymnasium.register("Line-v0", entry_point=Line, max_episode_steps=3)
+"""
+REACHER = Path(__file__).parents[2] / "examples" / "reacher"
+
+
+@pytest.mark.parametrize("kind", ["gymnasium", "mjcf", "file"])
+def test_what_has_no_version_is_told_by_the_checksum_of_its_file_wherever_that_lies(kind, tmp_path, monkeypatch):
+    """So a reward that was changed in it forbids a comparison."""
+    told = []
+    for name, addition in (("a", ""), ("b", ""), ("c", "\n# another reward\n")):
+        folder = tmp_path / name
+        folder.mkdir()
+        if kind == "gymnasium":
+            (folder / "line.py").write_text(OWN + addition)
+            monkeypatch.syspath_prepend(folder)
+            sys.modules.pop("line", None)
+            monkeypatch.setattr(gymnasium, "registry", dict(gymnasium.registry))
+            env = built("gymnasium", ["id=line:Line-v0"])
+        elif kind == "mjcf":
+            (folder / "task.py").write_text((REACHER / "task.py").read_text() + addition)
+            env = built("mjcf", [f"scene={REACHER / 'reacher.xml'}", f"task={folder / 'task.py'}:Reach", "threads=1"])
+        else:
+            (folder / "point.py").write_text((TOYS / "point.py").read_text() + addition)
+            env = built(str(folder / "point.py"))
+        told.append({"engine": {}, "starts": {}, "frames": {}, "env": manifest.make(env, {}, {})["env"]})
+        env.close()
+    assert manifest.differences(told[0], told[1]) == []
+    assert [line.split()[0] for line in manifest.differences(told[0], told[2])] == ["source"]
+    assert "Reach" in str(told[0]) or kind != "mjcf"
+
+
+def test_a_folder_has_one_checksum_that_changes_with_names_and_contents(tmp_path):
+    def write(name, **files):
+        for file, text in files.items():
+            (tmp_path / name / "deep").mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / "deep" / file).write_text(text)
+        return manifest.checksum_of(tmp_path / name)
+
+    first = write("a", mesh="1", texture="2")
+    assert write("b", texture="2", mesh="1") == first
+    assert len({first, write("c", mesh="1", texture="3"), write("d", mesh="1", texturf="2"), write("e", mesh="12", texture="")}) == 4
+    assert manifest.checksum_of(tmp_path / "a" / "deep" / "mesh") == manifest.checksum_of(tmp_path / "b" / "deep" / "mesh")
 
 
 def test_a_mixture_joins_what_its_parts_tell():
