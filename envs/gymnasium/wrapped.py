@@ -202,7 +202,8 @@ def _made_of(config: Config, inner: Any) -> tuple[str, list[str], dict[str, Any]
         others = ["mujoco"]
         file = Path(str(getattr(inner, "fullpath", "")))
         more = {"model": checksum(file.read_bytes())} if file.is_file() else {}
-    more |= source(type(inner))
+    kind: type = type(inner)
+    more |= source(kind)
     if config.vectorization_mode == "vector_entry_point":
         more["class"] = f"{module}.{type(inner).__qualname__}"
     return module.split(".")[0], others, more
