@@ -179,11 +179,12 @@ class Narrowing(NamedTuple):
         return torch.empty_like(z).scatter_(1, order, ranked)
 
 
-def sample(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, line: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     """Draw one token per row by its cumulative probability.
 
     Args:
-        logits: [n, V] float32; overwritten.
+        logits: [m, V] float32, of each line; overwritten.
+        line: [n] int64, the line of each row: rows that have said the same so far share one.
         uniform: [n] float64 in [0, 1), one number decides one token; None takes the likeliest.
 
     Returns:
@@ -193,23 +194,21 @@ def sample(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     top, best = logits.max(-1, keepdim=True)
     p = logits.sub_(top)
     if uniform is None:
-        ids = best.squeeze(-1)
-        return ids, -p.logsumexp(-1)
-    n, v = p.shape
+        return best.squeeze(-1)[line], -p.logsumexp(-1)[line]
+    m, v = p.shape
     if v % SHELF:
         p = torch.nn.functional.pad(p, (0, SHELF - v % SHELF), value=float("-inf"))
     # One pass for the sums of shelves, then one shelf per row: half a pass less than a cumulative sum over all.
-    shelves = p.exp().view(n, -1, SHELF)
-    sums = shelves.sum(-1).double().cumsum(-1)
+    shelves = p.exp().view(m, -1, SHELF)
+    sums = shelves.sum(-1).double().cumsum(-1)[line]
     total = sums[:, -1:]
     target = uniform.clamp(max=1 - 1e-12)[:, None] * total
     shelf = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)
     rest = target - torch.where(shelf > 0, sums.gather(1, (shelf - 1).clamp(min=0)), 0.0)
-    inner = shelves[torch.arange(n, device=p.device), shelf.squeeze(1)].double().cumsum(-1)
+    inner = shelves[line, shelf.squeeze(1)].double().cumsum(-1)
     rest = torch.minimum(rest, inner[:, -1:] * (1 - 1e-12))
-    ids = shelf * SHELF + torch.searchsorted(inner, rest, right=True)
-    logp = p.gather(1, ids) - total.log()
-    return ids.squeeze(1), logp.squeeze(1).float()
+    ids = (shelf * SHELF + torch.searchsorted(inner, rest, right=True)).squeeze(1)
+    return ids, (p[line, ids] - total.squeeze(1).log()).float()
 
 
 def generate(
@@ -243,10 +242,11 @@ def generate(
     kept = h.new_zeros(b, length, h.shape[1]) if states else None
     rows, line, z = torch.arange(b, device=device), group, logits(h, 0)
     for t in range(length):
-        of_rows = z[line]
-        if narrow is not None and uniform is not None:
-            of_rows = narrow(of_rows, rows)
-        ids, of_ids = sample(of_rows, None if uniform is None else uniform[rows, t])
+        drawn = None if uniform is None else uniform[rows, t]
+        if narrow is not None and drawn is not None:  # row by row, since each may be narrowed otherwise
+            ids, of_ids = sample(narrow(z[line], rows), torch.arange(len(rows), device=device), drawn)
+        else:
+            ids, of_ids = sample(z, line, drawn)
         units[rows, t], logp[rows, t] = ids, of_ids
         if kept is not None:
             kept[rows, t] = h[line]

@@ -229,12 +229,18 @@ def test_a_product_by_arranged_weights_is_the_product(bias):
 
 
 def test_a_shelf_is_found_by_cumulative_probability():
-    z = torch.full((3, 600), -1e9)
-    z[:, [0, 300, 599]] = torch.tensor([0.5, 0.3, 0.2]).log()
-    ids, logp = decode.sample(z.clone(), torch.tensor([0.49, 0.51, 0.999], dtype=torch.float64))
-    assert ids.tolist() == [0, 300, 599]
-    torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.3, 0.2]))
-    assert decode.sample(z.clone(), torch.tensor([0.501, 0.799, 0.801], dtype=torch.float64))[0].tolist() == [300, 300, 599]
+    z = torch.full((2, 600), -1e9)
+    z[0, [0, 300, 599]] = torch.tensor([0.5, 0.3, 0.2]).log()
+    z[1, [7, 8]] = torch.tensor([0.9, 0.1]).log()
+    line, drawn = torch.tensor([0, 0, 1, 0]), torch.tensor([0.49, 0.51, 0.91, 0.999], dtype=torch.float64)
+    ids, logp = decode.sample(z.clone(), line, drawn)
+    assert ids.tolist() == [0, 300, 8, 599]
+    torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.3, 0.1, 0.2]))
+    drawn = torch.tensor([0.501, 0.799, 0.0, 0.801], dtype=torch.float64)
+    assert decode.sample(z.clone(), line, drawn)[0].tolist() == [300, 300, 7, 599]
+    likeliest = decode.sample(z.clone(), line, None)
+    assert likeliest[0].tolist() == [0, 0, 7, 0]
+    torch.testing.assert_close(likeliest[1].exp(), torch.tensor([0.5, 0.5, 0.9, 0.5]))
 
 
 def test_logits_in_pieces_give_what_they_give_at_once(monkeypatch):
