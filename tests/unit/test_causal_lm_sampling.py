@@ -44,7 +44,7 @@ def test_what_is_drawn_has_the_frequencies_and_log_probabilities_of_what_is_kept
     n = 4000
     z = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log().expand(n, 4)
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ids, logp = sample(narrowing(*[(1.0, 3, 0.75)] * n)(z, torch.arange(n)), uniform)
+    ids, logp = sample(narrowing(*[(1.0, 3, 0.75)] * n)(z, torch.arange(n)), torch.arange(n), uniform)
     counts = torch.bincount(ids, minlength=4)
     assert counts[[1, 3]].tolist() == [0, 0] and chisquare(counts[[0, 2]].numpy(), [n * 4 / 7, n * 3 / 7]).pvalue > 1e-3
     torch.testing.assert_close(logp, torch.where(ids == 0, 4 / 7, 3 / 7).log())
