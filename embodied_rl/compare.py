@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from embodied_rl import checkpoint, manifest
+from embodied_rl import checkpoint, host, manifest
 from embodied_rl.config import load_resolved
 from embodied_rl.conformance import Side, conform
 from embodied_rl.errors import CapabilityError, NotFoundError
@@ -214,8 +214,7 @@ def load_policy(
     """
     path = checkpoint.resolve(Path(target))
     recipe = load_resolved(_recipe_of(path)).recipe
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
+    host.prepare(recipe.threads)
     weights, then = stored_policy(path)
     own = env is None
     if env is None:

@@ -6,12 +6,12 @@ import contextlib
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from embodied_rl import host
 from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.errors import UserError
 from embodied_rl.recipe import Recipe
@@ -35,8 +35,7 @@ def collect_and_tell(
     Returns:
         code: 0, or 130 when interrupted.
     """
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
+    host.prepare(recipe.threads)
     bar = Progress(
         TextColumn("{task.completed:,.0f} / {task.total:,.0f} episodes"), BarColumn(None), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), console=console, expand=True, disable=not console.is_terminal,

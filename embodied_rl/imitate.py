@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from embodied_rl import host
 from embodied_rl.algorithms import ImitationConfig
 from embodied_rl.conformance import Side
 from embodied_rl.convention import UNKNOWN
@@ -63,8 +64,7 @@ class ImitationSession(Saved):
         Raises:
             UserError: A part is missing, or the demonstrations do not fit the env or the policy.
         """
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
+        host.prepare(recipe.threads)
         if recipe.reward is not None:
             raise CapabilityError(
                 f"reward ({cast(Any, recipe.reward).type}) does nothing with algorithm "

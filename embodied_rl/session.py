@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from embodied_rl import registry
+from embodied_rl import host, registry
 from embodied_rl.algorithms import AlgorithmConfig
 from embodied_rl.anneal import Anneal
 from embodied_rl.batch import observed
@@ -167,8 +167,7 @@ class Session(Saved):
         Raises:
             UserError: A part is missing, or parts do not fit together.
         """
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
+        host.prepare(recipe.threads)
         device = choose_device(recipe.device)
         algorithm, c = cast(AlgorithmConfig, recipe.algorithm), recipe.collect
         envs: list[Env] = []

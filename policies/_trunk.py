@@ -159,6 +159,7 @@ class Eye(nn.Module):
     """A picture as a few tokens: features averaged over the places that the words ask for, and those places."""
 
     where: Tensor
+    shades: Tensor
 
     def __init__(self, spec: TensorSpec, words: int, config: TrunkConfig) -> None:
         """Two convolutions; queries from the words and of their own.
@@ -179,14 +180,20 @@ class Eye(nn.Module):
         rows, columns = height // PATCH, width // PATCH
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
         self.register_buffer("where", 2 * torch.stack([x, y], -1).flatten(0, 1), persistent=False)
+        shade = torch.arange(256.0)
+        pair = torch.stack([shade / 127.5 - 1.0, torch.log((shade + 8.0) / 90.0)], dim=1)
+        # Both numbers of a colour as one of 64 bits: looking them up is several times as fast as computing them.
+        self.register_buffer("shades", pair.view(torch.int64).squeeze(1), persistent=False)
 
     def forward(self, picture: Tensor, words: Tensor) -> Tensor:
         """[N, H, W, 3] uint8 and [N, words] to [N, glances, width]."""
-        x = picture.permute(0, 3, 1, 2).to(self.conv1.weight.dtype)
-        x = F.gelu(self.conv1(torch.cat([x / 127.5 - 1.0, torch.log((x + 8.0) / 90.0)], dim=1)))
+        n, height, width, _ = picture.shape
+        shades = self.shades.index_select(0, picture.flatten().int()).view(torch.float32)
+        x = shades.view(n, height, width, 6).permute(0, 3, 1, 2).to(self.conv1.weight.dtype)
+        x = F.gelu(self.conv1(x))
         x = x + F.gelu(self.conv2(x))
         features = self.norm(x.flatten(2).transpose(1, 2))
-        n, _, c = features.shape
+        c = features.shape[2]
         query = self.query + SHARPNESS * self.ask(words).view(n, -1, c)
         weight = torch.softmax(torch.bmm(query, features.transpose(1, 2)) * (SHARPNESS / math.sqrt(c)), dim=-1)
         places = torch.matmul(weight, self.where)
