@@ -6,6 +6,7 @@ from typing import cast
 
 from embodied_rl.algorithms import AlgorithmConfig
 from embodied_rl.errors import CapabilityError
+from embodied_rl.loss import Loss
 from embodied_rl.recipe import Recipe
 from embodied_rl.types import Annealed, Demonstrating, Encoding, Env, EnvSpec, Hinting, Imitator, Policy
 
@@ -71,6 +72,21 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
         raise CapabilityError(
             f"algorithm.update.critic_lr ({algorithm.update.critic_lr:g}) moves a critic, and none is trained here: "
             "remove it"
+        )
+    _check_loss(loss, policy)
+
+
+def _check_loss(loss: Loss, policy: Policy) -> None:
+    """Refuse what a loss cannot do with the units and the critic of a policy."""
+    if loss.ratio == "action" and getattr(policy, "units_span_chunk", False):
+        raise CapabilityError(
+            "algorithm.loss.ratio action takes one ratio per action, and every unit of this policy covers the whole "
+            "chunk: set algorithm.loss.ratio: unit (each denoising step) or decision (all of them)"
+        )
+    if loss.entropy_coef and not getattr(policy, "entropy_learns", True):
+        raise CapabilityError(
+            f"algorithm.loss.entropy_coef ({loss.entropy_coef:g}) does nothing here, because no weight of the policy "
+            "moves the entropy of its units: set it to 0, or let noise be learned (policy.likelihood: learned)"
         )
     classifies = getattr(policy, "value_range", None) is not None
     if loss.value.coef and policy.has_critic and (loss.value.kind == "hl_gauss") != classifies:

@@ -144,8 +144,7 @@ class Env(Protocol):
     # An env whose episodes can be read may offer as well:
     #     transcript(copies: Tensor) -> list[str]    what has happened so far in the copies asked for, in words
     #     manifest() -> dict[str, Any]    plain data on what its results depend on (versions, checksums of models and
-    #                                     assets, the protocol) and nothing of the machine (paths, threads, times):
-    #                                     evaluations in which it differs are not compared
+    #         assets, the protocol), not on the machine (paths, threads): where it differs, evaluations are not compared
 
 
 @dataclass
@@ -197,7 +196,7 @@ class Policy(Protocol):
     chunk: int
     """C, control steps per decision."""
     actions_per_decision: int
-    """Different actions in a chunk: C, or fewer when each is held for several control steps."""
+    """Different actions in a chunk: C, fewer when each is held for several control steps, 1 with `units_span_chunk`."""
     num_units: int
     """A, units per decision."""
     has_critic: bool
@@ -228,6 +227,8 @@ class Policy(Protocol):
     #     pretrained: bool    True when its first weights are worth measuring: a run then evaluates them as well
     #     evaluating(on: bool) -> None    from here on it is (no longer) played for evaluation, nobody learns from it
     #     samples_for_evaluation: bool    True when settings of it say how: evaluation must then not be greedy
+    #     units_span_chunk: bool    True when every unit covers the whole chunk, so that none belongs to one action
+    #     entropy_learns: bool    False when no weight moves the entropy of its units, or they have none
 
 
 @runtime_checkable
@@ -368,8 +369,7 @@ class Rollout:
     """[T, B] bool, decisions of the copies that take the policy's mode, as a baseline for their group; None when all
     sample. They are in no batch and no metric."""
     final_obs: Obs = field(default_factory=dict)
-    """name -> [F, ...] states that no decision here was taken in: where an episode ended, or where it stands when the
-    rollout is over. Kept for reward models only."""
+    """name -> [F, ...] states that no decision was taken in, the last of an episode or of the rollout; for rewards."""
     final: Tensor | None = None
     """[T, B] int64 row of `final_obs` that followed the decision; -1 where the next decision's observation did."""
     result: Tensor | None = None

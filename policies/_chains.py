@@ -28,11 +28,74 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from embodied_rl.section import Section
 
 Process = Literal["flow", "diffusion"]
 LATEST = 0.98
 """Time at which a diffusion chain begins."""
+
+
+class ChainConfig(Section):
+    """Settings that all policies with a denoising chain have."""
+
+    denoising_steps: int = Field(4, ge=1)
+    """K; more follow the curve better and cost one pass of the action head each."""
+    stochastic: Literal["all", "one", "last"] = "all"
+    """sde, learned: noise in every step, in one step of each decision drawn at random, or in the last step; the others
+    are deterministic. last, with start 0, makes the policy a Gaussian around what greedy evaluation does."""
+    noise: float = Field(0.5, gt=0)
+    """sde: strength of the noise."""
+    min_std: float = Field(0.08, gt=0)
+    """learned: smallest standard deviation of a step; sde: the same, which keeps the last steps from being exact."""
+    max_std: float = Field(0.16, gt=0)
+    """learned: the largest."""
+    start: float = Field(1.0, ge=0)
+    """sde, learned: standard deviation of the noise that a sampled chain starts from. 1 samples all that was imitated;
+    less stays nearer to its middle, which is what greedy evaluation takes and where a policy succeeds more often."""
+    log_prob: Literal["sum", "mean"] = "sum"
+    """Over the C x D numbers of a step. sum is the step's log-probability; mean divides it, so that a clip of 0.2
+    allows C x D times as much in the true log-ratio (what pi_RL and DPPO do)."""
+
+    def refuse_idle(self, likelihood: str, **more: tuple[str, ...]) -> None:
+        """Refuse what does nothing with a likelihood.
+
+        Args:
+            likelihood: The recipe's.
+            more: Further setting -> likelihoods that read it.
+
+        Raises:
+            ValueError: Says the setting, its value and what to do; or the bounds of learned noise cross.
+        """
+        if likelihood == "learned" and self.min_std >= self.max_std:
+            raise ValueError(f"min_std ({self.min_std}) must be below max_std ({self.max_std})")
+        chain = ("sde", "learned")
+        used = {"stochastic": chain, "noise": ("sde",), "max_std": ("learned",), "start": chain, "min_std": chain}
+        for name, owners in (used | more).items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default and likelihood not in owners:
+                raise ValueError(
+                    f"{name} ({value}) does nothing with likelihood ({likelihood}): remove it, or set "
+                    f"likelihood: {' or '.join(owners)}"
+                )
+
+    def noisy_step(
+        self, rows: int, *, generator: torch.Generator | None, greedy: bool, device: torch.device
+    ) -> Tensor | None:
+        """The one step of each chain that has noise, [rows] int64 (with `greedy` the last); None when all have."""
+        steps = self.denoising_steps
+        if self.stochastic == "all" or steps == 1:
+            return None
+        if greedy or self.stochastic == "last":
+            return torch.full((rows,), steps - 1, device=device)
+        return torch.randint(steps, (rows,), generator=generator, device=device)
+
+    def learned_std(self, raw: Tensor) -> Tensor:
+        """The network's numbers as standard deviations between min_std and max_std."""
+        low, high = math.log(self.min_std), math.log(self.max_std)
+        return (low + (high - low) * torch.sigmoid(raw)).exp()
 
 
 class Times(NamedTuple):
@@ -114,3 +177,8 @@ def _diffusion_step(x: Tensor, noise: Tensor, now: Tensor, after: Tensor, std: T
 def gaussian_logp(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Logarithm of N(x; mean, std^2) of each number."""
     return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """Entropy of N(., std^2) of each number."""
+    return log_std + 0.5 * math.log(2 * math.pi * math.e)

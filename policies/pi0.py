@@ -17,7 +17,6 @@ shorter than the one the weights were trained with, and is then executed whole; 
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,7 +26,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError
-from embodied_rl.policies._chains import gaussian_logp, ode_step, sde_step, times, training_pair
+from embodied_rl.policies._chains import (
+    ChainConfig,
+    gaussian_entropy,
+    gaussian_logp,
+    ode_step,
+    sde_step,
+    times,
+    training_pair,
+)
 from embodied_rl.policies._critic import Critic, ValueHead
 from embodied_rl.policies._trunk import ActionScale, pad_rows, padded
 from embodied_rl.policies.hf_vla import TINY, Backbone, Pretrained, blank, open_model, readable
@@ -44,7 +51,7 @@ TINY_PI0: dict[str, dict[str, Any]] = {
 """Settings of the tiny model: random weights."""
 
 
-class Config(Pretrained):
+class Config(ChainConfig, Pretrained):
     """Settings of pi0."""
 
     type: Literal["pi0"] = "pi0"
@@ -54,34 +61,14 @@ class Config(Pretrained):
     chunk: int | None = Field(None, ge=1)
     """Control steps that one decision covers, at most the model's chunk_size; null: chunk_size, what it was trained
     with."""
-    denoising_steps: int = Field(4, ge=1)
-    """K; more follow the curve better and cost one pass of the action expert each."""
     likelihood: Literal["sde", "learned"] = "sde"
     """sde: every step keeps the marginals of the ODE; learned: the ODE step with a standard deviation of the network's
     own."""
-    stochastic: Literal["all", "one"] = "all"
-    """Noise in every step, or in one step of each decision, drawn at random: K times cheaper to learn from."""
-    noise: float = Field(0.5, gt=0)
-    """sde: strength of the noise."""
-    min_std: float = Field(0.08, gt=0)
-    """Smallest standard deviation of a step."""
-    max_std: float = Field(0.16, gt=0)
-    """learned: the largest."""
-    log_prob: Literal["sum", "mean"] = "sum"
-    """Over the C x D numbers of a step; mean allows a clip of 0.2 to mean C x D times as much in the true log-ratio."""
     critic: ValueHead = ValueHead()
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        if self.min_std >= self.max_std:
-            raise ValueError(f"min_std ({self.min_std}) must be below max_std ({self.max_std})")
-        for name, owner in {"noise": "sde", "max_std": "learned"}.items():
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default and self.likelihood != owner:
-                raise ValueError(
-                    f"{name} ({value}) does nothing with likelihood ({self.likelihood}): remove it, or set "
-                    f"likelihood: {owner}"
-                )
+        self.refuse_idle(self.likelihood)
         return self
 
 
@@ -103,6 +90,8 @@ class Pi0Policy(nn.Module):
     after: Tensor
     state_mean: Tensor
     state_std: Tensor
+    actions_per_decision = 1
+    units_span_chunk = True
 
     def __init__(self, env: EnvSpec, config: Config) -> None:
         """Load or build the model for one env.
@@ -119,11 +108,12 @@ class Pi0Policy(nn.Module):
         settings = model.config
         _check_sizes(env, config, settings, self.vectors)
         self.config, self.spec = config, env
-        self.chunk = self.actions_per_decision = config.chunk or settings.chunk_size
+        self.chunk = config.chunk or settings.chunk_size
         self.size, self.wide = env.action.size, settings.max_action_dim
         self.state_size, self.alpha = settings.max_state_dim, settings.time_sampling_beta_alpha
         self.latest = settings.time_sampling_scale, settings.time_sampling_offset
         self.num_units = config.denoising_steps if config.stochastic == "all" else 1
+        self.entropy_learns = config.likelihood == "learned"
         self.has_critic = config.critic.kind != "none"
         self.value_range = (config.critic.low, config.critic.high) if config.critic.kind == "hl_gauss" else None
         self.scale = ActionScale(self.size)
@@ -151,14 +141,10 @@ class Pi0Policy(nn.Module):
                 # For real rows only: padding moves no generator.
                 return pad_rows(torch.randn((n, self.chunk, width), generator=generator, device=self.now.device))
 
-            chosen, steps = None, self.config.denoising_steps
-            if self.num_units < steps:
-                drawn = torch.zeros(n, dtype=torch.int64, device=self.now.device)
-                if not greedy:
-                    drawn = torch.randint(steps, (n,), generator=generator, device=self.now.device)
-                chosen = pad_rows(drawn)
-            x, units, logps = normal(self.wide), [], []
-            for k in range(steps):
+            chosen = self.config.noisy_step(n, generator=generator, greedy=greedy, device=self.now.device)
+            chosen = None if chosen is None else pad_rows(chosen)
+            x, units, logps = self.config.start * normal(self.wide), [], []
+            for k in range(self.config.denoising_steps):
                 step = torch.full((len(x),), k, device=x.device)
                 mean, std, flat = self._step(prefix, x, step)
                 after = flat[..., : self.size] if greedy else mean + std * normal(self.size)
@@ -190,7 +176,7 @@ class Pi0Policy(nn.Module):
             mean, std, _ = self._step(prefix, x, unit[:, -1].long())
             logps.append(self._total(gaussian_logp(after, mean, std)))
             if entropy:
-                entropies.append(self._total(std.log() + 0.5 * math.log(2 * math.pi * math.e)))
+                entropies.append(self._total(gaussian_entropy(std.log())))
         value, value_logits = self._value(prefix, obs) if self.critic is not None else (None, None)
         return Evaluation(
             torch.stack(logps, dim=1)[:n], torch.stack(entropies, dim=1)[:n] if entropy else None,
@@ -281,8 +267,7 @@ class Pi0Policy(nn.Module):
         flat = ode_step("flow", x, velocity, now, after)
         d = self.size
         if self.spread is not None:
-            low, high = math.log(self.config.min_std), math.log(self.config.max_std)
-            return flat[..., :d], (low + (high - low) * torch.sigmoid(self.spread(hidden))).exp(), flat
+            return flat[..., :d], self.config.learned_std(self.spread(hidden)), flat
         mean, std = sde_step("flow", x[..., :d], velocity[..., :d], now, after, self.config.noise)
         return mean, std.clamp(min=self.config.min_std).expand_as(mean), flat
 

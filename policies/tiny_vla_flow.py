@@ -29,37 +29,29 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError
-from embodied_rl.policies._chains import gaussian_logp, ode_step, sde_step, times, training_pair
+from embodied_rl.policies._chains import (
+    ChainConfig,
+    gaussian_entropy,
+    gaussian_logp,
+    ode_step,
+    sde_step,
+    times,
+    training_pair,
+)
 from embodied_rl.policies._trunk import Cache, TrunkConfig, pad_rows, padded
 from embodied_rl.policies._vla import VlaPolicy
 from embodied_rl.types import FEATURES, EnvSpec, Evaluation, Obs, PolicyOutput
 
 
-class Config(TrunkConfig):
+class Config(ChainConfig, TrunkConfig):
     """Settings of the flow policy."""
 
     type: Literal["tiny_vla_flow"] = "tiny_vla_flow"
     process: Literal["flow", "diffusion"] = "flow"
-    """flow: straight paths, the network answers with a velocity; diffusion: it answers with the noise."""
-    denoising_steps: int = Field(4, ge=1)
-    """K; more follow the curve better and cost one pass of the head each."""
+    """flow: straight paths, the network answers with a velocity; diffusion: it answers with the noise, and sde with
+    noise 1 is DDPM."""
     likelihood: Literal["sde", "learned", "cfm", "latent"] = "sde"
     """See the module docstring; imitation is the same for all."""
-    stochastic: Literal["all", "one", "last"] = "all"
-    """sde, learned: noise in every step, in one step of each decision drawn at random, or in the last step; the others
-    are deterministic. last, with start 0, makes the policy a Gaussian around what greedy evaluation does."""
-    noise: float = Field(0.5, gt=0)
-    """sde: strength of the noise; for diffusion 1 is DDPM."""
-    min_std: float = Field(0.08, gt=0)
-    """learned: smallest standard deviation of a step; sde: the same, which keeps the last steps from being exact."""
-    max_std: float = Field(0.16, gt=0)
-    """learned: the largest."""
-    start: float = Field(1.0, ge=0)
-    """sde, learned: standard deviation of the noise that a sampled chain starts from. 1 samples all that was imitated;
-    less stays nearer to its middle, which is what greedy evaluation takes and where a policy succeeds more often."""
-    log_prob: Literal["sum", "mean"] = "sum"
-    """Over the C x D numbers of a step. sum is the step's log-probability; mean divides it, so that a clip of 0.2
-    allows C x D times as much in the true log-ratio (what pi_RL and DPPO do)."""
     samples: int = Field(8, ge=1)
     """cfm: stored pairs of noise and time per decision; more make the ratio less noisy."""
     latent_std: float = Field(0.3, gt=0)
@@ -72,19 +64,7 @@ class Config(TrunkConfig):
                 f"likelihood ({self.likelihood}) belongs to process flow, process is {self.process}: "
                 "choose likelihood sde or latent, or process: flow"
             )
-        if self.likelihood == "learned" and self.min_std >= self.max_std:
-            raise ValueError(f"min_std ({self.min_std}) must be below max_std ({self.max_std})")
-        used = {
-            "stochastic": ("sde", "learned"), "noise": ("sde",), "max_std": ("learned",), "samples": ("cfm",),
-            "latent_std": ("latent",), "start": ("sde", "learned"), "min_std": ("sde", "learned"),
-        }  # fmt: skip
-        for name, owners in used.items():
-            value, default = getattr(self, name), type(self).model_fields[name].default
-            if value != default and self.likelihood not in owners:
-                raise ValueError(
-                    f"{name} ({value}) does nothing with likelihood ({self.likelihood}): remove it, or set "
-                    f"likelihood: {' or '.join(owners)}"
-                )
+        self.refuse_idle(self.likelihood, samples=("cfm",), latent_std=("latent",))
         return self
 
 
@@ -93,6 +73,7 @@ class FlowPolicy(VlaPolicy):
 
     now: Tensor
     after: Tensor
+    units_span_chunk = True
 
     def __init__(self, env: EnvSpec, config: Config) -> None:
         """Build for one env; parameters are drawn from torch's global generator.
@@ -105,6 +86,7 @@ class FlowPolicy(VlaPolicy):
         super().__init__(env, config)
         self.config, self.actions_per_decision = config, 1
         self.kind = config.likelihood
+        self.entropy_learns = self.kind in ("learned", "latent")
         chain = self.kind in ("sde", "learned")
         self.num_units = config.denoising_steps if chain and config.stochastic == "all" else 1
         width = config.width
@@ -200,9 +182,7 @@ class FlowPolicy(VlaPolicy):
         out = self.norm(self.trunk.suffix(tokens.flatten(1, 2), cache, mask=mask)).view(n, m, c, -1)
         if self.spread is None:
             return self.head(out), None
-        low, high = math.log(self.config.min_std), math.log(self.config.max_std)
-        log_std = low + (high - low) * torch.sigmoid(self.spread(out))
-        return self.head(out), log_std.exp()
+        return self.head(out), self.config.learned_std(self.spread(out))
 
     def _draw(
         self, summary: Tensor, cache: Cache, n: int, generator: torch.Generator | None, greedy: bool
@@ -228,11 +208,8 @@ class FlowPolicy(VlaPolicy):
             return x, torch.cat([x.flatten(1), normal(s).flatten(1), pad_rows(t)], dim=1).unsqueeze(1)
         x = x * self.config.start
         steps = self.config.denoising_steps
-        chosen: Tensor | None = None
-        if self.num_units == 1 and steps > 1:
-            last = greedy or self.config.stochastic == "last"
-            fixed = torch.full((n,), steps - 1, device=x.device)
-            chosen = pad_rows(fixed if last else torch.randint(steps, (n,), generator=generator, device=x.device))
+        chosen = self.config.noisy_step(n, generator=generator, greedy=greedy, device=x.device)
+        chosen = None if chosen is None else pad_rows(chosen)
         units = []
         for k in range(steps):
             now = torch.full((len(x), 1), k, device=x.device)
@@ -274,13 +251,13 @@ class FlowPolicy(VlaPolicy):
         if self.kind == "latent":
             mean, log_std = self.actor(summary), self.actor_log_std
             logp = gaussian_logp(units[:, 0], mean, log_std.exp())
-            return self._total(logp).unsqueeze(1), self._total(_entropy(log_std).expand_as(mean)).unsqueeze(1)
+            return self._total(logp).unsqueeze(1), self._total(gaussian_entropy(log_std).expand_as(mean)).unsqueeze(1)
         if self.kind == "cfm":
             return -self._matching_loss(cache, units[:, 0]).unsqueeze(1), None
         x, after, k = units[..., :flat], units[..., flat : 2 * flat], units[..., -1].long()
         mean, std, _ = self._step(cache, x.unflatten(-1, (self.chunk, self.size)), k)
         logp = gaussian_logp(after, mean.flatten(2), std.flatten(2))
-        return self._total(logp), self._total(_entropy(std.flatten(2).log()))
+        return self._total(logp), self._total(gaussian_entropy(std.flatten(2).log()))
 
     def _total(self, x: Tensor) -> Tensor:
         return x.sum(-1) if self.config.log_prob == "sum" else x.mean(-1)
@@ -305,10 +282,6 @@ def _waves(t: Tensor) -> Tensor:
     """[...] times to [..., 2 FREQUENCIES]."""
     angle = t.unsqueeze(-1) * math.pi * 2.0 ** (torch.arange(FREQUENCIES, device=t.device) - 1)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
-def _entropy(log_std: Tensor) -> Tensor:
-    return log_std + 0.5 * math.log(2 * math.pi * math.e)
 
 
 def build(config: Config, *, env: EnvSpec, device: torch.device) -> FlowPolicy:

@@ -223,7 +223,7 @@ MUTATIONS = [
     # flow and diffusion policies
     Mutation(f"{FLOW}:FlowPolicy._answer", "if m > 1", "if m > 99", "test_vla_policies:test_the_probability_of_a_chain_is_that_of_its_gaussian_steps",
              {"case": "sde"}),
-    Mutation(f"{FLOW}:FlowPolicy._answer", "torch.sigmoid", "torch.tanh", "test_vla_policies:test_the_learned_deviation_stays_within_its_bounds"),
+    Mutation(f"{CHAINS}:ChainConfig.learned_std", "torch.sigmoid", "torch.tanh", "test_vla_policies:test_the_learned_deviation_stays_within_its_bounds"),
     Mutation(f"{FLOW}:FlowPolicy._step", "self.now[k])", "self.after[k])", "test_vla_policies:test_the_probability_of_a_chain_is_that_of_its_gaussian_steps",
              {"case": "learned"}),
     Mutation(f"{FLOW}:FlowPolicy._step", ".clamp(min=self.config.min_std)", "", "test_vla_policies:test_the_probability_of_a_chain_is_that_of_its_gaussian_steps",

@@ -131,7 +131,7 @@ def test_times_follow_pi0s_beta_distribution(monkeypatch):
 # ---- chains ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"likelihood": "learned"}, {"stochastic": "one"}, {"log_prob": "mean"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"likelihood": "learned"}, {"stochastic": "one"}, {"stochastic": "last", "start": 0.5}, {"log_prob": "mean"}, {"min_std": 0.2}], ids=str)
 def test_a_step_is_a_gaussian_over_what_is_executed_and_the_ode_for_the_rest(settings):
     policy, obs = make(shake=0.05, denoising_steps=3, **settings), observation(env_spec())
     out = policy.act(obs, generator=torch.Generator().manual_seed(0))
@@ -151,7 +151,7 @@ def test_a_step_is_a_gaussian_over_what_is_executed_and_the_ode_for_the_rest(set
             away = torch.where(k.view(-1, 1, 1) == 0, torch.tensor(1 / 3), 1 - now)
             variance = 0.25 * now / away
             mean = (x - velocity * now) * (1 - now + 1 / 3) + (x + velocity * (1 - now)) * (now - 1 / 3 - variance / 3 / (2 * now))
-            mean, std = mean[..., :D], (variance / 3).sqrt().clamp(min=0.08).expand(6, C, D)
+            mean, std = mean[..., :D], (variance / 3).sqrt().clamp(min=settings.get("min_std", 0.08)).expand(6, C, D)
         logp = torch.distributions.Normal(mean.flatten(1), std.flatten(1)).log_prob(after).sum(1)
         torch.testing.assert_close(out.logp[:, i], logp / (numbers if "log_prob" in settings else 1), atol=1e-3, rtol=1e-4)
         if i + 1 < units.shape[1]:
@@ -160,7 +160,21 @@ def test_a_step_is_a_gaussian_over_what_is_executed_and_the_ode_for_the_rest(set
             torch.testing.assert_close(following[..., D:], ode[..., D:], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"likelihood": "learned", "lora": 2}, {"stochastic": "one"}], ids=str)
+def test_a_chain_that_starts_with_less_noise_and_one_that_has_it_last():
+    obs = observation(env_spec())
+    seen = [make(shake=0.05, denoising_steps=3, start=start).act(obs, generator=torch.Generator().manual_seed(0)) for start in (1.0, 0.25)]
+    first = [out.units[:, 0, : C * WIDE] for out in seen]
+    torch.testing.assert_close(first[1], 0.25 * first[0])
+    # From the middle of the noise and with noise in the last step only: a Gaussian around the greedy decision.
+    policy = make(shake=0.05, denoising_steps=3, stochastic="last", start=0.0, likelihood="learned")
+    drawn, greedy = (policy.act(obs, generator=torch.Generator().manual_seed(0), greedy=g) for g in (False, True))
+    assert drawn.units.shape[1] == 1 and set(drawn.units[..., -1].flatten().tolist()) == {2.0}
+    assert torch.equal(drawn.units[..., : C * WIDE], greedy.units[..., : C * WIDE])
+    away = (drawn.units - greedy.units)[..., C * WIDE : -1]
+    assert float(away.abs().min()) > 0 and 0.08 / 2 < float(away.std()) < 0.16 * 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"likelihood": "learned", "lora": 2}, {"stochastic": "last", "start": 0.0}], ids=str)
 def test_batches_of_any_size_give_the_same_log_probabilities(settings):
     policy, everything = make(shake=0.05, **settings), observation(env_spec(), 40)
     g = torch.Generator().manual_seed(1)
@@ -308,9 +322,10 @@ def test_an_env_without_vectors_or_words():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"min_std": 0.2}, "min_std (0.2) must be below max_std (0.16)"),
+        ({"min_std": 0.2, "likelihood": "learned"}, "min_std (0.2) must be below max_std (0.16)"),
         ({"noise": 0.3, "likelihood": "learned"}, "noise (0.3) does nothing with likelihood (learned)"),
         ({"max_std": 0.3}, "max_std (0.3) does nothing with likelihood (sde)"),
+        ({"min_std": 0.3, "max_std": 0.3, "likelihood": "learned"}, "min_std (0.3) must be below max_std (0.3)"),
         ({"lora": 2, "freeze": "all"}, "lora (2) adapts nothing with freeze (all): set freeze: vision, or lora: 0"),
     ],
 )
