@@ -8,7 +8,7 @@ from embodied_rl.algorithms import AlgorithmConfig
 from embodied_rl.errors import CapabilityError
 from embodied_rl.loss import Loss
 from embodied_rl.recipe import Recipe
-from embodied_rl.types import Annealed, Demonstrating, Encoding, Env, EnvSpec, Hinting, Imitator, Policy
+from embodied_rl.types import Annealed, Demonstrating, Encoding, Env, EnvSpec, Foreseeing, Hinting, Imitator, Policy
 
 
 def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
@@ -67,6 +67,11 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
             f"algorithm.self_imitation.coef ({algorithm.self_imitation.coef:g}) imitates solved episodes, and "
             f"{lacking}: remove it, or choose an env that tells success and one of the policies tiny_vla_tokens, "
             "tiny_vla_flow, hf_vla and pi0"
+        )
+    if algorithm.self_imitation.learns == "foresight" and not (isinstance(policy, Foreseeing) and policy.foresees):
+        raise CapabilityError(
+            "algorithm.self_imitation.learns (foresight) teaches a policy to foresee where episodes end, and this one "
+            "does not: set learns: everything, or use tiny_vla_tokens or tiny_vla_flow with foresight above 0"
         )
     if algorithm.update.critic_lr and not (policy.has_critic and loss.value.coef):
         raise CapabilityError(

@@ -6,6 +6,10 @@ a guess that was right by luck is a labelled example. The loss is the policy's o
 
     L = L_RL + coef * mean over decisions of solved episodes of imitation_loss(obs, executed actions, where it ended)
 
+Actions are only part of it. Where a solved episode ended is a label that no demonstration was needed for, and every
+rollout brings starts that were never demonstrated: `learns: foresight` leaves the actions to the policy gradient and
+teaches the eye alone, by that part of the imitation loss which predicts where the episode ends.
+
 Source: Oh et al. 2018 (self-imitation learning, arXiv:1806.05635). Differs: only whole solved episodes of the latest
 rollout count, by the policy's imitation loss instead of a return-weighted likelihood, and nothing is kept for later.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -23,7 +27,7 @@ from torch import Tensor
 from embodied_rl.batch import Flat
 from embodied_rl.metrics import Partials
 from embodied_rl.section import Section
-from embodied_rl.types import Imitator, Obs, Policy, Rollout, State
+from embodied_rl.types import Foreseeing, Imitator, Obs, Policy, Rollout, State
 
 
 class SelfImitation(Section):
@@ -33,11 +37,16 @@ class SelfImitation(Section):
     """Weight of the imitation loss of decisions in solved episodes, beside the method's own loss; 0 leaves it out."""
     rows: int = Field(64, ge=1)
     """Decisions of solved episodes in each optimizer step; more cost more time and are less noisy."""
+    learns: Literal["everything", "foresight"] = "everything"
+    """everything: the whole imitation loss, actions included; foresight: only where the episode ended, from pictures
+    and words."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> SelfImitation:
-        if not self.coef and self.rows != type(self).model_fields["rows"].default:
-            raise ValueError(f"rows ({self.rows}) does nothing with coef (0): remove it, or set coef above 0")
+        for name in ("rows", "learns"):
+            value = getattr(self, name)
+            if not self.coef and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} ({value}) does nothing with coef (0): remove it, or set coef above 0")
         return self
 
 
@@ -60,7 +69,8 @@ class OwnSuccesses:
     def losses(self, policy: Policy, shuffle: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """The imitation loss times its coefficient, where something has succeeded."""
         if self.successes:
-            loss = self.successes.loss(cast(Imitator, policy), self.config.rows, shuffle, self.noise)
+            of = self.successes.foresight if self.config.learns == "foresight" else self.successes.loss
+            loss = of(cast(Any, policy), self.config.rows, shuffle, self.noise)
             yield self.config.coef * loss, {"actor/self_imitation_loss": (loss.detach(), 1.0)}
 
     def end(self, rollout: Rollout) -> None:
@@ -128,8 +138,17 @@ class Successes:
         Returns:
             loss: Scalar.
         """
-        i = torch.randint(len(self), (rows,), generator=shuffle).to(self.action.device)
-        obs, last = ({k: v[i] for k, v in x.items()} for x in (self.obs, self.last))
+        i, obs, last = self._draw(rows, shuffle)
         weight = self.mask[i].float()
         each = policy.imitation_loss(obs, self.action[i], last, noise)
         return (each * weight).sum() / weight.sum()
+
+    def foresight(self, policy: Foreseeing, rows: int, shuffle: torch.Generator, noise: torch.Generator) -> Tensor:
+        """`loss` without the actions: how far off it is foreseen where these episodes ended."""
+        del noise  # nothing is drawn
+        _, obs, last = self._draw(rows, shuffle)
+        return policy.foresight_loss(obs, last).mean()
+
+    def _draw(self, rows: int, shuffle: torch.Generator) -> tuple[Tensor, Obs, Obs]:
+        i = torch.randint(len(self), (rows,), generator=shuffle).to(self.action.device)
+        return i, {k: v[i] for k, v in self.obs.items()}, {k: v[i] for k, v in self.last.items()}

@@ -274,6 +274,28 @@ class Imitator(Protocol):
 
 
 @runtime_checkable
+class Foreseeing(Protocol):
+    """What an imitating policy offers beside when it predicts where episodes end."""
+
+    @property
+    def foresees(self) -> bool:
+        """Whether its settings let it."""
+        ...
+
+    def foresight_loss(self, obs: Obs, last: Obs) -> Tensor:
+        """That part of the imitation loss, with gradients.
+
+        Args:
+            obs: [N, ...]
+            last: The observation's vectors [N, D] at the end of the episode.
+
+        Returns:
+            loss: [N]
+        """
+        ...
+
+
+@runtime_checkable
 class Demonstrating(Protocol):
     """What an env offers beside `Env` when it knows good first actions."""
 

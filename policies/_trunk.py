@@ -56,6 +56,17 @@ class Prefix(NamedTuple):
     """[N, ...] what foresight reads."""
 
 
+class Look(NamedTuple):
+    """What an observation shows before its parts have met: words, and where they look."""
+
+    words: Tensor
+    """[N, words]"""
+    glances: list[Tensor]
+    """[N, glances, width] of each picture."""
+    sight: Tensor
+    """[N, ...] both, for foresight."""
+
+
 class TrunkConfig(Section):
     """Settings that all policies on this trunk have."""
 
@@ -270,14 +281,19 @@ class Trunk(nn.Module):
             prefix: Summary, keys and values, and what was seen.
         """
         n = len(next(iter(obs.values())))
-        words = self.words(obs[self.words_entry]) if self.words_entry else self.no_words.expand(n, -1)
-        glances = [self.eyes[name](obs[name], words) for name in self.pictures]
-        told = [words] if self.words_entry else []
+        words, glances, sight = self.look(obs)
         joints = [self.joints[name](obs[name]).unsqueeze(1) for name in self.vectors]
         sentence = [self.word_token(words).unsqueeze(1)] if self.words_entry else []
         summary, cache = self.run(torch.cat([self.summary.expand(n, 1, -1), *glances, *joints, *sentence], dim=1))
-        sight = [g.flatten(1) for g in glances] + told
-        return Prefix(summary, cache, torch.cat(sight, dim=1) if self.looks else summary)
+        return Prefix(summary, cache, sight if self.looks else summary)
+
+    def look(self, obs: Obs) -> Look:
+        """Read the words, and pictures where the words look: [N, ...], N at least MIN_ROWS."""
+        n = len(next(iter(obs.values())))
+        words = self.words(obs[self.words_entry]) if self.words_entry else self.no_words.expand(n, -1)
+        glances = [self.eyes[name](obs[name], words) for name in self.pictures]
+        sight = [g.flatten(1) for g in glances] + ([words] if self.words_entry else [])
+        return Look(words, glances, torch.cat(sight, dim=1) if sight else words)
 
     def run(self, x: Tensor) -> tuple[Tensor, Cache]:
         """Let prefix tokens [N, L, width] attend to each other: the first one [N, width], and all keys and values."""

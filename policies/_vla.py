@@ -44,6 +44,17 @@ class VlaPolicy(nn.Module):
         """Prepare to foresee where demonstrations end."""
         self.trunk.fit_vectors(statistics)
 
+    @property
+    def foresees(self) -> bool:
+        """Whether there is anything that `foresight_loss` could teach."""
+        return self.trunk.foresight is not None
+
+    def foresight_loss(self, obs: Obs, last: Obs) -> Tensor:
+        """See `embodied_rl.types.Foreseeing`."""
+        obs, n = padded(obs)
+        sight = self.trunk.look(obs).sight if self.trunk.looks else self.trunk.prefix(obs).sight
+        return self.trunk.foresight_loss(sight[:n], last).squeeze(1)
+
     def imitates(self) -> None:
         """Let own successes train what only the imitation loss reads, too."""
         if self.trunk.foresight is not None:

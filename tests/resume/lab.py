@@ -149,6 +149,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "algorithm": {"self_imitation": {"coef": 1.0, "rows": 16}, "update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
         "collect": {"copies": 8, "decisions": 4},
     },
+    "own successes, seen": {
+        "env": {"type": "target", "tolerance": 0.9, "max_steps": 6},
+        "policy": {"type": "tiny_vla_tokens", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
+        "algorithm": {
+            "self_imitation": {"coef": 1.0, "rows": 16, "learns": "foresight"}, "update": {"epochs": 1, "minibatches": 2},
+        },
+        "collect": {"copies": 8, "decisions": 4},
+    },
     "imitation": {
         "policy": {"type": "tiny_vla_flow", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
         # The last update is shorter than the others.

@@ -271,3 +271,27 @@ def test_what_cannot_imitate_is_refused():
         build("point.py", self_imitation={"coef": 1})
     with pytest.raises(CapabilityError, match=r"update.critic_lr \(0.01\) moves a critic, and none is trained here"):
         session("grpo", {"critic": {"kind": "none"}}, update={"critic_lr": 0.01})
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_foresight_alone_teaches_the_eye_and_leaves_the_actions(kind):
+    """Successes that were really seen: what is foreseen of their ends comes nearer, and no part beyond the eye moves."""
+    p, obs = policy(kind), look()
+    p.imitates()
+    own = Successes(obs, torch.zeros(20, 2, 3), torch.ones(20, 2, dtype=torch.bool), {"state": look(seed=3)["state"]})
+    g = torch.Generator().manual_seed(0)
+    loss = own.foresight(p, 64, g, g)
+    loss.backward()
+    touched = {n for n, x in p.named_parameters() if x.grad is not None and bool(x.grad.abs().sum() > 0)}
+    assert touched and all(n.startswith(("trunk.eyes", "trunk.foresight", "trunk.words")) for n in touched)
+    # It is the foresight part of the imitation loss on the same rows, hand-worked: 2 Huber(error in deviations).
+    eye = p.trunk.foresight
+    with torch.no_grad():
+        error = eye.head(torch.nn.functional.gelu(eye.hidden(p.trunk.prefix(obs).sight))) - own.last["state"]
+        huber = torch.where(error.abs() < 1, error.square() / 2, error.abs() - 0.5)
+        torch.testing.assert_close(p.foresight_loss(obs, own.last), 2 * huber.mean(1))
+
+
+def test_who_foresees_nothing_cannot_learn_to():
+    with pytest.raises(CapabilityError, match=r"learns \(foresight\) .* set learns: everything"):
+        session(policy={"foresight": 0}, self_imitation={"coef": 1.0, "learns": "foresight"})
