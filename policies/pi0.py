@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError
+from embodied_rl.policies._backbone import TINY, Backbone, Pretrained, blank, open_model, readable
 from embodied_rl.policies._chains import (
     ChainConfig,
     gaussian_entropy,
@@ -37,7 +38,6 @@ from embodied_rl.policies._chains import (
 )
 from embodied_rl.policies._critic import Critic, ValueHead
 from embodied_rl.policies._trunk import ActionScale, pad_rows, padded
-from embodied_rl.policies.hf_vla import TINY, Backbone, Pretrained, blank, open_model, readable
 from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
 
 _PALIGEMMA = {"model_type": "paligemma"} | TINY["paligemma"]
@@ -132,6 +132,8 @@ class Pi0Policy(nn.Module):
     def act(self, obs: Obs, *, generator: torch.Generator | None, greedy: bool = False) -> PolicyOutput:
         """Draw a chunk [B, C, D] and the units that `evaluate` needs to judge it."""
         with torch.inference_mode():
+            obs = self.backbone.once(obs)
+            features = self.backbone.keep(obs)
             obs, n = padded(obs)
             prefix = self.prefix(obs)
 
@@ -161,11 +163,11 @@ class Pi0Policy(nn.Module):
             action = self.scale.restore(x[..., : self.size])
             blind = self.critic is None or self.critic.blind(obs)
             value = None if blind else self._value(prefix, obs)[0][:n]
-            return PolicyOutput(table[:n], logp[:n], action[:n], value)
+            return PolicyOutput(table[:n], logp[:n], action[:n], value, features=features)
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
         """Log-probabilities and entropies [N, A], values [N]."""
-        obs, n = padded(obs)
+        obs, n = padded(self.backbone.recall(obs))
         prefix, table = self.prefix(obs), pad_rows(units)
         inside, own = self.chunk * self.wide, self.chunk * self.size
         logps, entropies = [], []

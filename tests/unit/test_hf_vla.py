@@ -317,7 +317,7 @@ def test_models_that_cannot_be_had(tmp_path):
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "paligemma"}')
     (tmp_path / "alien").mkdir()
     (tmp_path / "alien" / "config.json").write_text('{"model_type": "openvla"}')
-    text = transformers.LlamaModel(transformers.LlamaConfig(**hf_vla._TEXT))
+    text = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
     text.save_pretrained(tmp_path / "text")
     for model, message in {
         "tiny:gpt": "policy.model 'tiny:gpt': there is no such tiny model; known: tiny:paligemma or tiny:smolvlm or tiny:qwen3_vl",
@@ -363,6 +363,8 @@ def test_envs_that_do_not_fit():
     ("setting", "message"),
     [
         ({"lora": 2, "freeze": "all"}, "lora (2) adapts nothing with freeze (all): set freeze: vision, or lora: 0"),
+        ({"encode_once": True}, "encode_once (true) needs a vision part that stays as it is: set freeze: vision or all"),
+        ({"encode_once": True, "freeze": "all", "head": "flow", "likelihood": "latent"}, "encode_once (true) does nothing with likelihood (latent)"),
         ({"glances": 4}, "glances (4) is of a picture encoder that the wrapped model replaces: remove it"),
         ({"noise": 0.3}, "noise (0.3) does nothing with head (tokens): remove it, or change head"),
         ({"head": "flow", "bins": 16}, "bins (16) does nothing with head (flow): remove it, or change head"),
