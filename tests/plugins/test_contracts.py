@@ -34,7 +34,8 @@ POLICY_SETTINGS = {
         ["critic.share=all", "normalize_obs=false"],
         ["critic.share=nothing", "hidden=[16]"],
     ],
-    "tiny_vla_flow": [[], ["likelihood=latent"]],
+    "tiny_vla_flow": [[], ["likelihood=latent"], ["process=diffusion"], ["likelihood=cfm"], ["likelihood=learned", "stochastic=one"]],
+    "tiny_vla_tokens": [[], ["decoding=autoregressive"], ["critic.kind=hl_gauss"]],
     "causal_lm": [["model=TINY_LM", "temperature=0.8"], ["model=TINY_LM", "lora=2", "attention=eager"]],
 }
 """Variants worth trying; any other policy is tried as it comes."""
