@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from embodied_rl import registry
 from embodied_rl.cli import main
 from embodied_rl.config import load_recipe
 from embodied_rl.schema import suite_env
+from embodied_rl.writers import read_rows
 
 PAGE = (Path(__file__).parents[2] / "docs" / "vla.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```(?:python|yaml)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE))
@@ -38,11 +40,11 @@ def here(folder, monkeypatch):
     return folder
 
 
-def run(text: str) -> None:
-    """One command of the page, which has to show it."""
+def run(text: str, *overrides: str) -> None:
+    """One command of the page, which has to show it, with overrides that make it short."""
     words = tuple(shlex.split(text))
     assert words in COMMANDS, f"docs/vla.md does not show: embodied-rl {text}"
-    assert main(words) == 0
+    assert main((*words, *overrides)) == 0
 
 
 def test_the_page_shows_the_files_that_are_tried_here():
@@ -71,7 +73,7 @@ def test_the_model_imitates_in_the_simulator_and_is_improved_by_reinforcement(he
 
 def test_the_reward_is_that_of_the_env_less_the_effort(here):
     recipe = load_recipe("gentle.yaml").recipe
-    assert tuple(shlex.split("train gentle.yaml")) in COMMANDS and recipe.env.reward == "progress"
+    assert recipe.env.reward == "progress"
     gentle, plain = (registry.load("env", name) for name in (str(here / "gentle.py"), "tabletop"))
     steps = []
     for module, config in ((gentle, recipe.env), (plain, plain.Config(tasks=["reach"], reward="progress"))):
@@ -92,3 +94,24 @@ def test_the_suite_of_the_page_is_one_of_the_tabletop():
     recipe = load_recipe("tabletop_vla").recipe
     assert recipe.evaluate.suites == {name: {setting: value}}
     assert getattr(suite_env(recipe.env, {setting: value}), setting) == value != getattr(recipe.env, setting)
+
+
+def test_the_gentle_arm_is_trained(here):
+    run(
+        "train gentle.yaml", "env.max_steps=8", "collect.copies=4", "collect.decisions=4", "train.env_steps=32",
+        "evaluate.episodes=2", "evaluate.copies=2", "evaluate.videos=0",
+    )  # fmt: skip
+    (row,) = read_rows(here / "runs" / "gentle" / "metrics.jsonl")
+    # Each action costs 0.1 times its mean square, and an untrained policy moves about.
+    assert 0 < row["rollout/reward_effort_mean"] < 0.1
+
+
+def test_the_settings_for_success_alone_are_those_of_a_recipe(tmp_path):
+    section = PAGE.partition("## From success alone")[2].partition("\n## ")[0]
+    text = "".join(line[4:] for line in section.splitlines(keepends=True) if line.startswith("    "))
+    path = tmp_path / "alone.yaml"
+    path.write_text("extends: tabletop_vla_grpo.yaml\nname: alone\nenv: {end_on_success: false}\n" + text, encoding="utf-8")
+    recipe, shown = load_recipe(path).recipe, yaml.safe_load(text)
+    collect = {name: getattr(recipe.collect, name) for name in shown["collect"]}
+    assert collect | {"curriculum": {"kind": recipe.collect.curriculum.kind}} == shown["collect"]
+    assert recipe.algorithm.credit.mask_after_success is shown["algorithm"]["credit"]["mask_after_success"] is True

@@ -98,6 +98,32 @@ def test_lambda_1_telescopes_to_the_monte_carlo_return_minus_the_value(seed, t, 
     torch.testing.assert_close(found.target, returns, rtol=0, atol=1e-12)
 
 
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(2, 4), st.floats(0, 1))
+def test_lambda_1_telescopes_over_chunks_that_executed_fewer_steps_than_they_hold(seed, lengths, chunk, gamma):
+    """Episodes of unequal lengths side by side, ended by success or by a time limit, whose last state has a value."""
+    g = torch.Generator().manual_seed(seed)
+    t, b = max(lengths), len(lengths)
+    reward, value, next_value = (torch.randn(t, b, generator=g, dtype=F64) for _ in range(3))
+    next_value[:-1] = value[1:]
+    steps = torch.randint(1, chunk + 1, (t, b), generator=g)
+    ends = torch.arange(t).unsqueeze(1) == torch.tensor(lengths) - 1
+    by_limit = torch.rand(b, generator=g) < 0.5
+    valid = torch.arange(t).unsqueeze(1) < torch.tensor(lengths)
+    rollout = rollout_of(
+        reward, chunk=chunk, steps=steps, value=value, next_value=next_value, valid=valid,
+        terminated=ends & ~by_limit, truncated=ends & by_limit,
+    )  # fmt: skip
+    found = CreditChain(Credit(gamma=gamma, lam=1.0))(rollout)
+    for i, n in enumerate(lengths):
+        for k in range(n):
+            away = [int(steps[k:j, i].sum()) for j in range(k, n + 1)]  # control steps from decision k to decision j
+            expected = sum(gamma ** away[j - k] * reward[j, i] for j in range(k, n))
+            if by_limit[i]:
+                expected = expected + gamma ** away[-1] * next_value[n - 1, i]
+            torch.testing.assert_close(found.advantage[k, i], expected - value[k, i], rtol=0, atol=1e-12)
+            torch.testing.assert_close(found.target[k, i], expected, rtol=0, atol=1e-12)
+
+
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.floats(0, 1), st.sampled_from([0.0, 0.7, 1.0]))
 def test_episodes_have_the_same_advantages_in_a_stream_as_padded_side_by_side(seed, lengths, gamma, lam):
     g = torch.Generator().manual_seed(seed)
