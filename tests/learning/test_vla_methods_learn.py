@@ -24,7 +24,7 @@ UNTRAINED = {
     "Flow-SDE": ({}, {}, 0.65),  # 0.78 - 0.83
     "Flow-SDE, one noisy step": ({"stochastic": "one"}, {}, 0.65),  # 0.70 - 0.93
     "Flow-Noise": ({"likelihood": "learned"}, {}, 0.65),  # 0.73 - 0.91
-    # A loss can be pushed up without end: with failures at full weight most seeds lose by update 60 what they had at 30.
+    # A loss can be pushed up without end: with failures at full weight half of the seeds lose again what they had learned.
     "FPO": ({"likelihood": "cfm", "samples": 16}, {"credit": {"negative_weight": 0.25}}, 0.85),  # 0.97 - 1.0
 }
 """Name -> settings of the policy, sections of GRPO, threshold; all start at 0.0 - 0.1."""
