@@ -15,6 +15,9 @@ from embodied_rl.errors import ConfigError, ShapeError
 PAD = -1
 """Fills rows of token ids after their end, in observations, actions and units."""
 
+Obs = dict[str, Tensor]
+"""What a policy sees: name -> [B, ...]. For example {"state": [64, 52] float32, "instruction": [64, 12] int64}."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:

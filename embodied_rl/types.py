@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from embodied_rl.spec import PAD, ActionSpec, EnvSpec, TensorSpec, Vocabulary
+from embodied_rl.offers import Annealed, Demonstrating, Encoding, Foreseeing, Hinting, Imitator
+from embodied_rl.spec import PAD, ActionSpec, EnvSpec, Obs, TensorSpec, Vocabulary
 
 __all__ = [
     "FEATURES",
@@ -32,6 +33,7 @@ __all__ = [
     "Env",
     "EnvSpec",
     "Evaluation",
+    "Foreseeing",
     "Hinting",
     "Imitator",
     "Obs",
@@ -44,9 +46,6 @@ __all__ = [
     "TensorSpec",
     "Vocabulary",
 ]
-
-Obs = dict[str, Tensor]
-"""What a policy sees: name -> [B, ...]. For example {"state": [64, 52] float32, "instruction": [64, 12] int64}."""
 
 FEATURES = "policy/features"
 """Entry that stands for the whole observation where `Policy.evaluate` is given a policy's own `features`."""
@@ -229,105 +228,6 @@ class Policy(Protocol):
     #     samples_for_evaluation: bool    True when settings of it say how: evaluation must then not be greedy
     #     units_span_chunk: bool    True when every unit covers the whole chunk, so that none belongs to one action
     #     entropy_learns: bool    False when no weight moves the entropy of its units, or they have none
-
-
-@runtime_checkable
-class Hinting(Protocol):
-    """What an env offers beside `Env` when it can make its tasks easier by showing a part of the solution."""
-
-    def hint(self, share: float) -> None:
-        """Show the first `share` of the solution, 0 to 1, in the episodes that the next resets begin."""
-        ...
-
-
-@runtime_checkable
-class Imitator(Protocol):
-    """What a policy offers beside `Policy` when it can learn from demonstrations.
-
-    It may also have `imitates() -> None`, called before reinforcement learning with self-imitation: what only the
-    imitation loss reads becomes trainable.
-    """
-
-    chunk: int
-
-    def fit_actions(self, low: Tensor, high: Tensor) -> None:
-        """Take over the range [D] of demonstrated actions; it is part of the policy's state."""
-        ...
-
-    def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
-        """Take over mean and std of the observation's vectors (name -> "mean", "std" -> [D])."""
-        ...
-
-    def imitation_loss(self, obs: Obs, action: Tensor, last: Obs, generator: torch.Generator) -> Tensor:
-        """Loss of each demonstrated control step, with gradients.
-
-        Args:
-            obs: [N, ...]
-            action: [N, C, D] what the demonstrator did next.
-            last: The observation's vectors [N, D] at the end of the demonstration.
-            generator: Of any noise, on the policy's device.
-
-        Returns:
-            loss: [N, C]
-        """
-        ...
-
-
-@runtime_checkable
-class Foreseeing(Protocol):
-    """What an imitating policy offers beside when it predicts where episodes end."""
-
-    @property
-    def foresees(self) -> bool:
-        """Whether its settings let it."""
-        ...
-
-    def foresight_loss(self, obs: Obs, last: Obs) -> Tensor:
-        """That part of the imitation loss, with gradients.
-
-        Args:
-            obs: [N, ...]
-            last: The observation's vectors [N, D] at the end of the episode.
-
-        Returns:
-            loss: [N]
-        """
-        ...
-
-
-@runtime_checkable
-class Demonstrating(Protocol):
-    """What an env offers beside `Env` when it knows good first actions."""
-
-    def demonstrate(self) -> tuple[Tensor, Tensor]:
-        """A good action for each copy as its episode began.
-
-        Returns:
-            action: [B, *spec.action.shape]
-            known: [B] bool, copies for which there is one; the others' actions mean nothing.
-        """
-        ...
-
-
-@runtime_checkable
-class Encoding(Protocol):
-    """What a policy offers beside `Policy` when somebody else's action can be written in its own units."""
-
-    def encode(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """The units that stand for actions [N, C, *shape]: units [N, A, ...] and mask [N, A] bool."""
-        ...
-
-
-@runtime_checkable
-class Annealed(Protocol):
-    """What a policy offers beside `Policy` when its sampling temperature can be given unit by unit."""
-
-    def anneal(self, temperature: Tensor | None) -> None:
-        """Divide the logits of each unit by `temperature` [A], in `act` and `evaluate`, until the next call.
-
-        It comes in place of the policy's own temperature; None returns to that. Greedy decisions do not depend on it.
-        """
-        ...
 
 
 @dataclass

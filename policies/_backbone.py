@@ -236,7 +236,7 @@ class Backbone(nn.Module):
         x = torch.stack(pictures, dim=1)
         found = self.vlm.get_image_features(x if self.kind in NESTED else x.flatten(0, 1)).pooler_output
         found = found if isinstance(found, Tensor) else torch.cat(list(found))
-        return cast(Tensor, found.reshape(len(x), 1, -1, self.width))
+        return found.reshape(len(x), 1, -1, self.width)
 
     def _see_patches(self, x: Tensor) -> Tensor:
         """Qwen's way: patches in the order of the squares that are merged."""
