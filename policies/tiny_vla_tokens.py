@@ -109,8 +109,8 @@ class TokenPolicy(VlaPolicy):
             else:
                 logits = self._logits(cache, None)
                 units = self._sample(logits, n, generator, greedy)
-            # Of the very function that training calls, so the ratio starts at exactly 1.
-            logp = self._log_prob(logits, units)
+            # By the very operations of training, so the ratio starts at exactly 1.
+            logp = self._chosen(torch.log_softmax(logits, dim=-1), units)
             value = self.estimate(summary, obs, n)
             action = self.scale.restore(self._middle(units)).view(len(units), self.chunk, self.size)
             return PolicyOutput(units[:n], logp[:n], action[:n], value)
@@ -120,12 +120,9 @@ class TokenPolicy(VlaPolicy):
         obs, n = padded(obs)
         units = pad_rows(units)
         summary, cache, _ = self.trunk.prefix(obs)
-        logits = self._logits(cache, units)
-        h = None
-        if entropy:
-            log_probs = torch.log_softmax(logits, dim=-1)
-            h = -(log_probs.exp() * log_probs).sum(-1)
-        return self.judged(summary, obs, self._log_prob(logits, units), h, n)
+        log_probs = torch.log_softmax(self._logits(cache, units), dim=-1)
+        h = -(log_probs.exp() * log_probs).sum(-1) if entropy else None
+        return self.judged(summary, obs, self._chosen(log_probs, units), h, n)
 
     # ---- learning from demonstrations ---------------------------------------------------------------------------
 
@@ -183,8 +180,8 @@ class TokenPolicy(VlaPolicy):
         return scores.argmax(-1)
 
     @staticmethod
-    def _log_prob(logits: Tensor, units: Tensor) -> Tensor:
-        return torch.log_softmax(logits, dim=-1).gather(-1, units.unsqueeze(-1)).squeeze(-1)
+    def _chosen(log_probs: Tensor, units: Tensor) -> Tensor:
+        return log_probs.gather(-1, units.unsqueeze(-1)).squeeze(-1)
 
     def _middle(self, units: Tensor) -> Tensor:
         """Middles of the bins in [-1, 1], [N, C, D]."""
