@@ -259,7 +259,7 @@ class LossFunction:
         """Weighted loss of one micro-batch.
 
         total = - sum_cells w k f(r, A) - entropy_coef sum_cells w H + kl.coef sum_cells w kl
-                + value.coef sum_rows w_row value_loss,  k = `Batch.correction` or 1
+                + value.coef sum_rows w_row value_loss + sum_rows w_row auxiliary,  k = `Batch.correction` or 1
 
         Args:
             evaluation: The current policy's log-probabilities (and entropy, value) of the batch.
@@ -300,6 +300,10 @@ class LossFunction:
             error = value_loss(evaluation, batch, c.value, self.value_range)
             critic = weighted_sum(error, batch.row_weight, everywhere=everywhere)
             total = torch.add(total, critic, alpha=c.value.coef)
+        auxiliary = None
+        if evaluation.auxiliary is not None:
+            auxiliary = weighted_sum(evaluation.auxiliary, batch.row_weight, everywhere=everywhere)
+            total = total + auxiliary
         if not diagnose:
             return LossResult(total, None, {})
         with torch.no_grad():
@@ -320,6 +324,8 @@ class LossFunction:
                 metrics["actor/entropy"] = (entropy.detach(), share)
             if kl_ref is not None:
                 metrics["actor/kl_to_reference"] = (kl_ref.detach(), share)
+            if auxiliary is not None:
+                metrics["actor/auxiliary_loss"] = (auxiliary.detach(), batch.row_weight.sum())
             if critic is not None:
                 rows = batch.row_weight.sum()
                 metrics["critic/loss"] = (critic.detach(), rows)

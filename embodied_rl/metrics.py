@@ -95,6 +95,8 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("rollout/episodes", "episodes that ended in this rollout", "", "episodes", "", "sum"),
     ("actor/loss", "total loss that is minimised, critic and regularisers included", "", "", "", "mean"),
     ("actor/policy_loss", "surrogate objective, negated", f"-mean(trust region(r, A)); {_R}", "", "", "mean"),
+    ("actor/auxiliary_loss", "what the policy learns besides, such as predicting what only a simulator knows",
+     "by policy, times its own weight", "", "lower", "mean"),
     ("actor/imitation_loss", "the policy's own loss on demonstrated actions",
      "cross-entropy of tokens, or squared error of velocities or noise", "", "lower", "mean"),
     ("actor/entropy", "entropy of one ratio cell (unit, action, ...) of the policy", "-E[log pi]", "nat", "", "mean"),

@@ -182,6 +182,8 @@ class Evaluation:
     """[N], or [N, A] with `value_per_unit`, expectation of the critic; None without a critic."""
     value_logits: Tensor | None = None
     """[N, bins], or [N, A, bins], when the critic is a classifier over return bins (HL-Gauss)."""
+    auxiliary: Tensor | None = None
+    """[N] what the policy learns besides, weighted by its own settings; its mean is added to every loss."""
 
 
 class Policy(Protocol):

@@ -257,8 +257,8 @@ class Trunk(nn.Module):
         sight = len(self.pictures) * config.glances * config.width + word_width * bool(self.words_entry)
         self.looks = bool(sight) and config.foresight_reads == "sight"
         wanted = bool(config.foresight and self.vectors)
-        size = sight if self.looks else config.width
-        self.foresight = Foresight(env, self.vectors, size, config.width) if wanted else None
+        self.sight = sight if self.looks else config.width
+        self.foresight = Foresight(env, self.vectors, self.sight, config.width) if wanted else None
 
     def fit_vectors(self, statistics: dict[str, dict[str, Tensor]]) -> None:
         """See `embodied_rl.types.Imitator`."""

@@ -23,7 +23,7 @@ class VlaPolicy(nn.Module):
         self.value_range = (head.low, head.high) if head.kind == "hl_gauss" else None
         self.scale = ActionScale(self.size)
         self.trunk = Trunk(env, config)
-        self.critic = Critic(env, config.width, head) if self.has_critic else None
+        self.critic = Critic(env, config.width, head, self.trunk.sight) if self.has_critic else None
 
     def value(self, obs: Obs) -> Tensor:
         """[N] critic's estimate, without gradients."""
@@ -64,8 +64,13 @@ class VlaPolicy(nn.Module):
         """[n] what the critic says while acting; None without a critic, or where it cannot see."""
         return None if self.critic is None or self.critic.blind(obs) else self.critic(summary, obs)[0][:n]
 
-    def judged(self, summary: Tensor, obs: Obs, logp: Tensor, entropy: Tensor | None, n: int) -> Evaluation:
-        """The evaluation of the first n rows, with the critic's view of them."""
+    def judged(
+        self, summary: Tensor, obs: Obs, logp: Tensor, entropy: Tensor | None, n: int, sight: Tensor | None = None
+    ) -> Evaluation:
+        """The evaluation of the first n rows, with the critic's view of them and what `sight` could have told it."""
         value, logits = self.critic(summary, obs) if self.critic is not None else (None, None)
-        rest = (None if x is None else x[:n] for x in (entropy, value, logits))
+        more = None
+        if self.critic is not None and self.critic.insight is not None and sight is not None:
+            more = self.critic.insight(sight, self.critic.told(obs))
+        rest = (None if x is None else x[:n] for x in (entropy, value, logits, more))
         return Evaluation(logp[:n], *rest)

@@ -64,6 +64,11 @@ class Config(ChainConfig, TrunkConfig):
                 f"likelihood ({self.likelihood}) belongs to process flow, process is {self.process}: "
                 "choose likelihood sde or latent, or process: flow"
             )
+        if self.likelihood == "latent" and self.critic.insight:
+            raise ValueError(
+                f"critic.insight ({self.critic.insight:g}) does nothing with likelihood (latent), whose eye is "
+                "frozen: remove it"
+            )
         self.refuse_idle(self.likelihood, samples=("cfm",), latent_std=("latent",))
         return self
 
@@ -127,9 +132,9 @@ class FlowPolicy(VlaPolicy):
         obs, n = padded(obs)
         frozen = self.kind == "latent"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            summary, cache = (obs[FEATURES], []) if FEATURES in obs else self.trunk.prefix(obs)[:2]
+            summary, cache, sight = (obs[FEATURES], [], None) if FEATURES in obs else self.trunk.prefix(obs)
         logp, h = self._log_prob(summary, cache, pad_rows(units))
-        return self.judged(summary, obs, logp, h if entropy else None, n)
+        return self.judged(summary, obs, logp, h if entropy else None, n, sight)
 
     # ---- learning from demonstrations ---------------------------------------------------------------------------
 

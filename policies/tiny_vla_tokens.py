@@ -119,10 +119,10 @@ class TokenPolicy(VlaPolicy):
         """Log-probabilities and entropies [N, A], values [N]."""
         obs, n = padded(obs)
         units = pad_rows(units)
-        summary, cache, _ = self.trunk.prefix(obs)
+        summary, cache, sight = self.trunk.prefix(obs)
         log_probs = torch.log_softmax(self._logits(cache, units), dim=-1)
         h = -(log_probs.exp() * log_probs).sum(-1) if entropy else None
-        return self.judged(summary, obs, self._chosen(log_probs, units), h, n)
+        return self.judged(summary, obs, self._chosen(log_probs, units), h, n, sight)
 
     # ---- learning from demonstrations ---------------------------------------------------------------------------
 

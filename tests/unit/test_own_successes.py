@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from embodied_rl import registry
+from embodied_rl.batch import micro_batches
 from embodied_rl.config import build_recipe
 from embodied_rl.errors import CapabilityError
+from embodied_rl.loss import Loss, LossFunction
 from embodied_rl.measure import Clock
+from embodied_rl.policies._critic import Critic, ValueHead
 from embodied_rl.saved import load_weights
 from embodied_rl.selection import join
 from embodied_rl.self_imitation import Successes
 from embodied_rl.session import Session
-from embodied_rl.types import ActionSpec, Rollout, TensorSpec
+from embodied_rl.types import ActionSpec, Batch, Evaluation, Rollout, TensorSpec
 from tests.kit import CPU, TOYS, spec
 
 OBSERVATION = {
@@ -166,6 +169,64 @@ def test_the_critic_s_gradient_does_not_shorten_the_actor_s():
         lengths.append(float(torch.linalg.vector_norm(flat.grad[: flat.border])))
     # The shared trunk gets some of the critic's gradient, so the lengths are not equal; both are at the limit of 0.5.
     assert lengths[1] == pytest.approx(0.5, rel=1e-3) and lengths[0] > 0.01
+
+
+# ---- an eye that is taught what the simulator knows ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_insight_is_the_error_of_what_was_told_and_teaches_the_eye_alone(name):
+    p, obs = policy(name, critic={"hidden": 8, "reads": "privileged", "insight": 0.5}), look()
+    out = p.act(obs, generator=torch.Generator().manual_seed(1))
+    evaluation = p.evaluate(obs, out.units.clone())
+    evaluation.auxiliary.mean().backward()
+    touched = {n for n, x in p.named_parameters() if x.grad is not None and bool(x.grad.abs().sum() > 0)}
+    assert any(n.startswith("trunk.eyes") for n in touched)
+    assert all(n.startswith(("trunk.eyes", "trunk.words", "critic.insight")) for n in touched)
+    with torch.no_grad():
+        head = p.critic.insight
+        error = head.head(torch.nn.functional.gelu(head.hidden(p.trunk.prefix(obs).sight))) - obs["told"]
+        huber = torch.where(error.abs() < 1, error.square() / 2, error.abs() - 0.5)
+        torch.testing.assert_close(evaluation.auxiliary, 0.5 * huber.mean(1))
+    plain = policy(name).evaluate(obs, out.units.clone())
+    assert plain.auxiliary is None
+
+
+@pytest.mark.parametrize("pieces", [None, 3])
+def test_what_is_learned_besides_is_a_mean_over_the_rows_of_a_step_however_it_is_cut(pieces):
+    """L = ... + mean of the auxiliary loss: by hand for 8 rows, whole and in micro-batches of at most 3."""
+    n, extra = 8, torch.arange(8.0, requires_grad=True)
+    rows = torch.full((n,), 1 / n)
+    batch = Batch({}, torch.zeros(n, 1), torch.zeros(n, 1), None, torch.zeros(n), None, None, rows.unsqueeze(1), rows,
+                  torch.zeros(n, dtype=torch.int64), None, None, None)  # fmt: skip
+    total, start = torch.zeros(()), 0
+    for piece in micro_batches(batch, pieces, False):
+        stop = start + len(piece)
+        total = total + LossFunction(Loss(), 1)(Evaluation(piece.logp, auxiliary=extra[start:stop]), piece).total
+        start = stop
+    total.backward()
+    assert total.item() == pytest.approx(3.5) and extra.grad.tolist() == [1 / n] * n
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"critic": {"insight": 1.0}}, r"insight \(1\) predicts what only a simulator knows, and reads is prefix"),
+        (
+            {"likelihood": "latent", "critic": {"insight": 1.0, "reads": "privileged"}},
+            r"critic.insight \(1\) does nothing with likelihood \(latent\), whose eye is frozen",
+        ),
+    ],
+)
+def test_insight_that_could_teach_nothing_is_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        registry.load("policy", "tiny_vla_flow").Config(**SMALL | settings)
+
+
+def test_a_policy_without_an_eye_of_its_own_says_that_there_is_nothing_to_teach():
+    head = ValueHead(reads="privileged", insight=1.0)
+    with pytest.raises(CapabilityError, match=r"policy.critic.insight \(1\) .* this policy has none"):
+        Critic(spec(OBSERVATION, ActionSpec("continuous", 3)), 16, head)
 
 
 # ---- own successes -----------------------------------------------------------------------------------------------------
