@@ -166,6 +166,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "algorithm": {"loss": {"ratio": "action", "value": {"kind": "hl_gauss"}}, "update": {"epochs": 1, "minibatches": 2}},
         "collect": {"copies": 8, "decisions": 4},
     },
+    "insight": {
+        "env": {"type": str(TOYS / "whispered.py"), "tolerance": 0.9, "max_steps": 6},
+        "policy": {
+            "type": "tiny_vla_tokens", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2,
+            "critic": {"reads": "privileged", "insight": 1.0},
+        },
+        "algorithm": {"update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
+        "collect": {"copies": 8, "decisions": 4},
+    },
     "imitation": {
         "policy": {"type": "tiny_vla_flow", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
         # The last update is shorter than the others.
