@@ -18,7 +18,7 @@ from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.measure import Clock
 from embodied_rl.metrics import Partials
-from embodied_rl.optimizer import Adam, FlatParameters
+from embodied_rl.optimizer import FlatParameters, Optimizer
 from embodied_rl.recipe import Recipe
 from embodied_rl.saved import Saved, start_policy
 from embodied_rl.session import build_env, build_policy, choose_device
@@ -34,7 +34,7 @@ class ImitationSession(Saved):
     policy: Policy
     config: ImitationConfig
     parameters: FlatParameters
-    optimizer: Adam
+    optimizer: Optimizer
     batches: Batches
     generator: torch.Generator
     meant: Side
@@ -89,8 +89,8 @@ class ImitationSession(Saved):
         policy.fit_vectors(demos.statistics())
         if fresh:
             report += start_policy(cast(Policy, policy), spec, recipe)
-        parameters = FlatParameters(cast(nn.Module, policy))
-        optimizer = Adam(parameters.vector, parameters.grad, eps=config.adam_eps, weight_decay=config.weight_decay)
+        parameters = FlatParameters(cast(nn.Module, policy), muon=config.muon)
+        optimizer = Optimizer(parameters, eps=config.adam_eps, weight_decay=config.weight_decay)
         order = torch.Generator().manual_seed(recipe.seed)
         batches = demos.batches(order, config.batch_size, policy.chunk, cameras=_cameras(spec))
         batches.prefetch()
@@ -137,7 +137,7 @@ class ImitationSession(Saved):
                 "they were; lower algorithm.lr, or look for non-finite numbers with: embodied-rl check demos "
                 f"{self.config.demonstrations}"
             )
-        metrics.last("actor/lr", self._lr())
+        metrics.last("actor/lr", self.config.lr * self._pace())
         metrics.last("perf/env_steps_per_s", (self.frames - frames) / sum(clock.seconds.values()))
         return metrics
 
@@ -147,6 +147,7 @@ class ImitationSession(Saved):
         flat.grad.zero_()
         obs, action, mask, last = drawn
         obs, last = ({k: v.to(self.device) for k, v in x.items()} for x in (obs, last))
+        obs = c.augment(obs, self.generator)
         weight = mask.to(self.device).float()
         each = cast(Imitator, self.policy).imitation_loss(obs, action.to(self.device), last, self.generator)
         loss = (each * weight).sum() / weight.sum()
@@ -159,17 +160,17 @@ class ImitationSession(Saved):
             return False
         if norm > c.max_grad_norm:
             flat.grad.mul_(c.max_grad_norm / norm)
-        self.optimizer.step(self._lr())
+        self.optimizer.step(c.lr * self._pace(), muon_lr=(c.muon.lr or 0.0) * self._pace())
         metrics.add("actor/imitation_loss", value, 1.0)
         metrics.add("actor/grad_norm", norm, 1.0)
         return True
 
-    def _lr(self) -> float:
-        """Of the optimizer step in turn, number `steps`, counted from 1."""
+    def _pace(self) -> float:
+        """What the step sizes are multiplied with in the optimizer step in turn, number `steps`, counted from 1."""
         c = self.config
         rise = min(1.0, self.steps / max(1, c.warmup))
         fall = 0.5 * (1 + math.cos(math.pi * (self.steps - 1) / c.steps)) if c.lr_schedule == "cosine" else 1.0
-        return c.lr * rise * fall
+        return rise * fall
 
     def counters(self) -> dict[str, float]:
         """Rows of metrics that only count."""

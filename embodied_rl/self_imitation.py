@@ -10,8 +10,11 @@ Actions are only part of it. Where a solved episode ended is a label that no dem
 rollout brings starts that were never demonstrated: `learns: foresight` leaves the actions to the policy gradient and
 teaches the eye alone, by that part of the imitation loss which predicts where the episode ends.
 
-Source: Oh et al. 2018 (self-imitation learning, arXiv:1806.05635). Differs: only whole solved episodes of the latest
-rollout count, by the policy's imitation loss instead of a return-weighted likelihood, and nothing is kept for later.
+Where one episode in a hundred succeeds, a rollout brings a handful of examples: `keep` those of earlier ones as well,
+and they become a set of demonstrations that grows until newer ones push the oldest out.
+
+Source: Oh et al. 2018 (self-imitation learning, arXiv:1806.05635). Differs: only whole solved episodes count, by the
+policy's imitation loss instead of a return-weighted likelihood, and the oldest leave instead of the least surprising.
 """
 
 from __future__ import annotations
@@ -37,13 +40,16 @@ class SelfImitation(Section):
     """Weight of the imitation loss of decisions in solved episodes, beside the method's own loss; 0 leaves it out."""
     rows: int = Field(64, ge=1)
     """Decisions of solved episodes in each optimizer step; more cost more time and are less noisy."""
+    keep: int = Field(0, ge=0)
+    """Decisions of solved episodes that are kept, the oldest leave; 0: those of the latest rollout only. Part of a
+    checkpoint, pictures included."""
     learns: Literal["everything", "foresight"] = "everything"
     """everything: the whole imitation loss, actions included; foresight: only where the episode ended, from pictures
     and words."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> SelfImitation:
-        for name in ("rows", "learns"):
+        for name in ("rows", "keep", "learns"):
             value = getattr(self, name)
             if not self.coef and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} ({value}) does nothing with coef (0): remove it, or set coef above 0")
@@ -51,7 +57,7 @@ class SelfImitation(Section):
 
 
 class OwnSuccesses:
-    """The solved episodes of the latest rollout as something to learn from; see `embodied_rl.extra.Extra`."""
+    """The solved episodes of the latest rollouts as something to learn from; see `embodied_rl.extra.Extra`."""
 
     def __init__(self, config: SelfImitation, device: torch.device, seed: int) -> None:
         """Nothing has succeeded yet; `seed` is of the noise of the imitation loss, drawn on `device`."""
@@ -61,8 +67,10 @@ class OwnSuccesses:
 
     def begin(self, rollout: Rollout, logp: Callable[[Flat], Tensor], version: int) -> Partials:
         """Pick the successes out."""
-        metrics = Partials()
-        self.successes = Successes.of(rollout)
+        metrics, new = Partials(), Successes.of(rollout)
+        if self.config.keep:
+            new = (new if self.successes is None else self.successes.then(new)).newest(self.config.keep)
+        self.successes = new
         metrics.last("rollout/imitated_decisions", float(len(self.successes)))
         return metrics
 
@@ -74,15 +82,18 @@ class OwnSuccesses:
             yield self.config.coef * loss, {"actor/self_imitation_loss": (loss.detach(), 1.0)}
 
     def end(self, rollout: Rollout) -> None:
-        """Nothing is kept for later."""
+        """Nothing is left to do."""
 
     def state_dict(self) -> State:
-        """The generator of the noise."""
-        return {"noise": self.noise.get_state()}
+        """The generator of the noise, and what is kept."""
+        kept = self.successes if self.config.keep else None
+        return {"noise": self.noise.get_state(), "kept": None if kept is None else vars(kept)}
 
     def load_state_dict(self, state: State) -> None:
         """Restore `state_dict`."""
         self.noise.set_state(state["noise"])
+        if state["kept"] is not None:
+            self.successes = Successes(**state["kept"])
 
 
 @dataclass
@@ -100,6 +111,21 @@ class Successes:
 
     def __len__(self) -> int:
         return len(self.action)
+
+    def then(self, newer: Successes) -> Successes:
+        """These, and newer ones after them."""
+
+        def both(old: Obs, new: Obs) -> Obs:
+            return {k: torch.cat([x, new[k]]) for k, x in old.items()}
+
+        action, mask = torch.cat([self.action, newer.action]), torch.cat([self.mask, newer.mask])
+        return Successes(both(self.obs, newer.obs), action, mask, both(self.last, newer.last))
+
+    def newest(self, most: int) -> Successes:
+        """The last `most` of them."""
+        here = slice(max(0, len(self) - most), None)
+        obs, last = ({k: x[here] for k, x in entries.items()} for entries in (self.obs, self.last))
+        return Successes(obs, self.action[here], self.mask[here], last)
 
     @staticmethod
     def of(rollout: Rollout) -> Successes:

@@ -18,7 +18,7 @@ from embodied_rl.errors import DivergenceError
 from embodied_rl.extra import Extra
 from embodied_rl.loss import LossFunction, kl_estimate
 from embodied_rl.metrics import Partials
-from embodied_rl.optimizer import Adam, FlatParameters
+from embodied_rl.optimizer import FlatParameters, Muon, Optimizer
 from embodied_rl.section import Section
 from embodied_rl.types import Advantage, Batch, Policy, Rollout, State
 
@@ -64,6 +64,8 @@ class Update(Section):
     critic_lr: float | None = Field(None, gt=0)
     """Adam's step size of the critic's own parameters, which are then clipped apart from the others and follow no
     schedule; null: as the others."""
+    muon: Muon = Muon()
+    """Another way to step for the weights of layers."""
     lr_schedule: Literal["constant", "linear", "adaptive_kl"] = "constant"
     """linear: to 0 at the end of training; adaptive_kl: divided or multiplied by 1.5 to keep the KL near target_kl."""
     lr_warmup: int = Field(0, ge=0)
@@ -136,9 +138,9 @@ class Updater:
         self.max_bad_updates = max_bad_updates
         self.extras = extras
         self.reference: Policy | None = copy.deepcopy(policy) if loss.config.kl.coef else None
-        self.parameters = FlatParameters(cast(nn.Module, policy), last="critic" if config.critic_lr else None)
-        flat = self.parameters
-        self.optimizer = Adam(flat.vector, flat.grad, eps=config.adam_eps, weight_decay=config.weight_decay)
+        last = "critic" if config.critic_lr else None
+        self.parameters = FlatParameters(cast(nn.Module, policy), last=last, muon=config.muon)
+        self.optimizer = Optimizer(self.parameters, eps=config.adam_eps, weight_decay=config.weight_decay)
         self.generator = torch.Generator().manual_seed(seed)
         self.lr = config.lr
         self.version = 0
@@ -299,17 +301,18 @@ class Updater:
     def _move(self, norm: float) -> float:
         """Clip and step; the length of the gradient that the policy had, without the critic if that learns apart."""
         flat, c = self.parameters, self.config
+        muon_lr = (c.muon.lr or 0.0) * self.lr / c.lr  # it follows the same schedule
         if c.critic_lr is None:
             if norm > c.max_grad_norm:
                 flat.grad.mul_(c.max_grad_norm / norm)
-            self.optimizer.step(self.lr)
+            self.optimizer.step(self.lr, muon_lr=muon_lr)
             return norm
         lengths = []
         for part in (flat.grad[: flat.border], flat.grad[flat.border :]):
             lengths.append(float(torch.linalg.vector_norm(part)))
             if lengths[-1] > c.max_grad_norm:
                 part.mul_(c.max_grad_norm / lengths[-1])
-        self.optimizer.step(self.lr, c.critic_lr, border=flat.border)
+        self.optimizer.step(self.lr, last_lr=c.critic_lr, muon_lr=muon_lr)
         return lengths[0]
 
     def _describe(self, batch: Batch, loss: Tensor) -> str:

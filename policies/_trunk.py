@@ -1,6 +1,6 @@
 r"""The body that all small vision-language-action policies share: pictures, words and joints in, tokens out.
 
-    picture --conv--> 16 x 16 features --\
+    picture --conv--> 16 x 16 features --\      (words scale and shift the features on their way)
     words ----------> queries -----------+-> where the words look: tokens (what is there, and where)  \
     words ----------> one token                                                                        +-> prefix
     vectors --------> one token each                                                                  /
@@ -166,6 +166,24 @@ class Words(nn.Module):
         return ((x + seen) * present.unsqueeze(-1)).sum(1)
 
 
+class Film(nn.Module):
+    """Words say which features of a picture matter: y_c = x_c (1 + a_c(words)) + b_c(words), at first y = x.
+
+    Source: Perez et al. 2018 (FiLM, arXiv:1709.07871), eq. 2.
+    """
+
+    def __init__(self, words: int, channels: int) -> None:
+        """The identity: nothing is drawn."""
+        super().__init__()
+        self.change = nn.utils.skip_init(nn.Linear, words, 2 * channels)
+        nn.init.zeros_(self.change.weight), nn.init.zeros_(self.change.bias)
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        """[N, C, H, W] and [N, words] to [N, C, H, W]."""
+        a, b = self.change(words)[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(b, x, 1 + a)
+
+
 class Eye(nn.Module):
     """A picture as a few tokens: features averaged over the places that the words ask for, and those places."""
 
@@ -183,6 +201,7 @@ class Eye(nn.Module):
         c = config.channels
         self.conv1 = nn.Conv2d(6, c, 2 * PATCH, PATCH, padding=PATCH // 2)
         self.conv2 = nn.Conv2d(c, c, 3, padding=1)
+        self.film1, self.film2 = Film(words, c), Film(words, c)
         self.norm = nn.LayerNorm(c)
         self.query = nn.Parameter(torch.randn(config.glances, c))
         self.ask = nn.Linear(words, config.glances * c)
@@ -201,8 +220,8 @@ class Eye(nn.Module):
         n, height, width, _ = picture.shape
         shades = self.shades.index_select(0, picture.flatten().int()).view(torch.float32)
         x = shades.view(n, height, width, 6).permute(0, 3, 1, 2).to(self.conv1.weight.dtype)
-        x = F.gelu(self.conv1(x))
-        x = x + F.gelu(self.conv2(x))
+        x = F.gelu(self.film1(self.conv1(x), words))
+        x = x + F.gelu(self.film2(self.conv2(x), words))
         features = self.norm(x.flatten(2).transpose(1, 2))
         c = features.shape[2]
         query = self.query + SHARPNESS * self.ask(words).view(n, -1, c)

@@ -11,9 +11,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from embodied_rl.augment import Augment
 from embodied_rl.credit import Credit
 from embodied_rl.guide import Guide
 from embodied_rl.loss import Loss
+from embodied_rl.optimizer import Muon
 from embodied_rl.replay import Replay
 from embodied_rl.section import Section
 from embodied_rl.self_imitation import SelfImitation
@@ -101,6 +103,8 @@ class ImitationConfig(Section):
     and minus three standard deviations, or [-1, 1] itself. Kept in the checkpoint."""
     lr: float = Field(1e-3, gt=0)
     """Adam's step size after the warm-up."""
+    muon: Muon = Muon()
+    """Another way to step for the weights of layers."""
     warmup: int = Field(50, ge=0)
     """Optimizer steps in which the step size rises from 0."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
@@ -111,6 +115,8 @@ class ImitationConfig(Section):
     """Gradients longer than this are shortened to it."""
     adam_eps: float = Field(1e-5, gt=0)
     """Adam's epsilon."""
+    augment: Augment = Augment()
+    """How demonstrated pictures are varied, each time anew."""
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> ImitationConfig:

@@ -1,4 +1,4 @@
-"""The updater against a plain loop with torch.optim.AdamW, and its schedules against their rules."""
+"""The updater against a plain loop with torch.optim.AdamW, Muon against torch.optim.Muon, schedules against their rules."""
 
 import copy
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from embodied_rl.batch import flatten, minibatches
+from embodied_rl.errors import CapabilityError
 from embodied_rl.loss import Loss, LossFunction
+from embodied_rl.optimizer import FlatParameters, Muon, Optimizer, orthogonal
 from embodied_rl.types import ActionSpec, Advantage, TensorSpec
 from embodied_rl.update import Update, Updater
 from tests.kit import mlp, number, rollout_of, spec
@@ -54,6 +56,107 @@ def test_an_update_is_adamw_with_a_clipped_gradient_over_epochs_of_minibatches(m
         assert metrics["actor/grad_norm"] == pytest.approx(sum(norms[-4:]) / 4, rel=1e-3)
         assert updater.version == i + 1
     assert (min(norms) > 0.05) and (max(norms) < 100), "one setting clips every step, the other none"
+
+
+class Net(torch.nn.Module):
+    """One layer of each form: tall, wide, a convolution, a table of words, and a critic."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__()
+        self.words = torch.nn.Embedding(5, 6)
+        self.tall, self.wide = torch.nn.Linear(6, 40), torch.nn.Linear(40, 12)
+        self.conv = torch.nn.Conv2d(3, 8, 4)
+        self.critic = torch.nn.Linear(6, 7)
+
+    def grade(self):
+        """Random gradients of very different sizes, as few rows or many would give them."""
+        for i, p in enumerate(self.parameters()):
+            assert p.grad is not None
+            p.grad.copy_(10.0 ** (i % 3 - 1) * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+
+
+def paces(net, muon, **steps):
+    """What each parameter moved by in two steps with other gradients."""
+    flat = FlatParameters(net, last="critic", muon=muon)
+    optimizer = Optimizer(flat, eps=1e-5, weight_decay=0.1)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    net.grade()
+    optimizer.step(1e-2, **steps)
+    flat.grad.mul_(-0.3).add_(0.05)
+    optimizer.step(1e-2, **steps)
+    return before, {n: p.detach().clone() for n, p in net.named_parameters()}
+
+
+def test_muon_steps_as_torch_does_and_adam_moves_the_rest():
+    """torch.optim.Muon computes in bfloat16: directions agree to a cosine of 0.999 and lengths to 2 %."""
+    net, plain = Net(), Net()
+    before, after = paces(net, Muon(lr=0.03), last_lr=2e-2, muon_lr=0.03)
+    own = {"tall.weight", "wide.weight", "conv.weight"}
+    named = dict(plain.named_parameters())
+    # torch's takes matrices only: a convolution is one of as many columns as a window has numbers.
+    matrices = {n: torch.nn.Parameter(named[n].detach().flatten(1).clone()) for n in sorted(own)}
+    critic = [p for n, p in named.items() if n.startswith("critic")]
+    others = [p for n, p in named.items() if n not in own and not n.startswith("critic")]
+    optimizers = [
+        torch.optim.Muon(list(matrices.values()), lr=0.03, weight_decay=0.1, momentum=0.95),
+        torch.optim.AdamW(others, lr=1e-2, eps=1e-5, weight_decay=0.1),
+        torch.optim.AdamW(critic, lr=2e-2, eps=1e-5, weight_decay=0.1),
+    ]
+    for p in plain.parameters():
+        p.grad = torch.zeros_like(p)
+    plain.grade()
+    for change in (lambda g: g, lambda g: -0.3 * g + 0.05):
+        for p in plain.parameters():
+            p.grad = change(p.grad)
+        for n, p in matrices.items():
+            p.grad = named[n].grad.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    for n, p in named.items():
+        if n in own:
+            moved, theirs = (after[n] - before[n]).flatten(), (matrices[n] - before[n].flatten(1)).flatten().detach()
+            assert float(torch.cosine_similarity(moved, theirs, dim=0)) > 0.999, n
+            assert float(moved.norm() / theirs.norm()) == pytest.approx(1.0, abs=0.02), n
+        else:
+            torch.testing.assert_close(after[n], p.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_orthogonal_matrix_keeps_directions_and_levels_their_sizes():
+    """Against the polar factor of an SVD: same singular vectors, singular values near 1 whatever they were."""
+    g = torch.Generator().manual_seed(3)
+    for shape in ((6, 20), (20, 6), (9, 9)):
+        u, _, v = torch.linalg.svd(torch.randn(shape, generator=g), full_matrices=False)
+        sizes = torch.logspace(0, -1.3, min(shape))
+        out = orthogonal(37.0 * (u * sizes) @ v)
+        levels = torch.diagonal(u.T @ out @ v.T)
+        torch.testing.assert_close((u * levels) @ v, out, rtol=0, atol=1e-4)
+        assert 0.6 < float(levels.min()) and float(levels.max()) < 1.25
+    assert torch.equal(orthogonal(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
+def test_muon_moves_what_it_is_told_to_and_says_what_there_is():
+    kept, moved = paces(Net(), Muon(lr=0.03, only=("conv",)), last_lr=0.0, muon_lr=0.0)
+    assert torch.equal(kept["conv.weight"], moved["conv.weight"]), "its own step size is 0"
+    assert torch.equal(kept["critic.weight"], moved["critic.weight"])
+    assert not torch.equal(kept["tall.weight"], moved["tall.weight"])
+    with pytest.raises(CapabilityError, match=r"muon.only names 'eyes', .* choose among conv, critic, tall, wide"):
+        FlatParameters(Net(), muon=Muon(lr=0.03, only=("conv", "eyes")))
+    with pytest.raises(ValueError, match=r"only \(conv\) does nothing with lr \(null\)"):
+        Muon(only=("conv",))
+
+
+def test_muon_follows_the_schedule_of_the_other_step_size():
+    policy, updater = build(lr=1e-3, lr_schedule="linear", muon={"lr": 0.02}, epochs=1, minibatches=1)
+    layers = [m.weight for m in policy.modules() if isinstance(m, torch.nn.Linear)]
+
+    def moved(progress):
+        before = [w.detach().clone() for w in layers]
+        updater.update(*experience(policy), progress=progress)
+        return sum(float((a.detach() - b).norm()) for a, b in zip(layers, before, strict=True))
+
+    first, last = moved(0.0), moved(1.0)
+    assert first > 0.02 and last == 0.0
 
 
 def step_size(updater, progress, seed=0, **given):

@@ -334,7 +334,7 @@ def test_latent_noise_is_drawn_from_the_gaussian_it_is_scored_with():
 
 
 def test_with_latent_only_actor_and_critic_learn():
-    from embodied_rl.optimizer import Adam, FlatParameters
+    from embodied_rl.optimizer import FlatParameters, Optimizer
 
     policy, obs = flow("latent"), look(20)
     units, _, _ = decide(policy, obs)
@@ -346,7 +346,7 @@ def test_with_latent_only_actor_and_critic_learn():
     (given.logp.mean() + given.value.square().mean() + given.entropy.mean()).backward()
     assert all(bool((p.grad != 0).any()) for _, p in parameters.named)
     # Weight decay moves whatever the optimizer was given.
-    Adam(parameters.vector, parameters.grad, eps=1e-5, weight_decay=0.1).step(0.1)
+    Optimizer(parameters, eps=1e-5, weight_decay=0.1).step(0.1)
     moved = {k for k, v in policy.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {n for n, _ in parameters.named}
 

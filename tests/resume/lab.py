@@ -146,7 +146,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own successes": {
         "env": {"type": "target", "tolerance": 0.9, "max_steps": 6},
         "policy": {"type": "tiny_vla_flow", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
-        "algorithm": {"self_imitation": {"coef": 1.0, "rows": 16}, "update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
+        "algorithm": {"self_imitation": {"coef": 1.0, "rows": 16, "keep": 24}, "update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
         "collect": {"copies": 8, "decisions": 4},
     },
     "own successes, seen": {
@@ -172,13 +172,18 @@ RECIPES: dict[str, dict[str, Any]] = {
             "type": "tiny_vla_tokens", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2,
             "critic": {"reads": "privileged", "insight": 1.0},
         },
-        "algorithm": {"update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
+        "algorithm": {
+            "update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2, "muon": {"lr": 2e-3, "only": ["eyes"]}},
+        },
         "collect": {"copies": 8, "decisions": 4},
     },
     "imitation": {
         "policy": {"type": "tiny_vla_flow", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
         # The last update is shorter than the others.
-        "algorithm": {"type": "sft", "steps": 29, "steps_per_update": 3, "batch_size": 16, "warmup": 2},
+        "algorithm": {
+            "type": "sft", "steps": 29, "steps_per_update": 3, "batch_size": 16, "warmup": 2, "muon": {"lr": 0.01},
+            "augment": {"brightness": 0.4, "contrast": 0.3, "colour": 0.1},
+        },
         "evaluate": {"every": 4},
     },
 }  # fmt: skip

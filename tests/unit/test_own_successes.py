@@ -14,7 +14,7 @@ from embodied_rl.measure import Clock
 from embodied_rl.policies._critic import Critic, ValueHead
 from embodied_rl.saved import load_weights
 from embodied_rl.selection import join
-from embodied_rl.self_imitation import Successes
+from embodied_rl.self_imitation import OwnSuccesses, SelfImitation, Successes
 from embodied_rl.session import Session
 from embodied_rl.types import ActionSpec, Batch, Evaluation, Rollout, TensorSpec
 from tests.kit import CPU, TOYS, spec
@@ -266,6 +266,38 @@ def test_decisions_after_the_goal_has_held_are_left_out():
     going_on = replace(r, solved=torch.tensor([[1, 0], [2, 0], [0, 0]]))
     assert Successes.of(going_on).obs["state"].tolist() == [[0.0]]
     assert len(Successes.of(replace(r, solved=torch.zeros(3, 2, dtype=torch.int64)))) == 0
+
+
+def shifted(by):
+    """The rollout above with `by` added to all that is seen."""
+    r = rollout()
+    return replace(
+        r, obs={"state": r.obs["state"] + by}, constants={"goal": r.constants["goal"] + by},
+        final_obs={"state": r.final_obs["state"] + by},
+    )  # fmt: skip
+
+
+def test_successes_of_earlier_rollouts_are_kept_and_the_oldest_leave():
+    """Hand-worked: each rollout brings two decisions; of three rollouts five are kept, and a restart knows them."""
+    config = SelfImitation(coef=1.0, keep=5)
+    own = OwnSuccesses(config, CPU, seed=0)
+    for by in (0.0, 20.0, 40.0):
+        own.begin(shifted(by), lambda flat: flat.rows["logp"], 0)
+    again = OwnSuccesses(config, CPU, seed=9)
+    again.load_state_dict(own.state_dict())
+    for kept in (own.successes, again.successes):
+        assert kept.obs["state"].flatten().tolist() == [2.0, 20.0, 22.0, 40.0, 42.0]
+        assert kept.obs["goal"].flatten().tolist() == [10.0, 30.0, 30.0, 50.0, 50.0]
+        assert kept.last["state"].flatten().tolist() == [100.0, 120.0, 120.0, 140.0, 140.0]
+        assert kept.action[..., 0].tolist() == [[2.0, 2.0], [0.0, 0.0], [2.0, 2.0], [0.0, 0.0], [2.0, 2.0]]
+        assert kept.mask.tolist() == [[True, False], [True, True], [True, False], [True, True], [True, False]]
+    # A rollout without any success loses nothing; without `keep` only the latest counts.
+    own.begin(replace(rollout(), solved=torch.zeros(3, 2, dtype=torch.int64)), lambda flat: flat.rows["logp"], 0)
+    assert len(own.successes) == 5
+    latest = OwnSuccesses(SelfImitation(coef=1.0), CPU, seed=0)
+    for by in (0.0, 20.0):
+        latest.begin(shifted(by), lambda flat: flat.rows["logp"], 0)
+    assert latest.successes.obs["state"].flatten().tolist() == [20.0, 22.0]
 
 
 def test_side_by_side_every_success_keeps_the_end_of_its_own_episode():
