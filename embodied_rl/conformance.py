@@ -6,7 +6,7 @@ What differs is refused in one sentence, what nobody has said is no difference, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from embodied_rl.convention import ITEMS, UNKNOWN, Agreement, Convention, Item, compare
 from embodied_rl.errors import CapabilityError, ConfigError
-from embodied_rl.spec import EnvSpec
+from embodied_rl.spec import EnvSpec, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class Side:
     pictures: dict[str, tuple[int, int]] | None = None
     """Camera -> rows and columns; None where it does not say."""
     control_hz: float | None = None
+    vocabularies: dict[str, str] | None = None
+    """Entry of ids -> its vocabulary, where there is one with a name; None where it does not say."""
 
     @classmethod
     def of(cls, where: str, spec: EnvSpec) -> Side:
@@ -52,7 +54,8 @@ class Side:
             if entry.dtype == torch.uint8 and len(entry.shape) == 3
         }
         moves = spec.action.kind == "continuous"
-        return cls(where, (spec.action.convention or UNKNOWN) if moves else None, pictures, spec.control_hz)
+        convention = (spec.action.convention or UNKNOWN) if moves else None
+        return cls(where, convention, pictures, spec.control_hz, vocabularies_of(spec.seen))
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
@@ -60,6 +63,7 @@ class Side:
             "convention": None if self.convention is None else self.convention.model_dump(mode="json"),
             "pictures": None if self.pictures is None else {name: list(size) for name, size in self.pictures.items()},
             "control_hz": self.control_hz,
+            "vocabularies": self.vocabularies,
         }
 
     @classmethod
@@ -74,7 +78,12 @@ class Side:
         pictures = state["pictures"]
         sizes = None if pictures is None else {name: (rows, columns) for name, (rows, columns) in pictures.items()}
         convention = None if state["convention"] is None else read_convention(where, state["convention"])
-        return cls(where, convention, sizes, state["control_hz"])
+        return cls(where, convention, sizes, state["control_hz"], state.get("vocabularies"))
+
+
+def vocabularies_of(observation: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Entry -> vocabulary, of those whose ids have one with a name."""
+    return {name: entry.vocabulary for name, entry in observation.items() if entry.vocabulary}
 
 
 def read_convention(where: str, data: object, size: int | None = None) -> Convention:
@@ -113,10 +122,17 @@ def conform(found: Side, wanted: Side, advice: str, *, despite: Sequence[Item] =
         report: What is the same, unknown or different all the same, one sentence each.
 
     Raises:
-        CapabilityError: They mean different things, or a picture is not shown; says both sides.
+        CapabilityError: They mean different things by a number or an id, or a picture is not shown; says both sides.
         ConfigError: `despite` names what does not differ.
     """
     report = [*_actions(found, wanted, advice, despite), *_pictures(found, wanted, advice)]
+    for name, vocabulary in (found.vocabularies or {}).items():
+        other = (wanted.vocabularies or {}).get(name, vocabulary)
+        if other != vocabulary:
+            raise CapabilityError(
+                f"what the ids of '{name}' mean differs: '{vocabulary}' in {found.where} and '{other}' in "
+                f"{wanted.where}, and words are known by their ids alone; use the env that it was made for"
+            )
     hz = (found.control_hz, wanted.control_hz)
     if hz[0] and hz[1] and hz[0] != hz[1]:
         report.append(f"{found.where} has {hz[0]:g} control steps per second, {wanted.where} {hz[1]:g}")

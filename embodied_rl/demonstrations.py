@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rl.conformance import Side, conform, read_convention
+from embodied_rl.conformance import Side, conform, read_convention, vocabularies_of
 from embodied_rl.convention import UNKNOWN
 from embodied_rl.demo_batches import CACHE_BYTES, Batches
 from embodied_rl.demo_files import read_json, read_lines, read_table
@@ -262,7 +262,8 @@ class Demonstrations:
                     f"{self.folder}: observation '{name}' has numbers up to {found.high:g}, the env knows them up to "
                     f"{wanted.high:g}; collect a set in this env, or set the env as it was then"
                 )
-        kept = Side(f"demonstrations {self.folder}", self._convention or UNKNOWN)
+        own = self._convention or UNKNOWN
+        kept = Side(f"demonstrations {self.folder}", own, vocabularies=vocabularies_of(have))
         return conform(kept, Side.of("the env", spec), "collect a set in this env, or set the env as it was then")
 
     def _is_real(self, column: str) -> bool:

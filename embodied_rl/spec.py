@@ -38,6 +38,8 @@ class TensorSpec:
     """One phrase with the unit."""
     privileged: bool = False
     """Known in simulation only: for critics and reward models. What chooses actions must work without it."""
+    vocabulary: str = ""
+    """Ids: whoever names the same vocabulary means the same by an id; "" where the env does not say."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,19 @@ import hashlib
 import unicodedata
 from functools import lru_cache
 
+import torch
+
 from embodied_rl.errors import CapabilityError
+from embodied_rl.types import TensorSpec
 
 WORD_IDS = 1024
 """Ids are 1 to WORD_IDS - 1; 0 is padding."""
+
+
+def word_row(length: int) -> TensorSpec:
+    """The entry of an observation that holds the ids of at most `length` words."""
+    meaning, vocabulary = "ids of the instruction's words, then 0", f"blake2b of a word, {WORD_IDS} ids"
+    return TensorSpec((length,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning, vocabulary=vocabulary)
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from embodied_rl.envs._spaces import ActionMap, Array, Leaf, leaves
-from embodied_rl.envs._words import WORD_IDS, encode_words
+from embodied_rl.envs._words import encode_words, word_row
 from embodied_rl.envs.envpool.metaworld import convention_of
 from embodied_rl.errors import CapabilityError
 from embodied_rl.types import EnvSpec, TensorSpec
@@ -112,9 +112,7 @@ class Layout:
         )
 
 
-INSTRUCTION = TensorSpec(
-    (MAX_WORDS,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning="ids of the instruction's words, then 0"
-)
+INSTRUCTION = word_row(MAX_WORDS)
 
 
 def spec_of(layouts: Sequence[Layout], num_envs: int) -> EnvSpec:

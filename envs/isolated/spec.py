@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from embodied_rl.conformance import read_convention
-from embodied_rl.envs._words import WORD_IDS
+from embodied_rl.envs._words import word_row
 from embodied_rl.types import ActionSpec, EnvSpec, TensorSpec
 
 INSTRUCTION = "instruction"
@@ -23,8 +23,7 @@ def env_spec(native: dict[str, Any], num_envs: int, where: str) -> EnvSpec:
         for name, one in native["observation"].items()
     }
     if words := native["words"]:
-        meaning = "word ids of the instruction, 0 pads"
-        observation[INSTRUCTION] = TensorSpec((words,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning)
+        observation[INSTRUCTION] = word_row(words)
     action, said = native["action"], native["action"]["convention"]
     convention = None if said is None else read_convention(where, said, action["size"])
     return EnvSpec(

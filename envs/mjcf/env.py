@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rl.envs._words import WORD_IDS, encode_words
+from embodied_rl.envs._words import encode_words, word_row
 from embodied_rl.envs.mjcf.scene import Scene
 from embodied_rl.envs.mjcf.task import Start, Task
 from embodied_rl.envs.mjcf.view import Poses, View
@@ -302,6 +302,4 @@ class MjcfEnv:
         if seen.shape[1]:
             meaning = f"what {name} of {self.config.task} returns"
             shown["state" if self._pictures is None else "proprio"] = TensorSpec((seen.shape[1],), meaning=meaning)
-        meaning = "ids of the instruction's words, then 0"
-        words = TensorSpec((MAX_WORDS,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning)
-        return shown | {"instruction": words}
+        return shown | {"instruction": word_row(MAX_WORDS)}

@@ -232,6 +232,35 @@ def test_what_a_checkpoint_keeps_comes_back():
         Side.restore("bad", side.state() | {"convention": {"gripper": "up"}})
 
 
+def speaking(vocabulary):
+    """An env whose instructions are 6 ids below 50."""
+    base = spec()
+    words = TensorSpec((6,), torch.int64, 0, 49, constant=True, vocabulary=vocabulary)
+    return replace(base, observation=base.observation | {"instruction": words})
+
+
+def test_ids_of_another_vocabulary_of_the_same_size_are_refused_and_unnamed_ones_are_taken():
+    a, b, silent = (Side.of(name, speaking(v)) for name, v in (("there", "words A"), ("here", "words B"), ("there", "")))
+    match = r"ids of 'instruction' mean differs: 'words A' in there and 'words B' in here"
+    with pytest.raises(CapabilityError, match=match):
+        conform(a, b, "do something")
+    conform(a, replace(a, where="here"), ""), conform(silent, b, ""), conform(b, silent, "")
+    conform(Side.restore("old", None), b, "")
+    old = a.state()
+    del old["vocabularies"]
+    conform(Side.restore("of a version before", old), b, "")
+    assert Side.restore("there", json.loads(json.dumps(a.state()))) == a
+
+
+def test_every_env_that_speaks_in_word_ids_names_the_same_vocabulary():
+    from embodied_rl.envs._words import word_row
+    from embodied_rl.envs.envpool.layout import INSTRUCTION
+    from embodied_rl.envs.tabletop.observe import OBSERVATION
+
+    named = {word_row(5).vocabulary, INSTRUCTION.vocabulary, OBSERVATION["instruction"].vocabulary}
+    assert len(named) == 1 and "" not in named
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +362,25 @@ def demos(tmp_path):
         (folder / "meta" / "info.json").write_text(json.dumps(info | {"embodied_rl": own}))
 
     return folder, say
+
+
+def test_demonstrations_are_not_learned_by_ids_of_another_vocabulary(demos):
+    folder, say = demos
+    say(None)
+    path = folder / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    name = next(iter(info["embodied_rl"]["observation"]))
+    info["embodied_rl"]["observation"][name]["vocabulary"] = "words A"
+    path.write_text(json.dumps(info))
+    there = Demonstrations(folder)
+
+    def env(vocabulary):
+        entries = there.observation | {name: replace(there.observation[name], vocabulary=vocabulary)}
+        return EnvSpec(entries, replace(there.action, convention=None), 1, None, ("task",), seedable=True, has_state=True)
+
+    there.require(env("words A")), there.require(env(""))
+    with pytest.raises(CapabilityError, match="'words A' in demonstrations .* and 'words B' in the env"):
+        there.require(env("words B"))
 
 
 def test_demonstrations_are_not_learned_where_their_numbers_mean_something_else(demos):
