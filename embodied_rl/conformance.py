@@ -125,14 +125,7 @@ def conform(found: Side, wanted: Side, advice: str, *, despite: Sequence[Item] =
         CapabilityError: They mean different things by a number or an id, or a picture is not shown; says both sides.
         ConfigError: `despite` names what does not differ.
     """
-    report = [*_actions(found, wanted, advice, despite), *_pictures(found, wanted, advice)]
-    for name, vocabulary in (found.vocabularies or {}).items():
-        other = (wanted.vocabularies or {}).get(name, vocabulary)
-        if other != vocabulary:
-            raise CapabilityError(
-                f"what the ids of '{name}' mean differs: '{vocabulary}' in {found.where} and '{other}' in "
-                f"{wanted.where}, and words are known by their ids alone; use the env that it was made for"
-            )
+    report = [*_actions(found, wanted, advice, despite), *_pictures(found, wanted, advice), *_words(found, wanted)]
     hz = (found.control_hz, wanted.control_hz)
     if hz[0] and hz[1] and hz[0] != hz[1]:
         report.append(f"{found.where} has {hz[0]:g} control steps per second, {wanted.where} {hz[1]:g}")
@@ -193,6 +186,20 @@ def _pictures(found: Side, wanted: Side, advice: str) -> list[str]:
                 f"{wanted.where}"
             )
     return report
+
+
+def _words(found: Side, wanted: Side) -> list[str]:
+    report, theirs = [], wanted.vocabularies or {}
+    for name, vocabulary in (found.vocabularies or {}).items():
+        if name not in theirs:
+            report.append(f"what the ids of '{name}' mean is unknown in {wanted.where}")
+        elif theirs[name] != vocabulary:
+            raise CapabilityError(
+                f"what the ids of '{name}' mean differs: '{vocabulary}' in {found.where} and '{theirs[name]}' in "
+                f"{wanted.where}, and words are known by their ids alone; use the env that it was made for"
+            )
+    silent = [name for name in theirs if name not in (found.vocabularies or {})]
+    return report + [f"what the ids of '{name}' mean is unknown in {found.where}" for name in silent]
 
 
 def stated(where: str, own: Convention | None, said: Convention) -> Convention:

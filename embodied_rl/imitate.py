@@ -85,6 +85,10 @@ class ImitationSession(Saved):
                 f"policy {cast(Any, recipe.policy).type} has no imitation_loss, so demonstrations teach it nothing: "
                 "choose tiny_vla_tokens, tiny_vla_flow, hf_vla or pi0"
             )
+        if config.augment.changes and not _cameras(spec):
+            raise CapabilityError(
+                "algorithm.augment varies the light of pictures, and the env shows none: remove it, or choose cameras"
+            )
         fit_actions(policy, demos, config)
         policy.fit_vectors(demos.statistics())
         if fresh:

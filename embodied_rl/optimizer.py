@@ -75,9 +75,15 @@ class FlatParameters:
             start = window.stop
             if place(name, p) < 2:
                 self.border = start
+        if muon is not None and muon.lr and not self.matrices and not only:
+            raise CapabilityError(
+                "muon.lr is for the weights of linear and convolution layers, and none of them is trained here: set "
+                "muon.lr: null"
+            )
         for part in only:
             if not any(part in name and place(name, p) == 1 for name, p in self.named):
-                layers = sorted({n.rsplit(".", 1)[0] for n, p in self.named if id(p) in own})
+                movable = (n for n, p in self.named if id(p) in own and not (last and n.startswith(last)))
+                layers = sorted({n.rsplit(".", 1)[0] for n in movable})
                 raise CapabilityError(
                     f"muon.only names {part!r}, and no weight of a trainable linear or convolution layer has that in "
                     f"its name: choose among {', '.join(layers[:30])}"
@@ -136,7 +142,10 @@ class Optimizer:
         """
         m, flat = self.moments, self.flat
         m["step"] += 1
-        for part, size in (slice(self.first), lr), (slice(flat.border, None), lr if last_lr is None else last_lr):
+        parts = [(slice(self.first), lr)]
+        if flat.border < len(flat.vector):
+            parts.append((slice(flat.border, None), lr if last_lr is None else last_lr))
+        for part, size in parts:
             torch._fused_adamw_(
                 [flat.vector[part]], [flat.grad[part]], [m["exp_avg"][part]], [m["exp_avg_sq"][part]], [], [m["step"]],
                 lr=size, beta1=0.9, beta2=0.999,
@@ -151,7 +160,9 @@ class Optimizer:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    r"""About the nearest matrix [m, n] with orthonormal rows or columns: singular values become 0.7 to 1.2.
+    r"""About the nearest matrix [m, n] with orthonormal rows or columns.
+
+    Singular values become 0.7 to 1.2, those below a fiftieth of the matrix's norm less.
 
         X <- a X + b X X^T X + c (X X^T)^2 X,   five times, from X / ||X||
 

@@ -203,6 +203,13 @@ def _observation(
         meanings = {n: spec.meaning for n, spec in have.items() if spec.meaning}
         if len(set(meanings.values())) > 1:
             report.append(f"'{entry}' is told as {'; '.join(f'{text} ({n})' for n, text in meanings.items())}")
+        vocabularies = {n: spec.vocabulary for n, spec in have.items() if spec.vocabulary}
+        if len(set(vocabularies.values())) > 1:
+            told = ", ".join(f"{text} ({n})" for n, text in vocabularies.items())
+            raise CapabilityError(
+                f"mixture: the ids of '{entry}' are of different vocabularies: {told}; give one of them another name "
+                "(rename)"
+            )
         filled = bool(lacking) or used["pad"]
         union[entry] = replace(
             first,
@@ -210,6 +217,7 @@ def _observation(
             high=_widest([s.high for s in have.values()], max, filled),
             constant=all(s.constant for s in have.values()),
             meaning=" | ".join(dict.fromkeys(s.meaning for s in have.values() if s.meaning)),
+            vocabulary=next(iter(vocabularies.values()), "") if len(vocabularies) == len(have) else "",
         )
     idle = [f"{k} ({getattr(config, k)})" for k in used if getattr(config, k) in ("zeros", True) and not used[k]]
     if idle:

@@ -142,6 +142,10 @@ def test_muon_moves_what_it_is_told_to_and_says_what_there_is():
     assert not torch.equal(kept["tall.weight"], moved["tall.weight"])
     with pytest.raises(CapabilityError, match=r"muon.only names 'eyes', .* choose among conv, critic, tall, wide"):
         FlatParameters(Net(), muon=Muon(lr=0.03, only=("conv", "eyes")))
+    with pytest.raises(CapabilityError, match="choose among conv, tall, wide"):
+        FlatParameters(Net(), last="critic", muon=Muon(lr=0.03, only=("critic",)))
+    with pytest.raises(CapabilityError, match="none of them is trained here: set muon.lr: null"):
+        FlatParameters(torch.nn.Embedding(5, 6), muon=Muon(lr=0.03))
     with pytest.raises(ValueError, match=r"only \(conv\) does nothing with lr \(null\)"):
         Muon(only=("conv",))
 

@@ -21,6 +21,8 @@ class Config(Section):
     convention: Convention | None = None
     cameras: dict[str, int] = {}
     """Name -> pixels of a side of a black picture."""
+    vocabulary: str = ""
+    """Of its word."""
     tasks: tuple[str, ...] = ("easy", "hard")
     """Success comes at the first step, of `hard` never."""
     max_steps: int = Field(2, ge=1)
@@ -35,7 +37,10 @@ class Arm:
             name: TensorSpec((side, side, 3), torch.uint8, 0, 255) for name, side in config.cameras.items()
         }
         self.spec = EnvSpec(
-            observation={"taken": TensorSpec((config.numbers,), low=-1, high=1), "word": TensorSpec((1,), torch.int64, 0, 9)}
+            observation={
+                "taken": TensorSpec((config.numbers,), low=-1, high=1),
+                "word": TensorSpec((1,), torch.int64, 0, 9, vocabulary=config.vocabulary),
+            }
             | pictures,
             action=ActionSpec("continuous", config.numbers, convention=config.convention),
             num_envs=num_envs, max_steps=config.max_steps, tasks=config.tasks, seedable=True, has_state=True,

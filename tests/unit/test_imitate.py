@@ -446,3 +446,9 @@ def test_the_streak_is_part_of_the_state():
     again.load_state_dict(session.state_dict(), "memory")
     with pytest.raises(DivergenceError, match="of the last 2 updates"):
         poisoned(again, set(range(3))).iterate(Clock())
+
+
+def test_light_is_not_varied_where_nothing_is_seen(monkeypatch):
+    monkeypatch.setattr("embodied_rl.imitate._cameras", lambda spec: [])
+    with pytest.raises(CapabilityError, match="algorithm.augment varies the light of pictures, and the env shows none"):
+        ImitationSession.build(recipe(algorithm={"augment": {"brightness": 0.2}}))

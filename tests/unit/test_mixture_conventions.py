@@ -262,3 +262,15 @@ def test_the_spec_of_a_mixture_is_equal_however_often_it_is_built():
     parts = (arm("a", HAND), arm("b", HAND | {"gripper": "closes_at_plus"}, {"gripper": "convert"}))
     one, other = make(*parts).spec, make(*parts).spec
     assert one == other and replace(one, num_envs=3) != other
+
+
+def test_parts_whose_words_have_different_ids_are_refused():
+    def speaking(name, vocabulary):
+        part = arm(name, HAND)
+        return part | {"env": part["env"] | {"vocabulary": vocabulary}}
+
+    told = refused(CapabilityError, speaking("a", "words A"), speaking("b", "words B"))
+    assert "the ids of 'word' are of different vocabularies: words A (a), words B (b)" in told
+    for second, joined in (("words A", "words A"), ("", "")):
+        env = make(speaking("a", "words A"), speaking("b", second))
+        assert env.spec.observation["word"].vocabulary == joined, "what one part does not say the mixture cannot say"
