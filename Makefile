@@ -18,7 +18,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 
 # A run folder is never overwritten, so a second demo gets a name of its own.
 demo: $(VENV)/.ready
-	$(BIN)/embodied-rl collect tabletop_vla_tokens_sft --episodes 1800 --out runs/tabletop_demos
+	$(BIN)/embodied-rl collect tabletop_vla_tokens_sft --episodes 1800 --misses 0.5 --show-misses --out runs/tabletop_demos
 	@test -e runs/tabletop_vla_tokens_sft/summary.json || $(BIN)/embodied-rl train tabletop_vla_tokens_sft
 	@name=tabletop_vla_tokens; n=2; while test -e runs/$$name; do name=tabletop_vla_tokens-$$n; n=$$((n + 1)); done; \
 	$(BIN)/embodied-rl train tabletop_vla_tokens name=$$name

@@ -126,7 +126,11 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument("--episodes", type=_count, required=True, help="episodes of the whole set")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="the set; goes on with one that exists")
-    parser.add_argument("--noise", type=_noise, default=1.0, help="how much the expert is pushed about (default: 1)")
+    parser.add_argument("--noise", type=_share, default=1.0, help="how much the expert is pushed about (default: 1)")
+    misses = "share of the episodes that begin with a miss, which the expert mends (default: 0)"
+    parser.add_argument("--misses", type=_share, default=0.0, help=misses)
+    shown = "let the set hold the misses too, with what the expert would have done instead"
+    parser.add_argument("--show-misses", action="store_true", help=shown)
     parser.add_argument("--all", action="store_true", help="keep failures too")
 
 
@@ -157,7 +161,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _noise(text: str) -> float:
+def _share(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -220,7 +224,10 @@ def _collect(args: argparse.Namespace) -> int:
     from embodied_rl.demo_console import collect_and_tell
 
     keep: Literal["success", "all"] = "all" if args.all else "success"
-    return collect_and_tell(recipe, Path(args.out), args.episodes, noise=args.noise, keep=keep, console=_console())
+    return collect_and_tell(
+        recipe, Path(args.out), args.episodes, noise=args.noise, misses=args.misses, show_misses=args.show_misses,
+        keep=keep, console=_console(),
+    )  # fmt: skip
 
 
 def _check(args: argparse.Namespace) -> int:

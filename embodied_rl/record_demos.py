@@ -7,6 +7,11 @@ on its number, `copies` and the settings, and never on when recording was interr
 The env executes what the expert wants plus a disturbance, and the set holds what it wanted: it shows how to come back
 to the path (DART; Laskey, Lee, Fox, Dragan, Goldberg 2017, arXiv:1703.09327).
 
+An expert that never misses does not show what to do after a miss. With `misses` a clumsy hand begins some attempts and
+the expert takes over once the error is found out; the set holds what follows (as in HG-DAgger, where a person takes
+over from the imitator; Kelly, Sidrane, Driggs-Campbell, Kochenderfer 2019, arXiv:1810.02890), and with `show_misses`
+also the error, each frame with what the expert would have done there, as with the disturbance.
+
 Episode k of the set has task k modulo the number of tasks, and is the next attempt of that task that is worth keeping:
 every task has the same number of episodes (one more for the first ones), a longer set begins with the shorter one, and
 a set that was interrupted equals one that was not.
@@ -64,6 +69,21 @@ class Expert(Protocol):
         ...
 
 
+class Clumsy(Protocol):
+    """What `env.clumsy(copies, seed)` returns: an expert that errs in some copies until it has found out."""
+
+    errs: Tensor
+    """[B] bool, copies in which it has not found out yet."""
+
+    def reset(self, mask: Tensor) -> None:
+        """Begin to err in the masked copies [B]; the env has been reset before."""
+        ...
+
+    def act(self) -> Tensor:
+        """Actions [B, D] float32 of one who errs; asked for in every control step."""
+        ...
+
+
 class Disturbance:
     """What is added to the actions of one batch of attempts, from their first control step on.
 
@@ -107,11 +127,14 @@ class Settings:
     keep: Literal["success", "all"]
     copies: int
     seed: int
+    misses: float = 0.0
+    show_misses: bool = False
 
     def made(self) -> dict[str, Any]:
         """What info.json says of them; a set recorded under another kind of noise differs in its names."""
         disturbance = {"std": self.noise, "correlation": CORRELATION, "fade": FADE}
-        return {"disturbance": disturbance, "keep": self.keep, "copies": self.copies, "seed": self.seed}
+        misses = {"misses": self.misses, "show_misses": self.show_misses}
+        return {"disturbance": disturbance, "keep": self.keep, "copies": self.copies, "seed": self.seed, **misses}
 
 
 @dataclass(frozen=True)
@@ -142,6 +165,8 @@ def collect_demonstrations(
     episodes: int,
     *,
     noise: float = 1.0,
+    misses: float = 0.0,
+    show_misses: bool = False,
     keep: Literal["success", "all"] = "success",
     copies: int = 16,
     seed: int = 0,
@@ -155,6 +180,8 @@ def collect_demonstrations(
         folder: Where the set lies or shall lie.
         episodes: Episodes of the whole set; nothing is recorded when it holds as many.
         noise: Standard deviation of the `Disturbance`, in action units; 0 leaves the expert alone.
+        misses: Share of the attempts in which a clumsy hand begins, which grasps beside the object.
+        show_misses: Whether the set holds these beginnings, each frame with what the expert would have done.
         keep: Episodes in which the goal held at some step, or all.
         copies: Attempts played side by side.
         seed: Of starts and disturbances.
@@ -173,7 +200,7 @@ def collect_demonstrations(
     began, where = time.monotonic(), torch.device(device)
     module = registry.load("env", cast(Any, env).type)
     built = cast(Env, module.build(env, num_envs=copies, device=where, split="train", seed=seed))
-    settings = Settings(noise, keep, copies, seed)
+    settings = Settings(noise, keep, copies, seed, misses, show_misses)
     try:
         _check_capable(built, cast(Any, env).type, settings)
         features = _features(built)
@@ -203,6 +230,8 @@ def _check_capable(env: Env, name: str, settings: Settings) -> None:
         lacks.append("continuous actions")
     if settings.keep == "success" and not spec.has_success:
         lacks.append("a notion of success (`EnvSpec.has_success`; or keep every episode with --all)")
+    if settings.misses and not callable(getattr(env, "clumsy", None)):
+        lacks.append("an expert that errs (a method `clumsy()` of the env; or record without --misses)")
     if lacks:
         raise CapabilityError(f"env '{name}' cannot be demonstrated: it lacks {', and '.join(lacks)}")
 
@@ -256,7 +285,8 @@ class _Recorder:
             task = attempt % len(names)
             if attempt <= self.last[task] or self.kept[task] >= wanted[task]:
                 continue
-            if self.settings.keep == "all" or tape.solved[copy]:
+            shows = tape.start[copy] < tape.length[copy]
+            if shows and (self.settings.keep == "all" or tape.solved[copy]):
                 chosen.append(copy)
                 self.kept[task] += 1
                 self.failures[task] = 0
@@ -299,7 +329,11 @@ class _Tape:
         disturbance = Disturbance(settings.noise, _disturbed(expert, spec.action.size), b, noise_seed)
         active = torch.ones(b, dtype=torch.bool, device=device)
         obs = env.reset(active.clone(), self.seeds.to(device), tasks.to(device))
-        expert.reset(active.clone())
+        clumsy = _clumsy(env, settings.misses, b, noise_seed) if settings.misses else None
+        self.start = np.zeros(b, np.int64)
+        """Control steps that are left out at the beginning."""
+        for player in filter(None, (expert, clumsy)):
+            player.reset(active.clone())
         say = getattr(env, "instructions", None) or (lambda: [spec.tasks[i] for i in tasks.tolist()])
         self.length = np.zeros(b, np.int64)
         self.solved = np.zeros(b, bool)
@@ -316,7 +350,13 @@ class _Tape:
             self._texts.append(say())
             frame = _to_numpy({feature_of(entry, spec.observation[entry])[0]: x for entry, x in seen.items()})
             wanted = expert.act().clamp(-1, 1)
-            executed = (wanted + disturbance.draw().to(device)).clamp(-1, 1)
+            played = wanted
+            if clumsy is not None:
+                errs = clumsy.errs.to(device)
+                if not settings.show_misses:
+                    self.start += (errs & active).cpu().numpy()
+                played = torch.where(errs[:, None], clumsy.act(), wanted)
+            executed = (played + disturbance.draw().to(device)).clamp(-1, 1)
             step = env.step(torch.where(active[:, None], executed, 0.0), None if bool(active.all()) else active)
             obs, done = step.obs, step.terminated | step.truncated
             told = {"action": wanted, "next.reward": step.reward, "next.done": done}
@@ -329,14 +369,14 @@ class _Tape:
 
     def pack(self, copy: int, features: dict[str, Feature], task: str) -> Packed:
         """One attempt, encoded; DemonstrationError when it holds what cannot be stored."""
-        attempt, length = self.attempts[copy], int(self.length[copy])
-        texts = [said[copy] for said in self._texts[:length]]
+        attempt, kept = self.attempts[copy], slice(int(self.start[copy]), int(self.length[copy]))
+        texts = [said[copy] for said in self._texts[kept]]
         where = f"attempt {attempt} (task '{task}')"
         for problem in filter(None, map(instruction_problem, dict.fromkeys(texts))):
             raise DemonstrationError(f"{where}: {problem}; mend the env's instructions(); what is recorded is kept")
         columns = {}
         for name, feature in features.items():
-            values = np.stack([frame[name][copy] for frame in self._frames[:length]]).reshape(length, *feature.shape)
+            values = np.stack([frame[name][copy] for frame in self._frames[kept]]).reshape(len(texts), *feature.shape)
             columns[name] = values
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 raise DemonstrationError(f"{where}: '{name}' is not finite; mend the env; what is recorded is kept")
@@ -348,6 +388,12 @@ class _Tape:
         }
         arrays = {name: to_arrow(values, features[name]) for name, values in columns.items()}
         return Packed(arrays, episode_statistics(columns, features), texts, extra)
+
+
+def _clumsy(env: Env, share: float, copies: int, seed: int) -> Clumsy:
+    """Who errs in a share of the copies, drawn by the seed."""
+    errs = torch.rand(copies, generator=torch.Generator().manual_seed(seed)) < share
+    return cast(Clumsy, cast(Any, env).clumsy(errs, seed))
 
 
 def _disturbed(expert: Expert, size: int) -> Tensor:

@@ -17,10 +17,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError
+from embodied_rl.policies._ordered import MiddleDraw, gaussian_classes, median_class
 from embodied_rl.policies._trunk import Cache, TrunkConfig, causal_mask, pad_rows, padded
 from embodied_rl.policies._vla import VlaPolicy
 from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
@@ -40,35 +41,19 @@ class Config(TrunkConfig):
     the one bin it falls into."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits while sampling and in every log-probability; greedy evaluation does not depend on it."""
+    draws: int = Field(1, ge=1, le=99)
+    """Odd. Sampling takes the middle one of so many draws, with its exact log-probability: 1 samples all that was
+    imitated; the more, the nearer to the median, and the less often a doubtful bin is taken in one of 35 numbers."""
     greedy: Literal["likeliest", "median"] = "likeliest"
     """What greedy evaluation takes of the probabilities of a dimension's bins: the likeliest bin, or the one in which
     half of the mass is reached, which a single high peak beside the others does not move."""
 
-
-def gaussian_classes(place: Tensor, bins: int, std: float) -> Tensor:
-    """Mass of a Gaussian in each bin; what lies beyond the edges belongs to the outermost bins.
-
-    p_k = Phi((k + 1 - x) / std) - Phi((k - x) / std), with edges 0 and K at minus and plus infinity
-
-    Args:
-        place: [N] x in [0, K], in bins.
-        bins: K.
-        std: In bins.
-
-    Returns:
-        target: [N, K], rows sum to 1.
-
-    Source: Imani & White 2018 (HL-Gaussian, arXiv:1806.04613), there for returns.
-    """
-    edges = (torch.arange(1, bins, device=place.device) - place.unsqueeze(-1)) / std
-    inside = torch.special.ndtr(edges)
-    return F.pad(inside, (0, 1), value=1.0) - F.pad(inside, (1, 0), value=0.0)
-
-
-def median_class(logits: Tensor) -> Tensor:
-    """First class with which at least half of the mass is reached: logits [..., K] -> [...] int64."""
-    mass = torch.softmax(logits, dim=-1).cumsum(-1)
-    return (mass < 0.5).sum(-1)
+    @field_validator("draws")
+    @classmethod
+    def _has_a_middle(cls, draws: int) -> int:
+        if draws % 2 == 0:
+            raise ValueError(f"draws ({draws}) has no middle one: take {draws - 1} or {draws + 1}")
+        return draws
 
 
 class TokenPolicy(VlaPolicy):
@@ -92,6 +77,7 @@ class TokenPolicy(VlaPolicy):
         if self.autoregressive:
             self.bin_token = nn.Embedding(config.bins, width)
             nn.init.normal_(self.bin_token.weight, std=0.1)
+        self.middle = MiddleDraw(config.draws)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, config.bins * (1 if self.autoregressive else self.size))
         nn.init.zeros_(self.head.bias), nn.init.normal_(self.head.weight, std=0.02)
@@ -110,9 +96,9 @@ class TokenPolicy(VlaPolicy):
                 logits = self._logits(cache, None)
                 units = self._sample(logits, n, generator, greedy)
             # By the very operations of training, so the ratio starts at exactly 1.
-            logp = self._chosen(torch.log_softmax(logits, dim=-1), units)
+            logp = self.middle.log_prob(torch.log_softmax(logits, dim=-1), units)
             value = self.estimate(summary, obs, n)
-            action = self.scale.restore(self._middle(units)).view(len(units), self.chunk, self.size)
+            action = self.scale.restore(self._centre(units)).view(len(units), self.chunk, self.size)
             return PolicyOutput(units[:n], logp[:n], action[:n], value)
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
@@ -121,8 +107,8 @@ class TokenPolicy(VlaPolicy):
         units = pad_rows(units)
         summary, cache, sight = self.trunk.prefix(obs)
         log_probs = torch.log_softmax(self._logits(cache, units), dim=-1)
-        h = -(log_probs.exp() * log_probs).sum(-1) if entropy else None
-        return self.judged(summary, obs, self._chosen(log_probs, units), h, n, sight)
+        h = self.middle.entropy(log_probs) if entropy else None
+        return self.judged(summary, obs, self.middle.log_prob(log_probs, units), h, n, sight)
 
     # ---- learning from demonstrations ---------------------------------------------------------------------------
 
@@ -168,22 +154,16 @@ class TokenPolicy(VlaPolicy):
         return torch.cat(units, dim=1)
 
     def _sample(self, logits: Tensor, n: int, generator: torch.Generator | None, greedy: bool) -> Tensor:
-        """Arg-max of the logits with Gumbel noise (for real rows only: padding moves no generator), or the choice."""
+        """Drawn tokens (for real rows only: padding moves no generator), or the choice."""
         if greedy and self.config.greedy == "median":
             return median_class(logits * self.config.temperature)
         if greedy:
             return logits.argmax(-1)
-        noise = torch.rand((n, *logits.shape[1:]), generator=generator, device=logits.device)
-        gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
-        scores = logits.clone()
-        scores[:n] += gumbel
-        return scores.argmax(-1)
+        units = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        units[:n] = self.middle.sample(logits[:n], generator)
+        return units
 
-    @staticmethod
-    def _chosen(log_probs: Tensor, units: Tensor) -> Tensor:
-        return log_probs.gather(-1, units.unsqueeze(-1)).squeeze(-1)
-
-    def _middle(self, units: Tensor) -> Tensor:
+    def _centre(self, units: Tensor) -> Tensor:
         """Middles of the bins in [-1, 1], [N, C, D]."""
         u = (units.to(torch.float32) + 0.5) * (2 / self.config.bins) - 1
         return u.view(len(units), self.chunk, self.size)

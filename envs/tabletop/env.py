@@ -24,6 +24,7 @@ from embodied_rl.seeding import split_of
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
 if TYPE_CHECKING:
+    from embodied_rl.envs.tabletop.clumsy import Clumsy
     from embodied_rl.envs.tabletop.expert import Expert
     from embodied_rl.envs.tabletop.instructions import Name, Sentences
     from embodied_rl.envs.tabletop.pictures import Pictures
@@ -232,6 +233,12 @@ class TabletopEnv:
         from embodied_rl.envs.tabletop.expert import Expert
 
         return Expert(self)
+
+    def clumsy(self, copies: Tensor, seed: int) -> Clumsy:
+        """The same with a hand that errs in some copies [B] bool until it has found out; see `clumsy.py`."""
+        from embodied_rl.envs.tabletop.clumsy import Clumsy
+
+        return Clumsy(self, copies, seed)
 
     def instructions(self) -> list[str]:
         """The instruction of each copy as text."""

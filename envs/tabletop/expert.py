@@ -31,6 +31,9 @@ NEVER = -1.0
 """Distance of a last waypoint, which is not left."""
 FAMILY = {"reach": 0, "push": 1, "lift": 2, "place": 2, "stack": 2, "open": 3, "close": 4}
 """Row of the plan each task follows."""
+GRASPERS = (FAMILY["push"], FAMILY["lift"])
+LIFTING = 3
+"""Waypoint of those that grasp at which they move on with the object."""
 # Per waypoint: distance in m at which it is reached, control steps to stay at least, gripper, largest action.
 _PLAN: tuple[tuple[tuple[float, int, float, float], ...], ...] = (
     ((0.015, 0, 1, 1), (NEVER, 0, 1, 1)),
@@ -95,7 +98,7 @@ class Expert:
         Returns:
             action: [B, 7] float32 in [-1, 1], on the env's device.
         """
-        env, view = self._env, self._env.view()
+        env, view = self._env, self._look()
         family = self._family_of[env.episode.task]
         self._start_over(family, view)
         points = self._waypoints(view)
@@ -113,21 +116,27 @@ class Expert:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
+    def _look(self) -> View:
+        """What it takes for the state."""
+        return self._env.view()
+
     def _advance(self, family: Tensor, distance: Tensor) -> None:
         """Go on to the next waypoint where the present one is reached."""
         self._waited += 1
         plan = self._plan[family, self._phase]
-        last = self._lift[self._env.episode.task] & (self._phase == 3)
+        last = self._lift[self._env.episode.task] & (self._phase == LIFTING)
         reached = (distance < plan[:, 0]) & (self._waited > plan[:, 1]) & ~last
         self._phase = (self._phase + reached).clamp_max(_LENGTH - 1)
         self._waited[reached] = 0
 
     def _start_over(self, family: Tensor, view: View) -> None:
-        """Begin again where the grasped object was dropped."""
-        grasping = ((family == 1) | (family == 2)) & (self._phase > 2) & (self._phase < _RELEASE)
-        dropped = grasping & (view.tcp_to_a > LOST)
+        """Begin again where the grasped object was dropped; go on where it is held already."""
+        grasping = (family == GRASPERS[0]) | (family == GRASPERS[1])
+        dropped = grasping & (self._phase >= LIFTING) & (self._phase < _RELEASE) & (view.tcp_to_a > LOST)
+        caught = grasping & (self._phase < LIFTING - 1) & view.held
         self._phase[dropped] = 0
-        self._waited[dropped] = 0
+        self._phase[caught] = LIFTING
+        self._waited[dropped | caught] = 0
 
     def _waypoints(self, view: View) -> Tensor:
         """[B, families, waypoints, 3] of all copies in all families, m."""
@@ -162,7 +171,7 @@ class Expert:
         rotation = env.controller.rotation
         # Half a turn is no difference to any of the objects.
         turn = torch.remainder(yaw - torch.atan2(rotation[:, 1, 0], rotation[:, 0, 0]) + math.pi / 2, math.pi)
-        needed = ((family == 1) | (family == 2)) & (self._phase < 2) & (env.episode.a != 1)
+        needed = ((family == GRASPERS[0]) | (family == GRASPERS[1])) & (self._phase < 2) & (env.episode.a != 1)
         return torch.where(needed, (turn - math.pi / 2) / MAX_TURN, 0.0)
 
     def _roomiest(self) -> Tensor:

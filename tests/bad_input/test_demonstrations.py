@@ -409,6 +409,7 @@ def test_going_on_with_a_set_that_was_made_differently(recipe, capsys):
     assert main(["collect", "toy.yaml", "--episodes", "2", "--out", "out"]) == 0
     for more, what in [
         (["--noise", "0.3"], "disturbance.std 1.0, and 0.3 is"),
+        (["--misses", "0.3"], "misses 0.0, and 0.3 is"),
         (["--all"], "keep success, and all is"),
         (["env.max_steps=8"], "env.max_steps 10, and 8 is"),
         (["seed=1"], "seed 0, and 1 is"),
@@ -430,6 +431,28 @@ def test_going_on_with_a_set_of_a_version_that_wrote_the_noise_into_the_actions(
         "error: out: was made by another version, with settings that there are not now (noise) and without some that "
         "there are (disturbance.correlation, disturbance.fade, disturbance.std); choose another --out\n"
     )
+
+
+def test_a_set_from_before_there_were_misses_is_gone_on_with(recipe, capsys):
+    assert main(["collect", "toy.yaml", "--episodes", "2", "--out", "out"]) == 0
+    data = info(recipe / "out")
+    del data["embodied_rl"]["made"]["misses"]
+    (recipe / "out/meta/info.json").write_text(json.dumps(data))
+    capsys.readouterr()
+    assert collect(capsys, "--misses", "0.5") == (
+        "error: out: was made with misses 0.0, and 0.5 is asked for now; choose another --out, or ask for the same\n"
+    )
+    assert main(["collect", "toy.yaml", "--episodes", "4", "--out", "out"]) == 0
+
+
+def test_misses_of_an_env_whose_expert_never_errs(recipe, capsys, monkeypatch):
+    from embodied_rl import registry
+
+    monkeypatch.delattr(registry.load("env", str(TOYS / "shown.py")).Shown, "clumsy")
+    assert collect(capsys, "--misses", "0.5").endswith(
+        "cannot be demonstrated: it lacks an expert that errs (a method `clumsy()` of the env; or record without --misses)\n"
+    )
+    assert not (recipe / "out").exists()
 
 
 @pytest.mark.parametrize("told", [(True,), (1.0, 0.0), (0, 1)])

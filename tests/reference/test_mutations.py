@@ -41,6 +41,7 @@ LOSS = "embodied_rl.loss:LossFunction.__call__"
 FLATTEN, SHUFFLE = "embodied_rl.batch:flatten", "embodied_rl.batch:_shuffle"
 MLP = "embodied_rl.policies.mlp:MlpPolicy"
 CHAINS, SCALE_OF_ACTIONS = "embodied_rl.policies._chains", "embodied_rl.policies._trunk:ActionScale"
+MIDDLE = "embodied_rl.policies._ordered:MiddleDraw"
 FLOW, TOKENS = "embodied_rl.policies.tiny_vla_flow", "embodied_rl.policies.tiny_vla_tokens:TokenPolicy"
 PROPERTIES, SELECTION = "tests.properties.", "tests.unit.test_selection:"
 POTENTIAL, SHAPING = "embodied_rl.shaping:potential_reward", "embodied_rl.shaping:Shaping"
@@ -252,8 +253,8 @@ MUTATIONS = [
     Mutation(f"{TOKENS}._logits", "units[:, :-1]", "units[:, 1:]",
              "test_vla_policies:test_the_probability_of_tokens_is_the_softmax_worked_out_one_after_the_other", {"decoding": "autoregressive", "temperature": 1.0}),
     Mutation(f"{TOKENS}._decode", " / self.config.temperature", "", "test_vla_policies:test_tokens_are_drawn_from_their_softmax",
-             {"decoding": "autoregressive", "temperature": 0.3}),
-    Mutation(f"{TOKENS}._middle", " + 0.5", "", "test_vla_policies:test_what_a_token_does_is_the_middle_of_what_it_was_taught_for",
+             {"decoding": "autoregressive", "temperature": 0.3, "draws": 1}),
+    Mutation(f"{TOKENS}._centre", " + 0.5", "", "test_vla_policies:test_what_a_token_does_is_the_middle_of_what_it_was_taught_for",
              {"decoding": "parallel", "bins": 5}),
     Mutation(f"{TOKENS}.imitation_loss", ", temperature=1.0", "", "test_vla_policies:test_tokens_imitate_by_the_cross_entropy_of_the_demonstrated_bins",
              {"decoding": "parallel"}),
@@ -263,6 +264,10 @@ MUTATIONS = [
              "test_vla_policies:test_smoothed_tokens_imitate_by_the_cross_entropy_of_a_gaussian", {"decoding": "parallel"}),
     Mutation("embodied_rl.policies.tiny_vla_tokens:median_class", "< 0.5", "< 0.6",
              "test_vla_policies:test_the_median_is_the_bin_in_which_half_of_the_mass_is_reached", {"decoding": "parallel", "temperature": 1.0}),
+    Mutation(f"{MIDDLE}.log_prob", "picked.squeeze(-1) + density", "density", "test_middle_draw:test_every_combination_of_draws", {"n": 3}),
+    Mutation(f"{MIDDLE}.log_prob", "above + p * (1 - nodes)", "above + p * nodes", "test_middle_draw:test_every_combination_of_draws", {"n": 3}),
+    Mutation(f"{MIDDLE}.entropy", "range(self.power + 1, n + 1)", "range(self.power, n + 1)", "test_middle_draw:test_every_combination_of_draws", {"n": 3}),
+    Mutation(f"{MIDDLE}.sample", ".median(-1)", ".max(-1)", "test_middle_draw:test_draws_follow_it", {"n": 3}),
     Mutation("embodied_rl.policies._trunk:Foresight.loss", " / self.std", "", "test_vla_policies:test_flows_imitate_by_the_squared_error_of_their_answer",
              {"case": "sde"}),
     Mutation(f"{SCALE_OF_ACTIONS}.fit", ".clamp(min=0.01)", "", "test_vla_policies:test_the_scale_maps_the_range_to_1_and_back"),

@@ -389,6 +389,23 @@ def test_the_probability_of_tokens_is_the_softmax_worked_out_one_after_the_other
     torch.testing.assert_close(logp, given.logp.detach(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_the_middle_of_some_draws_has_the_probability_of_its_distribution(decoding):
+    """By the masses below and above, 3 F^2 - 2 F^3, of the softmax worked out one token after the other."""
+    policy, obs = tokens(decoding, draws=3), look(3)
+    units, logp, _ = decide(policy, obs)
+    given = policy.evaluate(obs, units)
+    for i in range(3):
+        scores = logits_by_hand(policy, row(obs, i), units[i])
+        p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        upto = p.cumsum(-1)
+        q = np.diff(3 * upto**2 - 2 * upto**3, axis=-1, prepend=0)
+        expected = np.log(q[np.arange(C * D), units[i].numpy()])
+        np.testing.assert_allclose(given.logp[i].detach().numpy(), expected, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(given.entropy[i].detach().numpy(), -(q * np.log(q)).sum(-1), rtol=1e-6)
+    torch.testing.assert_close(logp, given.logp.detach(), rtol=1e-9, atol=1e-9)
+
+
 def test_a_token_sees_those_before_it_and_no_later_one():
     policy, obs = tokens("autoregressive"), look(1)
     units = torch.zeros(1, C * D, dtype=torch.int64)
@@ -400,19 +417,19 @@ def test_a_token_sees_those_before_it_and_no_later_one():
         assert bool(same[:i].all()) and not bool(same[i + 1 :].any()), i
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize(("temperature", "draws"), [(1.0, 1), (0.3, 1), (1.0, 5)])
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_tokens_are_drawn_from_their_softmax(decoding, temperature):
+def test_tokens_are_drawn_from_their_softmax(decoding, temperature, draws):
     """All pairs of two tokens of three bins, 3000 draws; chi-square, one in a thousand."""
     n = 3000
     action = ActionSpec("continuous", 2)
-    policy, obs = tokens(decoding, temperature=temperature, chunk=1, bins=3, action=action), look(1)
+    policy, obs = tokens(decoding, temperature=temperature, draws=draws, chunk=1, bins=3, action=action), look(1)
     with torch.no_grad():
         # Untrained logits are nearly equal, so neither temperature nor what came before would show.
-        policy.head.weight *= 4
+        policy.head.weight *= 4 if draws == 1 else 1
         pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
         p = policy.evaluate({k: v.expand(9, *v.shape[1:]) for k, v in obs.items()}, pairs).logp.sum(-1).exp()
-    assert float(p.sum()) == pytest.approx(1.0, abs=1e-9) and float(p.max()) > 0.15
+    assert float(p.sum()) == pytest.approx(1.0, abs=1e-6) and float(p.max()) > 0.15
     units, _, _ = decide(policy, {k: v.expand(n, *v.shape[1:]) for k, v in obs.items()})
     drawn = np.bincount((units[:, 0] * 3 + units[:, 1]).numpy(), minlength=9)
     assert chisquare(drawn, n * p.numpy()).pvalue > 1e-3, (drawn, n * p)

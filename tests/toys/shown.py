@@ -78,6 +78,9 @@ class Shown(point.Point):
     def expert(self) -> Expert:
         return Expert(self)
 
+    def clumsy(self, copies: Tensor, seed: int) -> Clumsy:
+        return Clumsy(self, copies, seed)
+
 
 class Expert:
     """Straight to the goal."""
@@ -92,6 +95,25 @@ class Expert:
         env = self.env
         goal = env.goals[torch.arange(env.spec.num_envs), env.word[:, 0] - 1, :2]
         return (0.0 if env.config.clumsy else 1.0) * (goal - env.position) / 0.3
+
+
+class Clumsy:
+    """Away from the goal for one or two steps."""
+
+    def __init__(self, env: Shown, copies: Tensor, seed: int) -> None:
+        self.env, self.copies = env, copies
+        self.left = 1 + torch.randint(2, copies.shape, generator=torch.Generator().manual_seed(seed))
+
+    @property
+    def errs(self) -> Tensor:
+        return self.copies & (self.left > 0)
+
+    def reset(self, mask: Tensor) -> None:
+        pass
+
+    def act(self) -> Tensor:
+        self.left = self.left - 1
+        return -self.env.expert().act()
 
 
 def build(config: Config, *, num_envs: int, device: torch.device, split: str, seed: int) -> Shown:

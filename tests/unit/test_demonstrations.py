@@ -29,11 +29,11 @@ from tests.kit import CPU, TOYS
 SHOWN = str(TOYS / "shown.py")
 
 
-def record(folder, episodes, *, noise=1.0, keep="success", copies=4, seed=0, **settings):
+def record(folder, episodes, *, noise=1.0, misses=0.0, keep="success", copies=4, seed=0, **settings):
     """Demonstrations of the toy; its expert fails at about a quarter of the starts when time is short."""
     values = {"max_steps": 5} | settings
     env = load_component("env", SHOWN, [f"{k}={json.dumps(v)}" for k, v in values.items()])
-    return collect_demonstrations(env, folder, episodes, noise=noise, keep=keep, copies=copies, seed=seed)
+    return collect_demonstrations(env, folder, episodes, noise=noise, misses=misses, keep=keep, copies=copies, seed=seed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -96,6 +96,45 @@ def test_the_env_executes_more_than_the_expert_wanted_and_the_set_holds_what_it_
         lengths.add(line.length)
     assert len(lengths) > 2, "episodes of one length would test little"
     assert (pushed > 1) if noise else (pushed < 1e-6)
+
+
+def test_after_a_miss_the_set_holds_what_the_expert_does_and_nothing_before(tmp_path):
+    """The toy's clumsy hand goes away from the goal for one or two steps; the disturbance is left out of this."""
+    made = {misses: tmp_path / str(misses) for misses in (0.0, 0.5, 1.0)}
+    for misses, folder in made.items():
+        record(folder, 12, noise=0.0, misses=misses, max_steps=9)
+        assert validate(folder) == []
+    right, some, wrong = (
+        {line.extra["attempt"]: e for line, e in zip(d.lines, d.load(), strict=True)}
+        for d in map(Demonstrations, made.values())
+    )
+    module, later = registry.load("env", SHOWN), []
+    for attempt, episode in wrong.items():
+        seed = torch.tensor([start_seed(0, "train", STARTS, attempt)])
+        env = module.build(module.Config(max_steps=9), num_envs=1, device=CPU, split="train", seed=0)
+        obs = env.reset(torch.ones(1, dtype=torch.bool), seed, torch.tensor([attempt % 2]))
+        missed = 0
+        while not torch.equal(obs["position"][0], episode.obs["position"][0]):
+            obs, missed = env.step(-env.expert().act().clamp(-1, 1)).obs, missed + 1
+            assert missed <= 2, "the set does not begin where the error was found out"
+        later.append(missed)
+        for t in range(len(episode.action)):
+            assert torch.equal(episode.obs["camera"][t], obs["camera"][0])
+            assert torch.equal(episode.action[t], env.expert().act().clamp(-1, 1)[0])
+            obs = env.step(episode.action[t : t + 1]).obs
+        assert bool(episode.success[-1])
+    assert set(later) == {1, 2}
+    same = {a: len(e.action) == len(right[a].action) and torch.equal(e.action, right[a].action)
+            for a, e in some.items() if a in right}  # fmt: skip
+    assert set(same.values()) == {True, False}, "about half of the attempts begin with a miss"
+
+
+def test_an_episode_that_is_all_error_is_in_no_set(tmp_path):
+    """A hand that errs for two steps of two has nothing to show, not even where failures are kept."""
+    done = record(tmp_path / "all", 6, misses=1.0, keep="all", max_steps=2)
+    demos = Demonstrations(tmp_path / "all")
+    assert {line.length for line in demos.lines} == {1}
+    assert sum(count.tried for count in done.tasks.values()) > 6
 
 
 def test_pictures_come_back_exactly(tmp_path):
