@@ -28,7 +28,7 @@ from embodied_rl.observation import check_finite, check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed
 from embodied_rl.selection import columns
-from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Rollout, State
+from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Relabelling, Rollout, State
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +180,7 @@ class Collector:
         group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
         generator: torch.Generator | None = None, keep_final_obs: bool = False, keep_actions: bool = False,
         greedy_baseline: bool = False, budget: Budget | None = None, demonstrated: bool = False,
+        hindsight: bool = False,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -197,6 +198,7 @@ class Collector:
             greedy_baseline: The first copy of each group takes the policy's mode.
             budget: Copies per start by its success rate; None for `group_size` each.
             demonstrated: Fill `Rollout.demonstration`.
+            hindsight: Fill `Rollout.relabelled`.
 
         Raises:
             CapabilityError: Groups on an env that cannot be seeded, or of copies that cannot play the same tasks; a
@@ -223,7 +225,9 @@ class Collector:
         self.num_envs, self.device = start, envs[0].device
         b = self.num_envs
         self.group_of = torch.arange(b) // group_size
-        self.greedy_baseline, self.demonstrated = greedy_baseline, demonstrated
+        self.greedy_baseline, self.demonstrated, self.hindsight = greedy_baseline, demonstrated, hindsight
+        for env in envs if hindsight else ():
+            cast(Relabelling, env).watch()
         self.starts = torch.zeros(b, dtype=torch.int64)
         self.seed = torch.zeros(b, dtype=torch.int64)
         self.task = torch.zeros(b, dtype=torch.int64)
@@ -318,6 +322,7 @@ class Collector:
         if not bool(done.any()):
             return
         record.final_obs(t, part, done if self.keep_final_obs else executed.truncated)
+        record.achieved(part, done)
         if self.mode == "episodes":
             active[part.columns] &= ~done
         else:

@@ -8,7 +8,18 @@ from embodied_rl.algorithms import AlgorithmConfig
 from embodied_rl.errors import CapabilityError
 from embodied_rl.loss import Loss
 from embodied_rl.recipe import Recipe
-from embodied_rl.types import Annealed, Demonstrating, Encoding, Env, EnvSpec, Foreseeing, Hinting, Imitator, Policy
+from embodied_rl.types import (
+    Annealed,
+    Demonstrating,
+    Encoding,
+    Env,
+    EnvSpec,
+    Foreseeing,
+    Hinting,
+    Imitator,
+    Policy,
+    Relabelling,
+)
 
 
 def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
@@ -112,6 +123,11 @@ def check_extras(recipe: Recipe, policy: Policy, env: Env) -> None:
         raise CapabilityError(
             "policy.evaluation says how evaluation samples, and evaluate.greedy (true) takes the likeliest instead: "
             "set evaluate.greedy: false, or remove policy.evaluation"
+        )
+    if algorithm.self_imitation.hindsight and not isinstance(env, Relabelling):
+        raise CapabilityError(
+            "algorithm.self_imitation.hindsight imitates what episodes achieved unasked, and this env does not tell: "
+            "remove it, or use the tabletop"
         )
     guide, replay = algorithm.guide, algorithm.replay
     if collect.hints and not (isinstance(env, Hinting) and env.spec.has_success):

@@ -77,6 +77,8 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
      "last"),
     ("rollout/group_size_max", "copies of the start that got most of the budget", "", "copies", "", "last"),
     ("rollout/after_success_rate", "decisions that began after success and are not learned from", "", "1", "", "mean"),
+    ("rollout/relabelled_decisions", "decisions of failures that did what another instruction asks for", "",
+     "decisions", "", "last"),
     ("rollout/imitated_decisions", "decisions of solved episodes, which self-imitation draws from", "", "decisions",
      "higher", "last"),
     ("rollout/replayed_decisions", "decisions of good episodes of earlier rollouts, which replay draws from", "",

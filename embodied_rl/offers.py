@@ -23,6 +23,27 @@ class Hinting(Protocol):
 
 
 @runtime_checkable
+class Relabelling(Protocol):
+    """What an env offers beside `Env` when it knows which of its instructions an episode fulfilled unasked."""
+
+    def watch(self) -> None:
+        """From here on, note it."""
+        ...
+
+    def achieved(self, copies: Tensor) -> tuple[Tensor, Obs]:
+        """What the present episodes of some copies have achieved; asked when they have ended, before they are reset.
+
+        Args:
+            copies: [B] bool, those asked for.
+
+        Returns:
+            since: [B] int64, control steps of the episode after which it first held; 0 for nothing, and for others.
+            told: Entries of the observation [B, ...] that would have asked for it; only rows with `since` count.
+        """
+        ...
+
+
+@runtime_checkable
 class Imitator(Protocol):
     """What a policy offers beside `Policy` when it can learn from demonstrations.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from embodied_rl.types import Obs, PolicyOutput, Rollout
+from embodied_rl.types import Obs, PolicyOutput, Relabelling, Rollout
 
 if TYPE_CHECKING:
     from embodied_rl.collect import Collector, Executed, Part
@@ -37,6 +37,7 @@ class Record:
         self.obs: Obs = {}
         self.success: dict[str, Tensor] = {}
         self.shown: dict[str, Tensor] = {}
+        self.deeds: list[tuple[Tensor, Tensor, Obs]] = []
 
     def open(self) -> None:
         """Allocate [T, B] storage and note the episodes that are already running."""
@@ -135,6 +136,15 @@ class Record:
         rows = ended.nonzero().squeeze(-1)
         self.finals.append((t, rows + part.columns.start, {k: v.index_select(0, rows) for k, v in part.obs.items()}))
 
+    def achieved(self, part: Part, ended: Tensor) -> None:
+        """Note what the copies [b] that have ended achieved unasked, if self-imitation is going to be told."""
+        if not self.c.hindsight:
+            return
+        since, told = cast(Relabelling, part.env).achieved(ended)
+        rows = since.nonzero().squeeze(-1)
+        episodes = self.current[part.columns].to(rows.device)[rows]
+        self.deeds.append((episodes, since[rows], {k: v[rows] for k, v in told.items()}))
+
     def close(self, t: int, active: Tensor) -> Rollout:
         """Cut to the decisions made, fill in next values, and sum up the finished episodes."""
         c, d = self.c, {k: v[:t] for k, v in self.data.items()}
@@ -151,6 +161,9 @@ class Record:
         next_value = self._next_value(d, running) if c.policy.has_critic else None
         solved = self._solved(d, t) if self.success else None
         final, final_obs = self._final(d, t) if c.keep_final_obs else (None, {})
+        for part in c.parts:  # whoever is cut has ended as well
+            self.achieved(part, active[part.columns] & (c.mode == "episodes"))
+        relabelled, relabels = self._relabels(d, solved) if self.deeds and solved is not None else (None, {})
         finished = self._finished(d, t, ended)
         return Rollout(
             obs={k: v[:t] for k, v in self.obs.items()},
@@ -162,7 +175,7 @@ class Record:
             chunk=c.policy.chunk, finished=finished, metrics=self._sums(d["valid"]), solved=solved,
             features=d.get("features"), action=d.get("action"), final=final, final_obs=final_obs, invalid=d["invalid"],
             result=d.get("result"), **{n: x.expand(t, *x.shape) for n, x in self.shown.items()},
-            greedy=None if c.greedy is None else c.greedy.expand(t, -1),
+            greedy=None if c.greedy is None else c.greedy.expand(t, -1), relabelled=relabelled, relabels=relabels,
         )  # fmt: skip
 
     @staticmethod
@@ -209,6 +222,21 @@ class Record:
             solved[i].masked_fill_(held, 2)
             held = (held | once[i]) & ~(d["terminated"][i] | d["truncated"][i])
         return solved
+
+    def _relabels(self, d: dict[str, Tensor], solved: Tensor) -> tuple[Tensor, Obs]:
+        """`Rollout.relabelled` and `Rollout.relabels`: what episodes achieved that were not solved."""
+        age, made = torch.zeros_like(d["steps"]), self.c.episode_length.to(self.c.device)
+        for i in range(len(age)):
+            age[i] = made
+            made = (made + d["steps"][i]).masked_fill(d["terminated"][i] | d["truncated"][i], 0)
+        episodes, since = (torch.cat(x) for x in zip(*((e, s) for e, s, _ in self.deeds), strict=True))
+        until = torch.zeros(self.episodes, dtype=torch.int64, device=self.c.device)
+        until[episodes] = since
+        until[d["episode"][(solved > 0) & d["valid"]]] = 0
+        names = self.deeds[0][2]
+        told = {k: torch.cat([x[k] for _, _, x in self.deeds]) for k in names}
+        relabels = {k: x.new_zeros((self.episodes, *x.shape[1:])).index_copy(0, episodes, x) for k, x in told.items()}
+        return d["valid"] & (age < until[d["episode"]]), relabels
 
     def _now(self) -> Obs:
         """What all copies see after the last decision."""

@@ -192,11 +192,13 @@ def collect_demonstrations(
         collected: What the set holds.
 
     Raises:
-        CapabilityError: The env has no expert, cannot be seeded, takes no continuous actions, does not tell success,
-            or its expert fails at a task again and again.
+        CapabilityError: There are no misses to be shown; or the env has no expert, cannot be seeded, takes no
+            continuous actions, does not tell success, or its expert fails at a task again and again.
         DemonstrationError: The folder holds a set that was made differently, or cannot be written; or the env gives
             an instruction or a number that cannot be stored.
     """
+    if show_misses and not misses:
+        raise CapabilityError("--show-misses does nothing without misses: set --misses 0.5, or remove it")
     began, where = time.monotonic(), torch.device(device)
     module = registry.load("env", cast(Any, env).type)
     built = cast(Env, module.build(env, num_envs=copies, device=where, split="train", seed=seed))

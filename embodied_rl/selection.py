@@ -11,10 +11,10 @@ from torch import Tensor
 
 from embodied_rl.types import Rollout
 
-CLEARED = ("valid", "mask", "reward", "steps", "terminated", "truncated", "invalid")
+CLEARED = ("valid", "mask", "reward", "steps", "terminated", "truncated", "invalid", "relabelled")
 """Fields that are zero beyond the end of a rollout; the others repeat their last row."""
 
-LISTED = ("constants", "finished", "final_obs")
+LISTED = ("constants", "finished", "final_obs", "relabels")
 """Fields with one row per episode instead of [T, B]."""
 
 

@@ -13,8 +13,14 @@ teaches the eye alone, by that part of the imitation loss which predicts where t
 Where one episode in a hundred succeeds, a rollout brings a handful of examples: `keep` those of earlier ones as well,
 and they become a set of demonstrations that grows until newer ones push the oldest out.
 
+Many a failure succeeds at something else: a policy that has seen one demonstration touches some object far more often
+than the one it was asked for. With `hindsight` an env that knows says which instruction an episode fulfilled unasked,
+and it is imitated under that one: what was a failure then tells what words mean.
+
 Source: Oh et al. 2018 (self-imitation learning, arXiv:1806.05635). Differs: only whole solved episodes count, by the
 policy's imitation loss instead of a return-weighted likelihood, and the oldest leave instead of the least surprising.
+Hindsight: Andrychowicz et al. 2017 (arXiv:1707.01495); in words, Chan et al. 2019 (ACTRCE, arXiv:1902.04546). Differs:
+what it relabels is imitated, not replayed to a critic.
 """
 
 from __future__ import annotations
@@ -43,13 +49,16 @@ class SelfImitation(Section):
     keep: int = Field(0, ge=0)
     """Decisions of solved episodes that are kept, the oldest leave; 0: those of the latest rollout only. Part of a
     checkpoint, pictures included."""
+    hindsight: bool = False
+    """Also imitate episodes that failed and achieved what another instruction asks for, under that instruction; needs
+    an env that knows (`Relabelling`)."""
     learns: Literal["everything", "foresight"] = "everything"
     """everything: the whole imitation loss, actions included; foresight: only where the episode ended, from pictures
     and words."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> SelfImitation:
-        for name in ("rows", "keep", "learns"):
+        for name in ("rows", "keep", "hindsight", "learns"):
             value = getattr(self, name)
             if not self.coef and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} ({value}) does nothing with coef (0): remove it, or set coef above 0")
@@ -72,6 +81,8 @@ class OwnSuccesses:
             new = (new if self.successes is None else self.successes.then(new)).newest(self.config.keep)
         self.successes = new
         metrics.last("rollout/imitated_decisions", float(len(self.successes)))
+        if rollout.relabelled is not None:
+            metrics.last("rollout/relabelled_decisions", float(rollout.relabelled.sum()))
         return metrics
 
     def losses(self, policy: Policy, shuffle: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -145,12 +156,40 @@ class Successes:
         end[rollout.episode[ended]] = rollout.final[ended]
         place = end[rollout.episode]
         counts = (place >= 0) & rollout.valid & (rollout.solved < 2)
-        place, told = place[counts], {k: v[rollout.episode[counts]] for k, v in rollout.constants.items()}
-        obs = {k: v[counts] for k, v in rollout.obs.items()} | told
-        last = {k: v[place] for k, v in rollout.final_obs.items()} | told
-        vectors = {k: v for k, v in last.items() if v.is_floating_point() and v.ndim == 2}
-        steps = torch.arange(rollout.action.shape[2], device=place.device)
+        own = Successes._taken(rollout, counts, {k: v[place[counts]] for k, v in rollout.final_obs.items()}, {})
+        if rollout.relabelled is None:
+            return own
+        counts = rollout.relabelled
+        told = {k: v[rollout.episode[counts]] for k, v in rollout.relabels.items()}
+        return own.then(Successes._taken(rollout, counts, Successes._after(rollout, counts), told))
+
+    @staticmethod
+    def _taken(rollout: Rollout, counts: Tensor, last: Obs, told: Obs) -> Successes:
+        """The decisions that count [T, B] as N rows, whose episodes came to `last` and were told something else."""
+        assert rollout.action is not None
+        constants = {k: v[rollout.episode[counts]] for k, v in rollout.constants.items()}
+        obs = {k: v[counts] for k, v in rollout.obs.items()} | constants | told
+        ends = last | constants | told
+        vectors = {k: v for k, v in ends.items() if v.is_floating_point() and v.ndim == 2}
+        steps = torch.arange(rollout.action.shape[2], device=counts.device)
         return Successes(obs, rollout.action[counts], steps < rollout.steps[counts].unsqueeze(-1), vectors)
+
+    @staticmethod
+    def _after(rollout: Rollout, counts: Tensor) -> Obs:
+        """What followed the last decision that counts [T, B] of each decision's episode, N rows."""
+        assert rollout.final is not None
+        latest = torch.zeros(int(rollout.episode.max()) + 1, dtype=torch.int64, device=counts.device)
+        for t, here in enumerate(counts):
+            latest[rollout.episode[t, here]] = t
+        latest, copy = latest[rollout.episode[counts]], counts.nonzero()[:, 1]
+        row = rollout.final[latest, copy]
+        following = (latest + 1).clamp_max(len(rollout.final) - 1)
+
+        def seen(name: str, end: Tensor) -> Tensor:
+            goes_on = (row < 0).view(-1, *[1] * (end.ndim - 1))
+            return torch.where(goes_on, rollout.obs[name][following, copy], end[row.clamp_min(0)])
+
+        return {k: seen(k, v) for k, v in rollout.final_obs.items() if v.is_floating_point()}
 
     def loss(self, policy: Imitator, rows: int, shuffle: torch.Generator, noise: torch.Generator) -> Tensor:
         """Mean imitation loss of some of them, drawn with replacement.

@@ -194,7 +194,7 @@ class Session(Saved):
                 run_seed=recipe.seed, generator=torch.Generator(device).manual_seed(recipe.seed),
                 keep_final_obs=shaping is not None or own, keep_actions=own,
                 greedy_baseline=algorithm.credit.baseline == "greedy", budget=c.budget,
-                demonstrated=algorithm.guide.kind != "none",
+                demonstrated=algorithm.guide.kind != "none", hindsight=algorithm.self_imitation.hindsight,
             )  # fmt: skip
         except BaseException:
             for env in envs:

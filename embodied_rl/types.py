@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from embodied_rl.offers import Annealed, Demonstrating, Encoding, Foreseeing, Hinting, Imitator
+from embodied_rl.offers import Annealed, Demonstrating, Encoding, Foreseeing, Hinting, Imitator, Relabelling
 from embodied_rl.spec import PAD, ActionSpec, EnvSpec, Obs, TensorSpec, Vocabulary
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Obs",
     "Policy",
     "PolicyOutput",
+    "Relabelling",
     "Rollout",
     "Split",
     "State",
@@ -304,6 +305,11 @@ class Rollout:
     """[T, B] bool, where there is a demonstration."""
     invalid: Tensor | None = None
     """[T, B] bool, decisions of episodes whose judge or simulator failed; they are not `valid`. None for none."""
+    relabelled: Tensor | None = None
+    """[T, B] bool, decisions that led to what their episode, which failed, achieved unasked; kept for
+    self-imitation only."""
+    relabels: Obs = field(default_factory=dict)
+    """name -> [E, ...] entries of the observation that would have asked for it; row `episode[t, b]`."""
 
     @property
     def done(self) -> Tensor:

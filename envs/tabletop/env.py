@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from embodied_rl.envs.tabletop.achieved import Achieved
 from embodied_rl.envs.tabletop.control import CONVENTION, PoseController
 from embodied_rl.envs.tabletop.instructions import NAMES, encode
 from embodied_rl.envs.tabletop.kinematics import ArmKinematics
@@ -104,6 +105,7 @@ class TabletopEnv:
         self._films = Films(scene.model, physics.device, "tabletop")
         self._pictures = pictures
         self._told = privileged
+        self._achieved: Achieved | None = None
         self.arm.forward()
 
     # ---- the protocol ------------------------------------------------------------------------------------------
@@ -127,6 +129,9 @@ class TabletopEnv:
             self.arm.forward()
             judged = judge(self._tasks, self.episode.task, self.view())
         self._steps += 1 if active is None else active
+        if self._achieved is not None:
+            moved = torch.ones_like(self._steps, dtype=torch.bool) if active is None else active
+            self._achieved.look(self.view, self._steps, moved)
         if self._rephrase:
             self._say_anew(active)
         if self._pictures is not None:
@@ -169,6 +174,7 @@ class TabletopEnv:
             "episode": {one.name: getattr(self.episode, one.name).clone() for one in fields(Episode)},
             "steps": self._steps.clone(),
             "score": self._score.clone(),
+            "achieved": None if self._achieved is None else self._achieved.get_state(),
             "texts": list(self._texts),
             "tasks": list(self.spec.tasks),
         }
@@ -191,6 +197,8 @@ class TabletopEnv:
         self._steps.copy_(state["steps"])
         self._score = state["score"].to(self._score.device).clone()
         self._texts = list(state["texts"])
+        if self._achieved is not None:
+            self._achieved.set_state(state.get("achieved"))
         self._observer.begin()
         self.arm.forward()
         if self._pictures is not None:
@@ -239,6 +247,17 @@ class TabletopEnv:
         from embodied_rl.envs.tabletop.clumsy import Clumsy
 
         return Clumsy(self, copies, seed)
+
+    def watch(self) -> None:
+        """From here on, note what episodes achieve that they were not asked for; see `achieved.py`."""
+        if self._achieved is None:
+            self._achieved = Achieved(self._tasks, self._names, self.episode)
+
+    def achieved(self, copies: Tensor) -> tuple[Tensor, Obs]:
+        """See `embodied_rl.types.Relabelling`."""
+        assert self._achieved is not None, "achieved() without watch()"
+        since, told = self._achieved.told(copies.to(self.physics.device))
+        return since.to(self.device), {name: value.to(self.device) for name, value in told.items()}
 
     def instructions(self) -> list[str]:
         """The instruction of each copy as text."""
@@ -310,6 +329,8 @@ class TabletopEnv:
         self._observer.begin()
         self.arm.forward()
         self.controller.hold(mask)
+        if self._achieved is not None:
+            self._achieved.begin(mask)
         if self._pictures is not None:
             self._pictures.forget(mask)
         score = judge(self._tasks, self.episode.task, self.view())[1]

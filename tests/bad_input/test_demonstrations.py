@@ -410,6 +410,7 @@ def test_going_on_with_a_set_that_was_made_differently(recipe, capsys):
     for more, what in [
         (["--noise", "0.3"], "disturbance.std 1.0, and 0.3 is"),
         (["--misses", "0.3"], "misses 0.0, and 0.3 is"),
+        (["--misses", "0.3", "--show-misses"], "misses 0.0, and 0.3 is"),
         (["--all"], "keep success, and all is"),
         (["env.max_steps=8"], "env.max_steps 10, and 8 is"),
         (["seed=1"], "seed 0, and 1 is"),
@@ -436,13 +437,20 @@ def test_going_on_with_a_set_of_a_version_that_wrote_the_noise_into_the_actions(
 def test_a_set_from_before_there_were_misses_is_gone_on_with(recipe, capsys):
     assert main(["collect", "toy.yaml", "--episodes", "2", "--out", "out"]) == 0
     data = info(recipe / "out")
-    del data["embodied_rl"]["made"]["misses"]
+    del data["embodied_rl"]["made"]["misses"], data["embodied_rl"]["made"]["show_misses"]
     (recipe / "out/meta/info.json").write_text(json.dumps(data))
     capsys.readouterr()
     assert collect(capsys, "--misses", "0.5") == (
         "error: out: was made with misses 0.0, and 0.5 is asked for now; choose another --out, or ask for the same\n"
     )
     assert main(["collect", "toy.yaml", "--episodes", "4", "--out", "out"]) == 0
+
+
+def test_misses_that_are_to_be_shown_where_there_are_none(recipe, capsys):
+    assert collect(capsys, "--show-misses") == (
+        "error: --show-misses does nothing without misses: set --misses 0.5, or remove it\n"
+    )
+    assert not (recipe / "out").exists()
 
 
 def test_misses_of_an_env_whose_expert_never_errs(recipe, capsys, monkeypatch):

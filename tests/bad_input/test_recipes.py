@@ -208,6 +208,16 @@ ROWS = {
         [],
         "my.yaml:2: policy.critic: reads (privileged) does nothing with kind (none): remove it, or set kind: scalar",
     ),
+    "hindsight that nobody imitates": (
+        "algorithm: {self_imitation: {hindsight: true}}",
+        [],
+        "my.yaml:2: algorithm.self_imitation: hindsight (True) does nothing with coef (0): remove it, or set coef above 0",
+    ),
+    "the middle one of an even number of draws": (
+        "policy: {type: tiny_vla_tokens, draws: 4}",
+        [],
+        "my.yaml:2: policy.draws: draws (4) has no middle one: take 3 or 5",
+    ),
     "successes that nobody imitates": (
         "algorithm: {self_imitation: {rows: 128}}",
         [],

@@ -149,6 +149,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "algorithm": {"self_imitation": {"coef": 1.0, "rows": 16, "keep": 24}, "update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
         "collect": {"copies": 8, "decisions": 4},
     },
+    "hindsight": {
+        "env": {"type": "tabletop", "tasks": ["reach"], "observation": "pictures", "cameras": ["table"], "picture_size": 16,
+                "reward": "sparse", "end_on_success": True, "max_steps": 8, "threads": 1},
+        "policy": {"type": "tiny_vla_tokens", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2, "draws": 3},
+        "algorithm": {"self_imitation": {"coef": 1.0, "rows": 16, "keep": 24, "hindsight": True}, "update": {"epochs": 1, "minibatches": 2}},
+        "collect": {"copies": 4, "decisions": 3},
+    },
     "own successes, seen": {
         "env": {"type": "target", "tolerance": 0.9, "max_steps": 6},
         "policy": {"type": "tiny_vla_tokens", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},

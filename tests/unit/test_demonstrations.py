@@ -29,11 +29,13 @@ from tests.kit import CPU, TOYS
 SHOWN = str(TOYS / "shown.py")
 
 
-def record(folder, episodes, *, noise=1.0, misses=0.0, keep="success", copies=4, seed=0, **settings):
+def record(folder, episodes, *, noise=1.0, misses=0.0, show=False, keep="success", copies=4, seed=0, **settings):
     """Demonstrations of the toy; its expert fails at about a quarter of the starts when time is short."""
     values = {"max_steps": 5} | settings
     env = load_component("env", SHOWN, [f"{k}={json.dumps(v)}" for k, v in values.items()])
-    return collect_demonstrations(env, folder, episodes, noise=noise, misses=misses, keep=keep, copies=copies, seed=seed)
+    return collect_demonstrations(
+        env, folder, episodes, noise=noise, misses=misses, show_misses=show, keep=keep, copies=copies, seed=seed
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -127,6 +129,28 @@ def test_after_a_miss_the_set_holds_what_the_expert_does_and_nothing_before(tmp_
     same = {a: len(e.action) == len(right[a].action) and torch.equal(e.action, right[a].action)
             for a, e in some.items() if a in right}  # fmt: skip
     assert set(same.values()) == {True, False}, "about half of the attempts begin with a miss"
+
+
+def test_a_miss_that_is_shown_is_labelled_with_what_the_expert_would_have_done(tmp_path):
+    """The same attempts, from their first step on; what was executed there is the opposite of what the set holds."""
+    made = {show: tmp_path / str(show) for show in (False, True)}
+    for show, folder in made.items():
+        record(folder, 6, noise=0.0, misses=1.0, show=show, max_steps=9)
+    module = registry.load("env", SHOWN)
+    mended, shown = (list(zip(d.lines, d.load(), strict=True)) for d in map(Demonstrations, made.values()))
+    for (line, after), (same, whole) in zip(mended, shown, strict=True):
+        assert line.extra == same.extra
+        missed = len(whole.action) - len(after.action)
+        assert missed in (1, 2)
+        assert torch.equal(whole.action[missed:], after.action)
+        attempt = line.extra["attempt"]
+        env = module.build(module.Config(max_steps=9), num_envs=1, device=CPU, split="train", seed=0)
+        env.reset(torch.ones(1, dtype=torch.bool), torch.tensor([line.extra["seed"]]), torch.tensor([attempt % 2]))
+        for t in range(missed):
+            right = env.expert().act().clamp(-1, 1)
+            assert torch.equal(whole.action[t], right[0])
+            env.step(-right)
+        assert torch.equal(env.position[0], after.obs["position"][0])
 
 
 def test_an_episode_that_is_all_error_is_in_no_set(tmp_path):

@@ -268,6 +268,25 @@ def test_decisions_after_the_goal_has_held_are_left_out():
     assert len(Successes.of(replace(r, solved=torch.zeros(3, 2, dtype=torch.int64)))) == 0
 
 
+@pytest.mark.parametrize(("decisions", "end"), [(2, 5.0), (3, 101.0)])
+def test_a_failure_that_did_what_other_words_ask_for_is_a_success_under_those_words(decisions, end):
+    """Hand-worked: copy 1 fails, and its first two (or all three) decisions led to goal 77."""
+    relabelled = torch.zeros(3, 2, dtype=torch.bool)
+    relabelled[:decisions, 1] = True
+    own = Successes.of(replace(rollout(), relabelled=relabelled, relabels={"goal": torch.tensor([[0.0], [77.0], [0.0]])}))
+    n = 2 + decisions
+    assert own.obs["state"].flatten().tolist() == [0.0, 2.0, 1.0, 3.0, 5.0][:n]
+    assert own.obs["goal"].flatten().tolist() == [10.0, 10.0, 77.0, 77.0, 77.0][:n]
+    assert own.last["state"].flatten().tolist() == [100.0, 100.0, end, end, end][:n]
+    assert own.last["goal"].flatten().tolist() == [10.0, 10.0, 77.0, 77.0, 77.0][:n]
+    assert own.action[2:, 0, 0].tolist() == [1.0, 3.0, 5.0][:decisions]
+
+
+def test_an_env_that_does_not_know_what_was_done_unasked_is_refused():
+    with pytest.raises(CapabilityError, match=r"self_imitation.hindsight .* this env does not tell"):
+        session("ppo", self_imitation={"coef": 1.0, "hindsight": True})
+
+
 def shifted(by):
     """The rollout above with `by` added to all that is seen."""
     r = rollout()
