@@ -182,9 +182,10 @@ class DemoWriter:
         own = info.get(OWN)
         if not isinstance(own, dict) or not isinstance(own.get("made"), dict):
             raise DemonstrationError(f"{self.folder}: was not made by embodied-rl collect; choose another --out")
+        then, now = _flat(own["made"]), _flat(self._own["made"])
         # Sets were recorded before there were misses.
         none = {"misses": 0.0, "show_misses": False}
-        then, now = none | _flat(own["made"]), _flat(self._own["made"])
+        then = {key: none[key] for key in none.keys() & now.keys()} | then
         for key in then:
             if key in now and then[key] != now[key]:
                 raise DemonstrationError(
