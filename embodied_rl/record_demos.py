@@ -69,19 +69,11 @@ class Expert(Protocol):
         ...
 
 
-class Clumsy(Protocol):
+class Clumsy(Expert, Protocol):
     """What `env.clumsy(copies, seed)` returns: an expert that errs in some copies until it has found out."""
 
     errs: Tensor
-    """[B] bool, copies in which it has not found out yet."""
-
-    def reset(self, mask: Tensor) -> None:
-        """Begin to err in the masked copies [B]; the env has been reset before."""
-        ...
-
-    def act(self) -> Tensor:
-        """Actions [B, D] float32 of one who errs; asked for in every control step."""
-        ...
+    """[B] bool, copies in which it has not found out yet; `act` is asked for in every control step and moves it on."""
 
 
 class Disturbance:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from embodied_rl.envs.tabletop.env import TabletopEnv
-from embodied_rl.envs.tabletop.expert import GRASPERS, LIFTING, Expert
+from embodied_rl.envs.tabletop.expert import LIFTING, Expert, grasps
 from embodied_rl.envs.tabletop.tasks import View
 
 ASIDE = torch.tensor([0.04, 0.025, 0.012])
 """Largest error along x, y and the vertical, m. A camera in front tells near and far worst."""
 LATE = 8
 """Control steps after closing the fingers, at most, within which the error is found out."""
-
 STUCK = 8
 """Control steps after which a hand has come down on an object rather than around it."""
 
@@ -54,8 +53,7 @@ class Clumsy(Expert):
         """Begin to err in the masked copies [B] that are to."""
         super().reset(mask)
         family = self._family_of[self._env.episode.task]
-        grasps = torch.isin(family, torch.tensor(GRASPERS, device=self._device))
-        self.errs = torch.where(mask.to(self._device), self._copies & grasps, self.errs)
+        self.errs = torch.where(mask.to(self._device), self._copies & grasps(family), self.errs)
 
     def act(self) -> Tensor:
         """Actions [B, 7] of one who does not know better."""

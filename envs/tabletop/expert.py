@@ -31,7 +31,6 @@ NEVER = -1.0
 """Distance of a last waypoint, which is not left."""
 FAMILY = {"reach": 0, "push": 1, "lift": 2, "place": 2, "stack": 2, "open": 3, "close": 4}
 """Row of the plan each task follows."""
-GRASPERS = (FAMILY["push"], FAMILY["lift"])
 LIFTING = 3
 """Waypoint of those that grasp at which they move on with the object."""
 # Per waypoint: distance in m at which it is reached, control steps to stay at least, gripper, largest action.
@@ -131,7 +130,7 @@ class Expert:
 
     def _start_over(self, family: Tensor, view: View) -> None:
         """Begin again where the grasped object was dropped; go on where it is held already."""
-        grasping = (family == GRASPERS[0]) | (family == GRASPERS[1])
+        grasping = grasps(family)
         dropped = grasping & (self._phase >= LIFTING) & (self._phase < _RELEASE) & (view.tcp_to_a > LOST)
         caught = grasping & (self._phase < LIFTING - 1) & view.held
         self._phase[dropped] = 0
@@ -171,7 +170,7 @@ class Expert:
         rotation = env.controller.rotation
         # Half a turn is no difference to any of the objects.
         turn = torch.remainder(yaw - torch.atan2(rotation[:, 1, 0], rotation[:, 0, 0]) + math.pi / 2, math.pi)
-        needed = ((family == GRASPERS[0]) | (family == GRASPERS[1])) & (self._phase < 2) & (env.episode.a != 1)
+        needed = grasps(family) & (self._phase < 2) & (env.episode.a != 1)
         return torch.where(needed, (turn - math.pi / 2) / MAX_TURN, 0.0)
 
     def _roomiest(self) -> Tensor:
@@ -184,6 +183,11 @@ class Expert:
         room = torch.linalg.vector_norm(spots - other[:, None], dim=2)
         outside = (spots[:, :, 1] < -0.12) | (spots[:, :, 0].abs() > 0.17)
         return sides[(room - 10.0 * outside).argmax(dim=1)]
+
+
+def grasps(family: Tensor) -> Tensor:
+    """[B] bool, copies whose task begins with a grasp."""
+    return (family == FAMILY["push"]) | (family == FAMILY["lift"])
 
 
 def _drawer(view: View) -> tuple[list[Tensor], list[Tensor]]:

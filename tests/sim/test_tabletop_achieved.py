@@ -24,7 +24,7 @@ def make(copies, steps, tasks=TASKS, **settings):
 
 
 class Stubborn:
-    """The expert, who means another object than the one that is meant (or, in `same` copies, another task)."""
+    """The expert, who means another object than the one that is meant."""
 
     def __init__(self, env, shift=1):
         self.env, self.shift, self.expert = env, shift, env.expert()
