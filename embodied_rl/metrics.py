@@ -79,7 +79,7 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("rollout/after_success_rate", "decisions that began after success and are not learned from", "", "1", "", "mean"),
     ("rollout/relabelled_decisions", "decisions of failures that did what another instruction asks for", "",
      "decisions", "", "last"),
-    ("rollout/imitated_decisions", "decisions that self-imitation draws from: of solved episodes, and relabelled ones", "",
+    ("rollout/imitated_decisions", "decisions self-imitation draws from: of solved episodes, and relabelled ones", "",
      "decisions", "higher", "last"),
     ("rollout/replayed_decisions", "decisions of good episodes of earlier rollouts, which replay draws from", "",
      "decisions", "", "last"),
