@@ -42,8 +42,8 @@ from embodied_rl.section import Section
 from embodied_rl.seeding import start_seed, start_seeds
 from embodied_rl.types import Env, Obs
 
-STARTS, NOISE = -2, -3
-"""Streams of the start seeds and of the disturbance: those of training are groups 0, 1, 2, ..."""
+STARTS, NOISE, WHO, HOW = -2, -3, -4, -5
+"""Streams of the start seeds, of the disturbance, of who errs and of how: those of training are groups 0, 1, 2, ..."""
 CORRELATION = 0.85
 """Of the disturbance from one control step to the next: it pushes one way for a while, which moves a hand."""
 FADE = 20
@@ -318,12 +318,12 @@ class _Tape:
         numbers = torch.tensor(attempts)
         self.seeds = start_seeds(settings.seed, "train", torch.full_like(numbers, STARTS), numbers)
         tasks = numbers % len(spec.tasks)
-        noise_seed = start_seed(settings.seed, "train", NOISE, attempts.start // b)
+        noise, who, how = (start_seed(settings.seed, "train", of, attempts.start // b) for of in (NOISE, WHO, HOW))
         expert: Expert = cast(Any, env).expert()
-        disturbance = Disturbance(settings.noise, _disturbed(expert, spec.action.size), b, noise_seed)
+        disturbance = Disturbance(settings.noise, _disturbed(expert, spec.action.size), b, noise)
         active = torch.ones(b, dtype=torch.bool, device=device)
         obs = env.reset(active.clone(), self.seeds.to(device), tasks.to(device))
-        clumsy = _clumsy(env, settings.misses, b, noise_seed) if settings.misses else None
+        clumsy = _clumsy(env, settings.misses, b, who, how) if settings.misses else None
         self.start = np.zeros(b, np.int64)
         """Control steps that are left out at the beginning."""
         for player in filter(None, (expert, clumsy)):
@@ -384,10 +384,10 @@ class _Tape:
         return Packed(arrays, episode_statistics(columns, features), texts, extra)
 
 
-def _clumsy(env: Env, share: float, copies: int, seed: int) -> Clumsy:
-    """Who errs in a share of the copies, drawn by the seed."""
-    errs = torch.rand(copies, generator=torch.Generator().manual_seed(seed)) < share
-    return cast(Clumsy, cast(Any, env).clumsy(errs, seed))
+def _clumsy(env: Env, share: float, copies: int, who: int, how: int) -> Clumsy:
+    """Who errs in a share of the copies, and how: by seeds of their own, lest only some errors be seen."""
+    errs = torch.rand(copies, generator=torch.Generator().manual_seed(who)) < share
+    return cast(Clumsy, cast(Any, env).clumsy(errs, how))
 
 
 def _disturbed(expert: Expert, size: int) -> Tensor:

@@ -153,6 +153,17 @@ def test_a_miss_that_is_shown_is_labelled_with_what_the_expert_would_have_done(t
         assert torch.equal(env.position[0], after.obs["position"][0])
 
 
+def test_how_a_hand_errs_says_nothing_of_whose_hand_it_is(tmp_path, monkeypatch):
+    """Drawn by one seed, a copy that errs would always err alike: the numbers below the share are its first ones."""
+    asked, toy = [], registry.load("env", SHOWN).Shown
+    made = toy.clumsy
+    monkeypatch.setattr(toy, "clumsy", lambda env, copies, seed: asked.append((copies, seed)) or made(env, copies, seed))
+    record(tmp_path / "some", 40, misses=0.5, max_steps=9)
+    first = [torch.rand(4, generator=torch.Generator().manual_seed(seed))[0] < 0.5 for errs, seed in asked if errs[0]]
+    assert len(first) >= 4
+    assert {bool(x) for x in first} == {True, False}
+
+
 def test_an_episode_that_is_all_error_is_in_no_set(tmp_path):
     """A hand that errs for two steps of two has nothing to show, not even where failures are kept."""
     done = record(tmp_path / "all", 6, misses=1.0, keep="all", max_steps=2)
