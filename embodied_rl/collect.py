@@ -28,6 +28,7 @@ from embodied_rl.observation import check_finite, check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed
 from embodied_rl.selection import columns
+from embodied_rl.spread import Spread, Spreader
 from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Relabelling, Rollout, State
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class Collector:
         group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
         generator: torch.Generator | None = None, keep_final_obs: bool = False, keep_actions: bool = False,
         greedy_baseline: bool = False, budget: Budget | None = None, demonstrated: bool = False,
-        hindsight: bool = False,
+        hindsight: bool = False, spread: Spread | None = None,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -199,6 +200,7 @@ class Collector:
             budget: Copies per start by its success rate; None for `group_size` each.
             demonstrated: Fill `Rollout.demonstration`.
             hindsight: Fill `Rollout.relabelled`.
+            spread: Begin near demonstrated starts.
 
         Raises:
             CapabilityError: Groups on an env that cannot be seeded, or of copies that cannot play the same tasks; a
@@ -228,6 +230,7 @@ class Collector:
         self.greedy_baseline, self.demonstrated, self.hindsight = greedy_baseline, demonstrated, hindsight
         for env in envs if hindsight else ():
             cast(Relabelling, env).watch()
+        self.spreader = None if spread is None else Spreader(spread, envs)
         self.starts = torch.zeros(b, dtype=torch.int64)
         self.seed = torch.zeros(b, dtype=torch.int64)
         self.task = torch.zeros(b, dtype=torch.int64)
@@ -277,6 +280,8 @@ class Collector:
 
     def _collect(self, record: Record, again: Tensor | None = None) -> Rollout:
         everyone = torch.ones(self.num_envs, dtype=torch.bool)
+        if again is None and self.spreader is not None:
+            self.spreader.tell()
         if again is not None:
             self._reset(again, record)
         elif self.mode == "episodes" or not self._begun:
@@ -299,6 +304,8 @@ class Collector:
         rollout = record.close(t + 1, active)
         if again is None:
             self.sampler.observe(rollout.finished)
+            if self.spreader is not None:
+                self.spreader.observe(rollout.finished)
         return rollout
 
     def _decide(self, part: Part, t: int, active: Tensor, record: Record) -> None:
@@ -368,6 +375,7 @@ class Collector:
         state: State = {
             "version": self.version,
             "tasks": self.sampler.state_dict(),
+            "spread": self.spreader and self.spreader.state_dict(),
             "begun": self._begun,
             "generator": generator and {"device": generator.device.type, "state": generator.get_state()},
             "envs": [p.env.get_state() for p in self.parts] if keep_envs else None,
@@ -393,6 +401,8 @@ class Collector:
             getattr(self, k).copy_(state[k])
         self.version = state["version"]
         self.sampler.load_state_dict(state["tasks"])
+        if self.spreader is not None:
+            self.spreader.load_state_dict(state["spread"])
         # Until an env state is in place the next rollout must begin with a reset, whatever this collector did before.
         self._begun = False
         same_samples = self._restore_generator(state["generator"])

@@ -73,6 +73,8 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("rollout/zero_advantage_groups", "groups of equal returns: they carry no signal", "", "1", "lower", "mean"),
     ("rollout/task_probability/<task>", "how likely the curriculum starts this task in the next rollout",
      "(p (1 - p) + floor) / sum over tasks, p the running success rate", "1", "", "last"),
+    ("rollout/start_spread/<task>", "how far from the demonstrated starts the next rollout begins",
+     "s + gain sum (success - target), within 0 and 1", "1", "higher", "last"),
     ("rollout/start_success_mean", "running success rate, mean over the curriculum's starts", "", "1", "higher",
      "last"),
     ("rollout/group_size_max", "copies of the start that got most of the budget", "", "copies", "", "last"),

@@ -23,6 +23,22 @@ class Hinting(Protocol):
 
 
 @runtime_checkable
+class Spreading(Protocol):
+    """What an env offers beside `Env` when it can begin episodes near other ones."""
+
+    def spread(self, seeds: Tensor, tasks: Tensor, share: Tensor) -> None:
+        """From the next resets on, begin the training episodes of each task near one of these starts.
+
+        Args:
+            seeds: [K] int64 start seeds, of training.
+            tasks: [K] int64 their tasks; each task has some.
+            share: [tasks] in [0, 1], how far from them: 0 is one of the starts itself (though an instruction may say
+                it in other words), 1 anywhere, as if never asked.
+        """
+        ...
+
+
+@runtime_checkable
 class Relabelling(Protocol):
     """What an env offers beside `Env` when it knows which of its instructions an episode fulfilled unasked."""
 

@@ -13,7 +13,7 @@ from embodied_rl.envs.tabletop.achieved import Achieved
 from embodied_rl.envs.tabletop.control import CONVENTION, PoseController
 from embodied_rl.envs.tabletop.instructions import NAMES, encode
 from embodied_rl.envs.tabletop.kinematics import ArmKinematics
-from embodied_rl.envs.tabletop.layout import draw_starts, rephrase
+from embodied_rl.envs.tabletop.layout import draw_starts, near_to, rephrase
 from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
 from embodied_rl.envs.tabletop.physics import Physics
 from embodied_rl.envs.tabletop.pictures import Films, engines, told, told_spec
@@ -21,7 +21,7 @@ from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene, sc
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
 from embodied_rl.errors import CheckpointError
 from embodied_rl.runfolder import checksum
-from embodied_rl.seeding import split_of
+from embodied_rl.seeding import numpy_rng, split_of
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class TabletopEnv:
         self._pictures = pictures
         self._told = privileged
         self._achieved: Achieved | None = None
+        self._spread: tuple[list[list[int]], list[float]] | None = None
         self.arm.forward()
 
     # ---- the protocol ------------------------------------------------------------------------------------------
@@ -259,6 +260,11 @@ class TabletopEnv:
         since, told = self._achieved.told(copies.to(self.physics.device))
         return since.to(self.device), {name: value.to(self.device) for name, value in told.items()}
 
+    def spread(self, seeds: Tensor, tasks: Tensor, share: Tensor) -> None:
+        """See `embodied_rl.types.Spreading`."""
+        by_task = [seeds[tasks == task].tolist() for task in range(len(self._tasks))]
+        self._spread = (by_task, share.tolist())
+
     def instructions(self) -> list[str]:
         """The instruction of each copy as text."""
         return list(self._texts)
@@ -304,12 +310,15 @@ class TabletopEnv:
         scene, inner = self.scene, self.physics.device
         picked = [tasks[row] for row in rows]
         chosen = [seeds[row] for row in rows]
+        kinds = [self._tasks[task] for task in picked]
+        near = None
+        if self._spread is not None:
+            known, share = self._spread
+            pick = [numpy_rng(seed, "near").random() for seed in chosen]
+            others = [known[task][int(x * len(known[task]))] for x, task in zip(pick, picked, strict=True)]
+            near = near_to(kinds, others, [share[task] for task in picked])
         starts = draw_starts(
-            scene,
-            [self._tasks[task] for task in picked],
-            chosen,
-            evaluation_sentences=self._evaluation_sentences,
-            names=self._names,
+            scene, kinds, chosen, evaluation_sentences=self._evaluation_sentences, names=self._names, near=near
         )
         index = torch.tensor(rows, device=inner)
         mask = torch.zeros(self.spec.num_envs, dtype=torch.bool, device=inner)

@@ -187,6 +187,11 @@ ROWS = {
         [],
         "my.yaml:2: collect.curriculum: window (20) does nothing with kind (none): remove it, or set kind: success",
     ),
+    "starts that are played again and move": (
+        "collect: {curriculum: {starts: 100}, spread: {around: runs/demos}}",
+        [],
+        "my.yaml:2: collect: curriculum.starts (100) plays the same starts again, and spread moves them: remove one of them",
+    ),
     "a schedule without its target": (
         "algorithm: {update: {lr_schedule: adaptive_kl}}",
         [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import math
 import multiprocessing
 import os
@@ -230,6 +231,16 @@ def build(config, *, num_envs, device, split, seed):
 
 
 @cache
+def tabletop_demos() -> str:
+    """One demonstration of each task of the recipe "tabletop"; made once, gone with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="embodied_rl_tests_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    env = load_component("env", "tabletop", [f"tasks={json.dumps(RECIPES['tabletop']['env']['tasks'])}", "threads=1"])
+    collect_demonstrations(env, folder / "demos", 3, copies=6)
+    return str(folder / "demos")
+
+
+@cache
 def seen(episodes: int = 40) -> tuple[str, str]:
     """The env SEEN as a file, and demonstrations of it; made once, gone with the process."""
     folder = Path(tempfile.mkdtemp(prefix="embodied_rl_tests_"))
@@ -256,6 +267,8 @@ def recipe(name: str = "", updates: int = UPDATES, **changes: Any) -> Recipe:
     if name == "imitation":
         env, demonstrations = seen()
         data = lay(data, {"env": {"type": env}, "algorithm": {"demonstrations": demonstrations}})
+    if name == "tabletop":
+        data = lay(data, {"collect": {"spread": {"around": tabletop_demos(), "gain": 0.01}}})
     data = lay(data, changes)
     steps = data["collect"]["copies"] * data["collect"]["decisions"] * data["policy"].get("chunk", 1) * updates
     return build_recipe(lay({"train": {"env_steps": steps}}, data))
