@@ -29,7 +29,7 @@ from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed
 from embodied_rl.selection import columns
 from embodied_rl.spread import Spread, Spreader
-from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Relabelling, Rollout, State
+from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Relabelling, Rollout, Spreading, State
 
 log = logging.getLogger(__name__)
 
@@ -234,6 +234,7 @@ class Collector:
         self.starts = torch.zeros(b, dtype=torch.int64)
         self.seed = torch.zeros(b, dtype=torch.int64)
         self.task = torch.zeros(b, dtype=torch.int64)
+        self.other, self.share = torch.zeros(b, dtype=torch.int64), torch.ones(b, dtype=torch.float64)
         self.episode_return = torch.zeros(b, dtype=torch.float64)
         self.episode_length = torch.zeros(b, dtype=torch.int64)
         self.episode_success = torch.zeros(b, dtype=torch.bool)
@@ -280,8 +281,6 @@ class Collector:
 
     def _collect(self, record: Record, again: Tensor | None = None) -> Rollout:
         everyone = torch.ones(self.num_envs, dtype=torch.bool)
-        if again is None and self.spreader is not None:
-            self.spreader.tell()
         if again is not None:
             self._reset(again, record)
         elif self.mode == "episodes" or not self._begun:
@@ -345,6 +344,8 @@ class Collector:
         else:
             self._divide(self.budget)
         self.starts[where] += 1
+        if self.spreader is not None:
+            self.other[where], self.share[where] = self.spreader.choose(self.seed[where], self.task[where])
         self._reset(mask, record, parts)
 
     def _divide(self, budget: Budget) -> None:
@@ -358,6 +359,8 @@ class Collector:
     def _reset(self, mask: Tensor, record: Record, parts: Sequence[Part] | None = None) -> None:
         for part in parts or self.parts:
             here, seeds, tasks = (x[part.columns].to(self.device) for x in (mask, self.seed, self.task))
+            if self.spreader is not None:
+                cast(Spreading, part.env).near(self.other[part.columns], self.share[part.columns])
             part.obs = part.env.reset(here, seeds, tasks)
             check_observation(part.obs, part.env.spec, start=True)
             check_finite(part.obs, here, part.env, first=part.columns.start)

@@ -110,6 +110,8 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("actor/ratio_max", "largest ratio of a cell that counts", f"max(r); {_R}", "1", "", "max"),
     ("actor/clip_fraction", "cells whose gradient the trust region cut off", "", "1", "", "mean"),
     ("actor/dual_clip_fraction", "cells cut by the dual clip (negative advantage, huge ratio)", "", "1", "", "mean"),
+    ("actor/phase_loss", "loss of what is learned in steps of its own after the update", "", "nat or squared units",
+     "lower", "mean"),
     ("actor/grad_norm", "length of the gradient before clipping, all parameters", "L2 norm", "", "", "mean"),
     ("actor/lr", "step size of the optimizer", "", "", "", "last"),
     ("actor/kl_to_reference", "KL(new || reference)", "estimator of the recipe (k1, k2 or k3)", "nat", "", "mean"),

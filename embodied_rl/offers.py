@@ -26,14 +26,13 @@ class Hinting(Protocol):
 class Spreading(Protocol):
     """What an env offers beside `Env` when it can begin episodes near other ones."""
 
-    def spread(self, seeds: Tensor, tasks: Tensor, share: Tensor) -> None:
-        """From the next resets on, begin the training episodes of each task near one of these starts.
+    def near(self, seeds: Tensor, share: Tensor) -> None:
+        """Begin each copy's next episodes near another start, until the next call.
 
         Args:
-            seeds: [K] int64 start seeds, of training.
-            tasks: [K] int64 their tasks; each task has some.
-            share: [tasks] in [0, 1], how far from them: 0 is one of the starts itself (though an instruction may say
-                it in other words), 1 anywhere, as if never asked.
+            seeds: [B] int64 seeds of the other starts, which are of the same tasks as those that `reset` will name.
+            share: [B] in [0, 1], how far from them: 0 is the other start itself (though an instruction may say it in
+                other words), 1 anywhere, as if never asked.
         """
         ...
 

@@ -49,6 +49,8 @@ class Replay(Section):
 class ReplayBuffer:
     """See the module docstring; part of a checkpoint."""
 
+    steps, lr = 0, 0.0
+
     def __init__(self, config: Replay, loss: LossFunction) -> None:
         """Start empty.
 

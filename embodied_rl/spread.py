@@ -29,7 +29,7 @@ from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.errors import CapabilityError
 from embodied_rl.metrics import Partials
 from embodied_rl.section import Section
-from embodied_rl.seeding import split_of
+from embodied_rl.seeding import numpy_rng, split_of
 from embodied_rl.types import Env, Spreading, State
 
 
@@ -38,10 +38,13 @@ class Spread(Section):
 
     around: str = Field(min_length=1)
     """Folder of demonstrations of every task, made by `embodied-rl collect`; training begins where they do."""
-    target: float = Field(0.5, gt=0, lt=1)
+    target: float = Field(0.25, gt=0, lt=1)
     """Success rate at which a task's starts spread no further; where it succeeds less often they draw back."""
-    gain: float = Field(0.0005, gt=0)
+    gain: float = Field(0.002, gt=0)
     """How far one episode that succeeds, or fails, moves them, times its distance from the target."""
+    anywhere: float = Field(0.0, ge=0, lt=1)
+    """Share of the episodes that begin anywhere in any case; they move nothing, and let policy and critic see early
+    what there is."""
 
 
 class Spreader:
@@ -65,21 +68,39 @@ class Spreader:
                 f"collect.spread begins near the starts of {config.around}, and this env cannot start near another "
                 "start, or does not tell success: set collect.spread: null, or use the tabletop"
             )
-        self.config, self.envs, self.tasks = config, envs, spec.tasks
+        self.config, self.tasks = config, spec.tasks
         self.seeds, self.task_of = _starts(config.around, spec.tasks)
         self.share = torch.zeros(len(spec.tasks), dtype=torch.float64)
 
-    def tell(self) -> None:
-        """Tell all envs the present shares; before a rollout, so that what is played again begins where it did."""
-        for env in self.envs:
-            cast(Spreading, env).spread(self.seeds, self.task_of, self.share)
+    def choose(self, seed: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        """Near what, and how near, new episodes begin.
+
+        Args:
+            seed: [n] int64 their own start seeds; equal seeds and tasks get equal answers.
+            task: [n] int64
+
+        Returns:
+            other: [n] int64 seed of a demonstrated start of the same task.
+            share: [n] float64 how far from it.
+        """
+        pick = [numpy_rng(x, "near").random() for x in seed.tolist()]
+        known = [self.seeds[self.task_of == k] for k in range(len(self.tasks))]
+        other = [int(known[k][int(x * len(known[k]))]) for x, k in zip(pick, task.tolist(), strict=True)]
+        share = torch.where(self._anywhere(seed), 1.0, self.share[task])
+        return torch.tensor(other, dtype=torch.int64), share
+
+    def _anywhere(self, seed: Tensor) -> Tensor:
+        """[n] bool, episodes that begin anywhere in any case."""
+        draws = [numpy_rng(x, "anywhere").random() for x in seed.tolist()]
+        return torch.tensor(draws, dtype=torch.float64) < self.config.anywhere
 
     def observe(self, finished: dict[str, Tensor]) -> None:
         """Move the shares with the episodes that ended in a rollout (`Rollout.finished`)."""
         if not finished:
             return
+        near = ~self._anywhere(finished["seed"])
         above = finished["success_once"].double() - self.config.target
-        moved = torch.zeros_like(self.share).index_add_(0, finished["task"], above)
+        moved = torch.zeros_like(self.share).index_add_(0, finished["task"][near], above[near])
         self.share = (self.share + self.config.gain * moved).clamp(0, 1)
 
     def metrics(self) -> Partials:

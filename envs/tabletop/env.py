@@ -21,7 +21,7 @@ from embodied_rl.envs.tabletop.scene import CAMERAS, CONTROL_HZ, HOME, Scene, sc
 from embodied_rl.envs.tabletop.tasks import TASKS, View, judge
 from embodied_rl.errors import CheckpointError
 from embodied_rl.runfolder import checksum
-from embodied_rl.seeding import numpy_rng, split_of
+from embodied_rl.seeding import split_of
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step, TensorSpec
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class TabletopEnv:
         self._pictures = pictures
         self._told = privileged
         self._achieved: Achieved | None = None
-        self._spread: tuple[list[list[int]], list[float]] | None = None
+        self._near: tuple[list[int], list[float]] | None = None
         self.arm.forward()
 
     # ---- the protocol ------------------------------------------------------------------------------------------
@@ -260,10 +260,9 @@ class TabletopEnv:
         since, told = self._achieved.told(copies.to(self.physics.device))
         return since.to(self.device), {name: value.to(self.device) for name, value in told.items()}
 
-    def spread(self, seeds: Tensor, tasks: Tensor, share: Tensor) -> None:
+    def near(self, seeds: Tensor, share: Tensor) -> None:
         """See `embodied_rl.types.Spreading`."""
-        by_task = [seeds[tasks == task].tolist() for task in range(len(self._tasks))]
-        self._spread = (by_task, share.tolist())
+        self._near = (seeds.tolist(), share.tolist())
 
     def instructions(self) -> list[str]:
         """The instruction of each copy as text."""
@@ -312,11 +311,9 @@ class TabletopEnv:
         chosen = [seeds[row] for row in rows]
         kinds = [self._tasks[task] for task in picked]
         near = None
-        if self._spread is not None:
-            known, share = self._spread
-            pick = [numpy_rng(seed, "near").random() for seed in chosen]
-            others = [known[task][int(x * len(known[task]))] for x, task in zip(pick, picked, strict=True)]
-            near = near_to(kinds, others, [share[task] for task in picked])
+        if self._near is not None:
+            others, share = self._near
+            near = near_to(kinds, [others[row] for row in rows], [share[row] for row in rows])
         starts = draw_starts(
             scene, kinds, chosen, evaluation_sentences=self._evaluation_sentences, names=self._names, near=near
         )

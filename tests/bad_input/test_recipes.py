@@ -228,6 +228,11 @@ ROWS = {
         [],
         "my.yaml:2: algorithm.self_imitation: rows (128) does nothing with coef (0): remove it, or set coef above 0",
     ),
+    "a step size of steps that nobody makes": (
+        "algorithm: {self_imitation: {coef: 1, lr: 2e-3}}",
+        [],
+        "my.yaml:2: algorithm.self_imitation: lr (0.002) does nothing with steps (0): remove it, or set steps above 0",
+    ),
 }
 
 

@@ -147,7 +147,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own successes": {
         "env": {"type": "target", "tolerance": 0.9, "max_steps": 6},
         "policy": {"type": "tiny_vla_flow", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
-        "algorithm": {"self_imitation": {"coef": 1.0, "rows": 16, "keep": 24}, "update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
+        "algorithm": {"self_imitation": {"coef": 1.0, "rows": 16, "keep": 24, "steps": 2, "lr": 2e-3}, "update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
         "collect": {"copies": 8, "decisions": 4},
     },
     "hindsight": {
@@ -161,7 +161,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "env": {"type": "target", "tolerance": 0.9, "max_steps": 6},
         "policy": {"type": "tiny_vla_tokens", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
         "algorithm": {
-            "self_imitation": {"coef": 1.0, "rows": 16, "learns": "foresight"}, "update": {"epochs": 1, "minibatches": 2},
+            "self_imitation": {"coef": 1.0, "rows": 16, "steps": 2, "learns": "foresight"},
+            "update": {"epochs": 1, "minibatches": 2, "muon": {"lr": 2e-3, "only": ["eyes"]}},
         },
         "collect": {"copies": 8, "decisions": 4},
     },
