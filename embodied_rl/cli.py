@@ -131,6 +131,8 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--misses", type=_share, default=0.0, help=misses)
     shown = "let the set hold the misses too, with what the expert would have done instead"
     parser.add_argument("--show-misses", action="store_true", help=shown)
+    replay = "a set whose demonstrations are repeated where objects lie elsewhere, in place of the expert"
+    parser.add_argument("--replay", metavar="FOLDER", help=replay)
     parser.add_argument("--all", action="store_true", help="keep failures too")
 
 
@@ -226,7 +228,7 @@ def _collect(args: argparse.Namespace) -> int:
     keep: Literal["success", "all"] = "all" if args.all else "success"
     return collect_and_tell(
         recipe, Path(args.out), args.episodes, noise=args.noise, misses=args.misses, show_misses=args.show_misses,
-        keep=keep, console=_console(),
+        replay=args.replay, keep=keep, console=_console(),
     )  # fmt: skip
 
 

@@ -28,8 +28,7 @@ from embodied_rl.observation import check_finite, check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed
 from embodied_rl.selection import columns
-from embodied_rl.spread import Spread, Spreader
-from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Relabelling, Rollout, Spreading, State
+from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Relabelling, Rollout, State
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +180,7 @@ class Collector:
         group_size: int = 1, curriculum: Curriculum | None = None, run_seed: int = 0,
         generator: torch.Generator | None = None, keep_final_obs: bool = False, keep_actions: bool = False,
         greedy_baseline: bool = False, budget: Budget | None = None, demonstrated: bool = False,
-        hindsight: bool = False, spread: Spread | None = None,
+        hindsight: bool = False,
     ) -> None:  # fmt: skip
         """Join env parts and a policy.
 
@@ -200,7 +199,6 @@ class Collector:
             budget: Copies per start by its success rate; None for `group_size` each.
             demonstrated: Fill `Rollout.demonstration`.
             hindsight: Fill `Rollout.relabelled`.
-            spread: Begin near demonstrated starts.
 
         Raises:
             CapabilityError: Groups on an env that cannot be seeded, or of copies that cannot play the same tasks; a
@@ -230,11 +228,9 @@ class Collector:
         self.greedy_baseline, self.demonstrated, self.hindsight = greedy_baseline, demonstrated, hindsight
         for env in envs if hindsight else ():
             cast(Relabelling, env).watch()
-        self.spreader = None if spread is None else Spreader(spread, envs)
         self.starts = torch.zeros(b, dtype=torch.int64)
         self.seed = torch.zeros(b, dtype=torch.int64)
         self.task = torch.zeros(b, dtype=torch.int64)
-        self.other, self.share = torch.zeros(b, dtype=torch.int64), torch.ones(b, dtype=torch.float64)
         self.episode_return = torch.zeros(b, dtype=torch.float64)
         self.episode_length = torch.zeros(b, dtype=torch.int64)
         self.episode_success = torch.zeros(b, dtype=torch.bool)
@@ -303,8 +299,6 @@ class Collector:
         rollout = record.close(t + 1, active)
         if again is None:
             self.sampler.observe(rollout.finished)
-            if self.spreader is not None:
-                self.spreader.observe(rollout.finished)
         return rollout
 
     def _decide(self, part: Part, t: int, active: Tensor, record: Record) -> None:
@@ -344,8 +338,6 @@ class Collector:
         else:
             self._divide(self.budget)
         self.starts[where] += 1
-        if self.spreader is not None:
-            self.other[where], self.share[where] = self.spreader.choose(self.seed[where], self.task[where])
         self._reset(mask, record, parts)
 
     def _divide(self, budget: Budget) -> None:
@@ -359,8 +351,6 @@ class Collector:
     def _reset(self, mask: Tensor, record: Record, parts: Sequence[Part] | None = None) -> None:
         for part in parts or self.parts:
             here, seeds, tasks = (x[part.columns].to(self.device) for x in (mask, self.seed, self.task))
-            if self.spreader is not None:
-                cast(Spreading, part.env).near(self.other[part.columns], self.share[part.columns])
             part.obs = part.env.reset(here, seeds, tasks)
             check_observation(part.obs, part.env.spec, start=True)
             check_finite(part.obs, here, part.env, first=part.columns.start)
@@ -378,7 +368,6 @@ class Collector:
         state: State = {
             "version": self.version,
             "tasks": self.sampler.state_dict(),
-            "spread": self.spreader and self.spreader.state_dict(),
             "begun": self._begun,
             "generator": generator and {"device": generator.device.type, "state": generator.get_state()},
             "envs": [p.env.get_state() for p in self.parts] if keep_envs else None,
@@ -404,8 +393,6 @@ class Collector:
             getattr(self, k).copy_(state[k])
         self.version = state["version"]
         self.sampler.load_state_dict(state["tasks"])
-        if self.spreader is not None:
-            self.spreader.load_state_dict(state["spread"])
         # Until an env state is in place the next rollout must begin with a reset, whatever this collector did before.
         self._begun = False
         same_samples = self._restore_generator(state["generator"])

@@ -21,7 +21,7 @@ from embodied_rl.session import choose_device
 
 def collect_and_tell(
     recipe: Recipe, folder: Path, episodes: int, *, noise: float, misses: float, show_misses: bool,
-    keep: Literal["success", "all"], console: Console,
+    replay: str | None, keep: Literal["success", "all"], console: Console,
 ) -> int:  # fmt: skip
     """Record demonstrations in a recipe's env and print what came of it.
 
@@ -32,6 +32,7 @@ def collect_and_tell(
         noise: Of the disturbance, in action units.
         misses: Share of the attempts that begin with a miss.
         show_misses: Whether the set holds the misses, too.
+        replay: Demonstrations to repeat instead of asking the expert.
         keep: Which episodes.
         console: Where to print.
 
@@ -47,8 +48,8 @@ def collect_and_tell(
         with bar:
             task = bar.add_task("", total=episodes, completed=_have(folder))
             done = collect_demonstrations(
-                recipe.env, folder, episodes, noise=noise, misses=misses, show_misses=show_misses, keep=keep,
-                copies=recipe.collect.copies, seed=recipe.seed, device=choose_device(recipe.device),
+                recipe.env, folder, episodes, noise=noise, misses=misses, show_misses=show_misses, replay=replay,
+                keep=keep, copies=recipe.collect.copies, seed=recipe.seed, device=choose_device(recipe.device),
                 on_progress=lambda n: bar.update(task, completed=n),
             )  # fmt: skip
     except KeyboardInterrupt:

@@ -16,11 +16,6 @@ from embodied_rl.types import Policy, Rollout, State
 class Extra(Protocol):
     """`begin` before the epochs of an update, `losses` in each optimizer step, `end` after the update."""
 
-    steps: int
-    """Optimizer steps on its losses alone after the epochs of an update; see `embodied_rl.phase`."""
-    lr: float
-    """Adam's step size in them."""
-
     def begin(self, rollout: Rollout, logp: Callable[[Flat], Tensor], version: int) -> Partials:
         """Prepare for an update.
 

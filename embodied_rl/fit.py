@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from embodied_rl.algorithms import AlgorithmConfig
 from embodied_rl.errors import CapabilityError
 from embodied_rl.loss import Loss
 from embodied_rl.recipe import Recipe
-from embodied_rl.spread import check_source
 from embodied_rl.types import (
     Annealed,
     Demonstrating,
@@ -130,8 +129,6 @@ def check_extras(recipe: Recipe, policy: Policy, env: Env) -> None:
             "algorithm.self_imitation.hindsight imitates what episodes achieved unasked, and this env does not tell: "
             "remove it, or use the tabletop"
         )
-    if collect.spread is not None:
-        check_source(collect.spread, cast(Any, recipe.env).type)
     guide, replay = algorithm.guide, algorithm.replay
     if collect.hints and not (isinstance(env, Hinting) and env.spec.has_success):
         raise CapabilityError(

@@ -72,8 +72,6 @@ class Shown:
 class Guided:
     """The demonstrations' part of an update; it remembers nothing from rollout to rollout."""
 
-    steps, lr = 0, 0.0
-
     def __init__(self, config: Guide, policy: Policy, *, size: int | None, units: int | None) -> None:
         """Nothing is shown yet.
 

@@ -23,21 +23,6 @@ class Hinting(Protocol):
 
 
 @runtime_checkable
-class Spreading(Protocol):
-    """What an env offers beside `Env` when it can begin episodes near other ones."""
-
-    def near(self, seeds: Tensor, share: Tensor) -> None:
-        """Begin each copy's next episodes near another start, until the next call.
-
-        Args:
-            seeds: [B] int64 seeds of the other starts, which are of the same tasks as those that `reset` will name.
-            share: [B] in [0, 1], how far from them: 0 is the other start itself (though an instruction may say it in
-                other words), 1 anywhere, as if never asked.
-        """
-        ...
-
-
-@runtime_checkable
 class Relabelling(Protocol):
     """What an env offers beside `Env` when it knows which of its instructions an episode fulfilled unasked."""
 

@@ -11,7 +11,6 @@ from embodied_rl.budget import Budget
 from embodied_rl.convention import Item
 from embodied_rl.curriculum import Curriculum
 from embodied_rl.section import Section
-from embodied_rl.spread import Spread
 
 
 class Collect(Section):
@@ -33,8 +32,6 @@ class Collect(Section):
     max_attempts: int = Field(4, ge=2)
     """refill: most rollouts per update; whatever contrast there is then has to do."""
     curriculum: Curriculum = Curriculum()
-    spread: Spread | None = None
-    """Training begins near demonstrated starts and spreads from there as it succeeds; null begins anywhere."""
     budget: Budget | None = None
     """Copies per start by its success rate, group_size on average; needs curriculum.starts, whose rates are known. null
     gives every start group_size copies."""
@@ -65,10 +62,6 @@ class Collect(Section):
             raise ValueError(
                 f"curriculum.starts ({starts}) is less than the {groups} starts of one rollout (copies {self.copies} / "
                 f"group_size {size}): set curriculum.starts to {groups} or more"
-            )
-        if starts is not None and self.spread is not None:
-            raise ValueError(
-                f"curriculum.starts ({starts}) plays the same starts again, and spread moves them: remove one of them"
             )
         if self.budget is None:
             return self

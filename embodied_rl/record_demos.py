@@ -34,6 +34,7 @@ from torch import Tensor
 
 from embodied_rl import registry
 from embodied_rl.demo_format import FRAME, DemonstrationError, Feature, feature_of, instruction_problem, to_arrow
+from embodied_rl.demo_starts import Shown
 from embodied_rl.demo_stats import episode_statistics, write_statistics
 from embodied_rl.demo_writer import DemoWriter, Packed
 from embodied_rl.errors import CapabilityError
@@ -121,12 +122,14 @@ class Settings:
     seed: int
     misses: float = 0.0
     show_misses: bool = False
+    replay: str | None = None
 
     def made(self) -> dict[str, Any]:
         """What info.json says of them; a set recorded under another kind of noise differs in its names."""
         disturbance = {"std": self.noise, "correlation": CORRELATION, "fade": FADE}
         misses = {"misses": self.misses, "show_misses": self.show_misses}
-        return {"disturbance": disturbance, "keep": self.keep, "copies": self.copies, "seed": self.seed, **misses}
+        made = {"disturbance": disturbance, "keep": self.keep, "copies": self.copies, "seed": self.seed, **misses}
+        return made if self.replay is None else made | {"replay": self.replay}
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def collect_demonstrations(
     noise: float = 1.0,
     misses: float = 0.0,
     show_misses: bool = False,
+    replay: str | Path | None = None,
     keep: Literal["success", "all"] = "success",
     copies: int = 16,
     seed: int = 0,
@@ -174,6 +178,7 @@ def collect_demonstrations(
         noise: Standard deviation of the `Disturbance`, in action units; 0 leaves the expert alone.
         misses: Share of the attempts in which a clumsy hand begins, which grasps beside the object.
         show_misses: Whether the set holds these beginnings, each frame with what the expert would have done.
+        replay: Folder of demonstrations to repeat where objects lie elsewhere, in place of the expert.
         keep: Episodes in which the goal held at some step, or all.
         copies: Attempts played side by side.
         seed: Of starts and disturbances.
@@ -194,9 +199,10 @@ def collect_demonstrations(
     began, where = time.monotonic(), torch.device(device)
     module = registry.load("env", cast(Any, env).type)
     built = cast(Env, module.build(env, num_envs=copies, device=where, split="train", seed=seed))
-    settings = Settings(noise, keep, copies, seed, misses, show_misses)
+    settings = Settings(noise, keep, copies, seed, misses, show_misses, None if replay is None else str(replay))
     try:
         _check_capable(built, cast(Any, env).type, settings)
+        shown = None if replay is None else Shown.read(replay, cast(Any, env).type, built.spec.tasks)
         features = _features(built)
         made = {"env": env.model_dump(mode="json"), **settings.made(), "device": where.type}
         writer = DemoWriter(
@@ -204,7 +210,7 @@ def collect_demonstrations(
             observation=built.spec.observation, convention=built.spec.action.convention,
         )  # fmt: skip
         try:
-            _Recorder(built, writer, settings, features).run(episodes, on_progress)
+            _Recorder(built, writer, settings, features, shown).run(episodes, on_progress)
         finally:
             writer.finish()
     finally:
@@ -216,7 +222,9 @@ def collect_demonstrations(
 def _check_capable(env: Env, name: str, settings: Settings) -> None:
     spec = env.spec
     lacks = []
-    if not callable(getattr(env, "expert", None)):
+    if settings.replay is not None and not callable(getattr(env, "replay", None)):
+        lacks.append("repeating demonstrations elsewhere (a method `replay()` of the env; or record without --replay)")
+    if settings.replay is None and not callable(getattr(env, "expert", None)):
         lacks.append("a scripted expert (a method `expert()` of the env)")
     if not spec.seedable:
         lacks.append("starts that can be repeated (`EnvSpec.seedable`)")
@@ -224,7 +232,7 @@ def _check_capable(env: Env, name: str, settings: Settings) -> None:
         lacks.append("continuous actions")
     if settings.keep == "success" and not spec.has_success:
         lacks.append("a notion of success (`EnvSpec.has_success`; or keep every episode with --all)")
-    if settings.misses and not callable(getattr(env, "clumsy", None)):
+    if settings.misses and settings.replay is None and not callable(getattr(env, "clumsy", None)):
         lacks.append("an expert that errs (a method `clumsy()` of the env; or record without --misses)")
     if lacks:
         raise CapabilityError(f"env '{name}' cannot be demonstrated: it lacks {', and '.join(lacks)}")
@@ -241,8 +249,10 @@ def _features(env: Env) -> dict[str, Feature]:
 class _Recorder:
     """Plays attempts and hands the episodes to the writer in their order, which it does while the next are played."""
 
-    def __init__(self, env: Env, writer: DemoWriter, settings: Settings, features: dict[str, Feature]) -> None:
-        self.env, self.writer, self.settings, self.features = env, writer, settings, features
+    def __init__(
+        self, env: Env, writer: DemoWriter, settings: Settings, features: dict[str, Feature], shown: Shown | None
+    ) -> None:
+        self.env, self.writer, self.settings, self.features, self.shown = env, writer, settings, features, shown
         t = len(env.spec.tasks)
         self.last = [-1] * t
         """The latest attempt of each task that was in the set when recording began."""
@@ -262,7 +272,7 @@ class _Recorder:
         with ThreadPoolExecutor(1) as writing:
             job: Future[None] | None = None
             while any(have < want for have, want in zip(self.kept, wanted, strict=True)):
-                tape = _Tape(self.env, range(batch * copies, (batch + 1) * copies), self.settings)
+                tape = _Tape(self.env, range(batch * copies, (batch + 1) * copies), self.settings, self.shown)
                 chosen = self._choose(tape, wanted)
                 if job is not None:
                     job.result()
@@ -311,7 +321,7 @@ class _Recorder:
 class _Tape:
     """What happened in one batch of attempts."""
 
-    def __init__(self, env: Env, attempts: range, settings: Settings) -> None:
+    def __init__(self, env: Env, attempts: range, settings: Settings, shown: Shown | None) -> None:
         """Play them all to their ends."""
         self.attempts = attempts
         spec, device, b = env.spec, env.device, len(attempts)
@@ -319,11 +329,12 @@ class _Tape:
         self.seeds = start_seeds(settings.seed, "train", torch.full_like(numbers, STARTS), numbers)
         tasks = numbers % len(spec.tasks)
         noise, who, how = (start_seed(settings.seed, "train", of, attempts.start // b) for of in (NOISE, WHO, HOW))
-        expert: Expert = cast(Any, env).expert()
+        by = cast(Any, env)
+        expert: Expert = by.expert() if shown is None else by.replay(shown.seeds, shown.tasks, shown.actions)
         disturbance = Disturbance(settings.noise, _disturbed(expert, spec.action.size), b, noise)
         active = torch.ones(b, dtype=torch.bool, device=device)
         obs = env.reset(active.clone(), self.seeds.to(device), tasks.to(device))
-        clumsy = _clumsy(env, settings.misses, b, who, how) if settings.misses else None
+        clumsy = _clumsy(env if shown is None else expert, settings.misses, b, who, how) if settings.misses else None
         self.start = np.zeros(b, np.int64)
         """Control steps that are left out at the beginning."""
         for player in filter(None, (expert, clumsy)):
@@ -384,10 +395,10 @@ class _Tape:
         return Packed(arrays, episode_statistics(columns, features), texts, extra)
 
 
-def _clumsy(env: Env, share: float, copies: int, who: int, how: int) -> Clumsy:
+def _clumsy(of: Any, share: float, copies: int, who: int, how: int) -> Clumsy:
     """Who errs in a share of the copies, and how: by seeds of their own, lest only some errors be seen."""
     errs = torch.rand(copies, generator=torch.Generator().manual_seed(who)) < share
-    return cast(Clumsy, cast(Any, env).clumsy(errs, how))
+    return cast(Clumsy, of.clumsy(errs, how))
 
 
 def _disturbed(expert: Expert, size: int) -> Tensor:

@@ -49,8 +49,6 @@ class Replay(Section):
 class ReplayBuffer:
     """See the module docstring; part of a checkpoint."""
 
-    steps, lr = 0, 0.0
-
     def __init__(self, config: Replay, loss: LossFunction) -> None:
         """Start empty.
 

@@ -49,12 +49,6 @@ class SelfImitation(Section):
     keep: int = Field(0, ge=0)
     """Decisions of solved episodes that are kept, the oldest leave; 0: those of the latest rollout only. Part of a
     checkpoint, pictures included."""
-    steps: int = Field(0, ge=0)
-    """Optimizer steps on own successes alone after each update, of `rows` decisions each and with moments of their own:
-    reinforcement has to move by little, imitation has not."""
-    lr: float = Field(1e-3, gt=0)
-    """Adam's step size in these, on the schedule of `update.lr`; Muon's, if there is one, is that of the update times
-    lr / update.lr."""
     hindsight: bool = False
     """Also imitate episodes that failed and achieved what another instruction asks for, under that instruction; needs
     an env that knows (`Relabelling`)."""
@@ -64,12 +58,10 @@ class SelfImitation(Section):
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> SelfImitation:
-        for name in ("rows", "keep", "steps", "hindsight", "learns"):
+        for name in ("rows", "keep", "hindsight", "learns"):
             value = getattr(self, name)
             if not self.coef and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} ({value}) does nothing with coef (0): remove it, or set coef above 0")
-        if not self.steps and self.lr != type(self).model_fields["lr"].default:
-            raise ValueError(f"lr ({self.lr:g}) does nothing with steps (0): remove it, or set steps above 0")
         return self
 
 
@@ -78,7 +70,7 @@ class OwnSuccesses:
 
     def __init__(self, config: SelfImitation, device: torch.device, seed: int) -> None:
         """Nothing has succeeded yet; `seed` is of the noise of the imitation loss, drawn on `device`."""
-        self.config, self.steps, self.lr = config, config.steps, config.lr
+        self.config = config
         self.noise = torch.Generator(device).manual_seed(seed)
         self.successes: Successes | None = None
 

@@ -195,7 +195,6 @@ class Session(Saved):
                 keep_final_obs=shaping is not None or own, keep_actions=own,
                 greedy_baseline=algorithm.credit.baseline == "greedy", budget=c.budget,
                 demonstrated=algorithm.guide.kind != "none", hindsight=algorithm.self_imitation.hindsight,
-                spread=c.spread,
             )  # fmt: skip
         except BaseException:
             for env in envs:
@@ -259,8 +258,6 @@ class Session(Saved):
         metrics.merge(gathered)
         metrics.merge(penalised)
         metrics.merge(self.collector.sampler.metrics())
-        if self.collector.spreader is not None:
-            metrics.merge(self.collector.spreader.metrics())
         if self.collector.budget is not None:
             metrics.last("rollout/group_size_max", float(torch.bincount(rollout.group[0]).max()))
         metrics.merge_pairs(advantage.metrics)

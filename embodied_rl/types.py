@@ -18,16 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from embodied_rl.offers import (
-    Annealed,
-    Demonstrating,
-    Encoding,
-    Foreseeing,
-    Hinting,
-    Imitator,
-    Relabelling,
-    Spreading,
-)
+from embodied_rl.offers import Annealed, Demonstrating, Encoding, Foreseeing, Hinting, Imitator, Relabelling
 from embodied_rl.spec import PAD, ActionSpec, EnvSpec, Obs, TensorSpec, Vocabulary
 
 __all__ = [
@@ -51,7 +42,6 @@ __all__ = [
     "Relabelling",
     "Rollout",
     "Split",
-    "Spreading",
     "State",
     "Step",
     "TensorSpec",

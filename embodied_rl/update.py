@@ -19,7 +19,6 @@ from embodied_rl.extra import Extra
 from embodied_rl.loss import LossFunction, kl_estimate
 from embodied_rl.metrics import Partials
 from embodied_rl.optimizer import FlatParameters, Muon, Optimizer
-from embodied_rl.phase import Phases
 from embodied_rl.section import Section
 from embodied_rl.types import Advantage, Batch, Policy, Rollout, State
 
@@ -142,12 +141,12 @@ class Updater:
         last = "critic" if config.critic_lr else None
         self.parameters = FlatParameters(cast(nn.Module, policy), last=last, muon=config.muon)
         self.optimizer = Optimizer(self.parameters, eps=config.adam_eps, weight_decay=config.weight_decay)
-        self.phases = Phases(extras, self.parameters, eps=config.adam_eps, max_grad_norm=config.max_grad_norm)
         self.generator = torch.Generator().manual_seed(seed)
         self.lr = config.lr
         self.version = 0
         self.bad_in_a_row = 0
-        self._stepped = self._moved = False
+        self._stepped = False
+        self._moved = False
         self._problem = ""
 
     def update(self, rollout: Rollout, advantage: Advantage, *, progress: float) -> Partials:
@@ -200,8 +199,6 @@ class Updater:
                 elif kl > 1.5 * c.target_kl:
                     break
         metrics.merge(metrics_of_epoch.without(*OF_EVERY_EPOCH))
-        muon = (c.muon.lr or 0.0) / c.lr
-        metrics.merge(self.phases.run(self.policy, self.generator, scale=self.lr / c.lr, muon=muon))
         metrics.last("actor/lr", self.lr)
         self._count_bad(rollout)
         self.version += 1
@@ -245,7 +242,8 @@ class Updater:
                 moment.zero_()
 
     def _epoch(self, flat: Flat, diagnose: bool) -> tuple[Partials, float | None]:
-        metrics, c = Partials(), self.config
+        metrics = Partials()
+        c = self.config
         for batch in minibatches(flat, c.minibatches, self.loss, self.generator, in_order=c.in_pieces):
             self._step(batch, metrics, diagnose)
         return metrics, metrics.value("actor/kl_k3") if diagnose else None
@@ -412,7 +410,6 @@ class Updater:
             "lr": self.lr,
             "version": self.version,
             "bad_in_a_row": self.bad_in_a_row,
-            "phases": self.phases.state_dict(),
         }
         state |= {f"extra {i}": extra.state_dict() for i, extra in enumerate(self.extras)}
         if self.reference is not None:
@@ -426,7 +423,6 @@ class Updater:
         self.generator.set_state(state["generator"])
         for i, extra in enumerate(self.extras):
             extra.load_state_dict(state[f"extra {i}"])
-        self.phases.load_state_dict(state.get("phases", {}))
         self.lr, self.version, self.bad_in_a_row = state["lr"], state["version"], state["bad_in_a_row"]
         if self.reference is not None:
             cast(nn.Module, self.reference).load_state_dict(state["reference"])

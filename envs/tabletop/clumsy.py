@@ -40,11 +40,7 @@ class Clumsy(Expert):
             seed: Of where to and for how long.
         """
         super().__init__(env)
-        generator = torch.Generator().manual_seed(seed)
-        u = torch.rand(len(copies), 4, generator=generator).to(self._device)
-        aside = ASIDE.to(self._device)
-        self._aside = torch.cat([(2 * u[:, :2] - 1) * aside[:2], u[:, 2:3] * aside[2:]], dim=1)
-        self._late = (1 + u[:, 3] * LATE).long()
+        self._aside, self._late = errors(len(copies), seed, self._device)
         self._copies = copies.to(self._device)
         self.errs = torch.zeros_like(self._copies)
         """[B] bool, has not found out yet."""
@@ -70,3 +66,10 @@ class Clumsy(Expert):
     def _look(self) -> View:
         self._seen = super()._look()
         return replace(self._seen, a_position=self._seen.a_position + self._aside)
+
+
+def errors(copies: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How far aside [B, 3] (m) objects are taken to be, and for how many control steps [B] after the grasp."""
+    u = torch.rand(copies, 4, generator=torch.Generator().manual_seed(seed)).to(device)
+    aside = ASIDE.to(device)
+    return torch.cat([(2 * u[:, :2] - 1) * aside[:2], u[:, 2:3] * aside[2:]], dim=1), (1 + u[:, 3] * LATE).long()

@@ -13,7 +13,7 @@ from embodied_rl.envs.tabletop.achieved import Achieved
 from embodied_rl.envs.tabletop.control import CONVENTION, PoseController
 from embodied_rl.envs.tabletop.instructions import NAMES, encode
 from embodied_rl.envs.tabletop.kinematics import ArmKinematics
-from embodied_rl.envs.tabletop.layout import draw_starts, near_to, rephrase
+from embodied_rl.envs.tabletop.layout import draw_starts, rephrase
 from embodied_rl.envs.tabletop.observe import OBSERVATION, Episode, Observer
 from embodied_rl.envs.tabletop.physics import Physics
 from embodied_rl.envs.tabletop.pictures import Films, engines, told, told_spec
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from embodied_rl.envs.tabletop.expert import Expert
     from embodied_rl.envs.tabletop.instructions import Name, Sentences
     from embodied_rl.envs.tabletop.pictures import Pictures
+    from embodied_rl.envs.tabletop.replay import Replay
 
 ACTION = ActionSpec("continuous", 7, ("dx", "dy", "dz", "drx", "dry", "drz", "gripper"), convention=CONVENTION)
 HAND = slice(14, 24)
@@ -106,7 +107,6 @@ class TabletopEnv:
         self._pictures = pictures
         self._told = privileged
         self._achieved: Achieved | None = None
-        self._near: tuple[list[int], list[float]] | None = None
         self.arm.forward()
 
     # ---- the protocol ------------------------------------------------------------------------------------------
@@ -249,6 +249,12 @@ class TabletopEnv:
 
         return Clumsy(self, copies, seed)
 
+    def replay(self, seeds: Tensor, tasks: Tensor, actions: Sequence[Tensor]) -> Replay:
+        """Demonstrations that began at these starts [K], repeated where objects lie elsewhere; see `replay.py`."""
+        from embodied_rl.envs.tabletop.replay import Replay
+
+        return Replay(self, seeds, tasks, actions)
+
     def watch(self) -> None:
         """From here on, note what episodes achieve that they were not asked for; see `achieved.py`."""
         if self._achieved is None:
@@ -259,10 +265,6 @@ class TabletopEnv:
         assert self._achieved is not None, "achieved() without watch()"
         since, told = self._achieved.told(copies.to(self.physics.device))
         return since.to(self.device), {name: value.to(self.device) for name, value in told.items()}
-
-    def near(self, seeds: Tensor, share: Tensor) -> None:
-        """See `embodied_rl.types.Spreading`."""
-        self._near = (seeds.tolist(), share.tolist())
 
     def instructions(self) -> list[str]:
         """The instruction of each copy as text."""
@@ -309,13 +311,12 @@ class TabletopEnv:
         scene, inner = self.scene, self.physics.device
         picked = [tasks[row] for row in rows]
         chosen = [seeds[row] for row in rows]
-        kinds = [self._tasks[task] for task in picked]
-        near = None
-        if self._near is not None:
-            others, share = self._near
-            near = near_to(kinds, [others[row] for row in rows], [share[row] for row in rows])
         starts = draw_starts(
-            scene, kinds, chosen, evaluation_sentences=self._evaluation_sentences, names=self._names, near=near
+            scene,
+            [self._tasks[task] for task in picked],
+            chosen,
+            evaluation_sentences=self._evaluation_sentences,
+            names=self._names,
         )
         index = torch.tensor(rows, device=inner)
         mask = torch.zeros(self.spec.num_envs, dtype=torch.bool, device=inner)

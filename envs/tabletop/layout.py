@@ -27,9 +27,6 @@ YAW = 0.4
 JOINT_NOISE = 0.04
 """Initial joint angles are within this of HOME, rad."""
 
-NOT_WORDS = [*range(10), *range(13, 24)]
-"""Draws of a start that do not choose its words."""
-
 _TRIES = 24
 _SLOTS = len(SHAPES)
 
@@ -60,34 +57,6 @@ class Starts:
     texts: list[str]
 
 
-@dataclass(frozen=True)
-class Near:
-    """R starts to be near to.
-
-    Everything drawn lies on the line between their draw and a fresh one, at `share` of the way. The object meant begins
-    near where the other start had its object meant, whichever it is, and so do the second and the third.
-    """
-
-    draws: np.ndarray
-    """[R, 24] in [0, 1)."""
-    places: np.ndarray
-    """[R, M, 2] of the object meant, the second and the third, m."""
-    spots: np.ndarray
-    """[R, 2] marked goals, m."""
-    share: np.ndarray
-    """[R, 1] in [0, 1]."""
-
-    def draw(
-        self, rows: np.ndarray, order: np.ndarray, objects: np.ndarray, goals: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Places [r, tries, M, 2] and goals [r, tries, 2] at their share of the way to fresh ones."""
-        share = self.share[rows, :, None]
-        slots = order[rows].argsort(axis=1)[:, :, None]
-        there = np.take_along_axis(self.places[rows], slots, axis=1)[:, None]
-        spot = self.spots[rows, None]
-        return there + share[..., None] * (objects - there), spot + share * (goals - spot)
-
-
 def draw_starts(
     scene: Scene,
     tasks: list[Task],
@@ -95,9 +64,8 @@ def draw_starts(
     *,
     evaluation_sentences: Sentences = "heldout",
     names: Sequence[Name] = NAMES,
-    near: Near | None = None,
 ) -> Starts:
-    """Draw starts; each depends on its own seed, task and `near` only, so equal ones are equal bit for bit.
+    """Draw starts; each depends on its own seed and task only, so equal ones are equal bit for bit.
 
     Args:
         scene: Addresses of the state vector.
@@ -105,15 +73,12 @@ def draw_starts(
         seeds: R start seeds; odd for evaluation (see `embodied_rl.seeding`).
         evaluation_sentences: Where evaluation starts take their sentences from; all else about them is the same.
         names: How objects may be named.
-        near: Other starts that these are to be near to; None: anywhere.
 
     Returns:
         starts: Objects at least SEPARATION apart, at rest.
     """
     generators = [numpy_rng(seed, f"tabletop/{task.name}") for seed, task in zip(seeds, tasks, strict=True)]
     u = np.stack([rng.random(24) for rng in generators])
-    if near is not None:
-        u[:, NOT_WORDS] = near.draws[:, NOT_WORDS] + near.share * (u - near.draws)[:, NOT_WORDS]
     order = u[:, 0:3].argsort(axis=1)
     a, b = order[:, 0], order[:, 1]
     colors = u[:, 3:9].argsort(axis=1)[:, :_SLOTS]
@@ -128,7 +93,7 @@ def draw_starts(
         )
         for i, task in enumerate(tasks)
     ]
-    places, spots = _spread(generators, order, near)
+    places, spots = _spread(generators, a)
     marked = np.array([task.marked_goal for task in tasks])
     goal = np.where(marked[:, None], np.concatenate([spots, np.full((len(a), 1), 0.001)], axis=1), HIDDEN)
     drawer = np.array([task.drawer for task in tasks])
@@ -144,21 +109,6 @@ def draw_starts(
         words=np.array([encode(text) for text in texts]),
         texts=texts,
     )
-
-
-def near_to(tasks: list[Task], seeds: list[int], share: list[float]) -> Near:
-    """What `draw_starts` needs to draw R starts near others.
-
-    Args:
-        tasks: R tasks.
-        seeds: R start seeds of the others.
-        share: R numbers from 0 (the others themselves, but for the words) to 1 (anywhere).
-    """
-    generators = [numpy_rng(seed, f"tabletop/{task.name}") for seed, task in zip(seeds, tasks, strict=True)]
-    draws = np.stack([rng.random(24) for rng in generators])
-    order = draws[:, 0:3].argsort(axis=1)
-    places, spots = _spread(generators, order)
-    return Near(draws, np.take_along_axis(places, order[:, :, None], axis=1), spots, np.array(share)[:, None])
 
 
 def rephrase(
@@ -200,28 +150,20 @@ def _positions(scene: Scene, u: np.ndarray, places: np.ndarray, drawer: np.ndarr
     return qpos
 
 
-def _spread(
-    generators: list[np.random.Generator], order: np.ndarray, near: Near | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw object places [R, M, 2] and goals [R, 2] that keep their distances, by rejection.
-
-    `order` [R, M] are the slots of the object meant, of the second and of the third.
-    """
-    a = order[:, 0]
+def _spread(generators: list[np.random.Generator], a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draw object places [R, M, 2] and goals [R, 2] that keep their distances, by rejection."""
     places, spots = np.empty((len(a), _SLOTS, 2)), np.empty((len(a), 2))
     missing = np.arange(len(a))
     while len(missing):
         u = np.stack([generators[i].random((_TRIES, _SLOTS + 1, 2)) for i in missing])
         objects = AREA[0] + (AREA[1] - AREA[0]) * u[:, :, :_SLOTS]
         goals = GOAL_AREA[0] + (GOAL_AREA[1] - GOAL_AREA[0]) * u[:, :, _SLOTS]
-        if near is not None:
-            objects, goals = near.draw(missing, order, objects, goals)
         gaps = ((objects - np.roll(objects, 1, axis=2)) ** 2).sum(axis=3)
         to_goal = ((objects - goals[:, :, None]) ** 2).sum(axis=3)
         meant = np.arange(_SLOTS) == a[missing, None, None]
-        near_goal = np.where(meant, GOAL_DISTANCE[0], GOAL_CLEARANCE) ** 2
+        near = np.where(meant, GOAL_DISTANCE[0], GOAL_CLEARANCE) ** 2
         far = np.where(meant, GOAL_DISTANCE[1], np.inf) ** 2
-        good = ((gaps >= SEPARATION**2) & (to_goal >= near_goal) & (to_goal <= far)).all(axis=2)
+        good = ((gaps >= SEPARATION**2) & (to_goal >= near) & (to_goal <= far)).all(axis=2)
         found, first = good.any(axis=1), good.argmax(axis=1)
         rows = np.flatnonzero(found)
         places[missing[rows]], spots[missing[rows]] = objects[rows, first[rows]], goals[rows, first[rows]]

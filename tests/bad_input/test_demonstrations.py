@@ -463,6 +463,17 @@ def test_misses_of_an_env_whose_expert_never_errs(recipe, capsys, monkeypatch):
     assert not (recipe / "out").exists()
 
 
+def test_demonstrations_that_an_env_cannot_repeat_or_that_are_not_there(recipe, capsys):
+    assert collect(capsys, "--replay", "nowhere").endswith(
+        "cannot be demonstrated: it lacks repeating demonstrations elsewhere (a method `replay()` of the env; or record without "
+        "--replay)\n"
+    )
+    argv = ["collect", "tabletop_demo", "--episodes", "3", "--out", "out", "--replay", "nowhere"]
+    assert main(argv) == 2
+    assert capsys.readouterr().err == "error: nowhere: there is no such folder; make a set with: embodied-rl collect\n"
+    assert not (recipe / "out").exists()
+
+
 @pytest.mark.parametrize("told", [(True,), (1.0, 0.0), (0, 1)])
 def test_an_expert_that_does_not_say_which_dimensions_may_be_disturbed(told, tmp_path, monkeypatch):
     from embodied_rl import registry

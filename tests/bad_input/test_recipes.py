@@ -187,11 +187,6 @@ ROWS = {
         [],
         "my.yaml:2: collect.curriculum: window (20) does nothing with kind (none): remove it, or set kind: success",
     ),
-    "starts that are played again and move": (
-        "collect: {curriculum: {starts: 100}, spread: {around: runs/demos}}",
-        [],
-        "my.yaml:2: collect: curriculum.starts (100) plays the same starts again, and spread moves them: remove one of them",
-    ),
     "a schedule without its target": (
         "algorithm: {update: {lr_schedule: adaptive_kl}}",
         [],
@@ -227,11 +222,6 @@ ROWS = {
         "algorithm: {self_imitation: {rows: 128}}",
         [],
         "my.yaml:2: algorithm.self_imitation: rows (128) does nothing with coef (0): remove it, or set coef above 0",
-    ),
-    "a step size of steps that nobody makes": (
-        "algorithm: {self_imitation: {coef: 1, lr: 2e-3}}",
-        [],
-        "my.yaml:2: algorithm.self_imitation: lr (0.002) does nothing with steps (0): remove it, or set steps above 0",
     ),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import math
 import multiprocessing
 import os
@@ -147,7 +146,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own successes": {
         "env": {"type": "target", "tolerance": 0.9, "max_steps": 6},
         "policy": {"type": "tiny_vla_flow", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
-        "algorithm": {"self_imitation": {"coef": 1.0, "rows": 16, "keep": 24, "steps": 2, "lr": 2e-3}, "update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
+        "algorithm": {"self_imitation": {"coef": 1.0, "rows": 16, "keep": 24}, "update": {"critic_lr": 3e-3, "epochs": 1, "minibatches": 2}},
         "collect": {"copies": 8, "decisions": 4},
     },
     "hindsight": {
@@ -161,8 +160,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "env": {"type": "target", "tolerance": 0.9, "max_steps": 6},
         "policy": {"type": "tiny_vla_tokens", "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 2},
         "algorithm": {
-            "self_imitation": {"coef": 1.0, "rows": 16, "steps": 2, "learns": "foresight"},
-            "update": {"epochs": 1, "minibatches": 2, "muon": {"lr": 2e-3, "only": ["eyes"]}},
+            "self_imitation": {"coef": 1.0, "rows": 16, "learns": "foresight"}, "update": {"epochs": 1, "minibatches": 2},
         },
         "collect": {"copies": 8, "decisions": 4},
     },
@@ -232,16 +230,6 @@ def build(config, *, num_envs, device, split, seed):
 
 
 @cache
-def tabletop_demos() -> str:
-    """One demonstration of each task of the recipe "tabletop"; made once, gone with the process."""
-    folder = Path(tempfile.mkdtemp(prefix="embodied_rl_tests_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    env = load_component("env", "tabletop", [f"tasks={json.dumps(RECIPES['tabletop']['env']['tasks'])}", "threads=1"])
-    collect_demonstrations(env, folder / "demos", 3, copies=6)
-    return str(folder / "demos")
-
-
-@cache
 def seen(episodes: int = 40) -> tuple[str, str]:
     """The env SEEN as a file, and demonstrations of it; made once, gone with the process."""
     folder = Path(tempfile.mkdtemp(prefix="embodied_rl_tests_"))
@@ -268,8 +256,6 @@ def recipe(name: str = "", updates: int = UPDATES, **changes: Any) -> Recipe:
     if name == "imitation":
         env, demonstrations = seen()
         data = lay(data, {"env": {"type": env}, "algorithm": {"demonstrations": demonstrations}})
-    if name == "tabletop":
-        data = lay(data, {"collect": {"spread": {"around": tabletop_demos(), "gain": 0.01}}})
     data = lay(data, changes)
     steps = data["collect"]["copies"] * data["collect"]["decisions"] * data["policy"].get("chunk", 1) * updates
     return build_recipe(lay({"train": {"env_steps": steps}}, data))

@@ -16,7 +16,6 @@ from embodied_rl.envs.tabletop.layout import (
     SEPARATION,
     YAW,
     draw_starts,
-    near_to,
 )
 from embodied_rl.envs.tabletop.scene import HALF_SIZE, HIDDEN, HOME, SHAPES, build_scene
 from embodied_rl.envs.tabletop.tasks import TASKS
@@ -225,56 +224,3 @@ def test_other_words_ask_for_the_same_and_only_in_training():
             assert all(any(text.startswith(head) for head in heads) for text in mine)
         for env in envs:
             env.close()
-
-
-# ---- starts near other starts ----------------------------------------------------------------------------------------
-
-
-def spread(scene, task, share, count=200):
-    """Starts near those of the same task that `draw` begins with, and those themselves."""
-    kinds, others = [TASKS[task]] * count, [start_seed(11, "train", 0, i) for i in range(count)]
-    seeds = [start_seed(12, "train", 0, i) for i in range(count)]
-    near = near_to(kinds, others, [share] * count)
-    return draw_starts(scene, kinds, seeds, near=near), draw(scene, task, count=count), seeds
-
-
-@pytest.mark.parametrize("task", ["push", "place"])
-def test_a_share_of_nothing_is_the_other_start_in_other_words(scene, task):
-    here, there, _ = spread(scene, task, 0.0)
-    assert np.array_equal(here.qpos, there.qpos) and np.array_equal(here.goal, there.goal)
-    for name in ("a", "b", "relation", "colors", "b_start"):
-        assert np.array_equal(getattr(here, name), getattr(there, name)), name
-    assert sum(x != y for x, y in zip(here.texts, there.texts, strict=True)) > 100
-
-
-def test_a_share_of_one_is_anywhere(scene):
-    here, _, seeds = spread(scene, "push", 1.0)
-    free = draw_starts(scene, [TASKS["push"]] * len(seeds), seeds)
-    assert np.allclose(here.qpos, free.qpos, atol=1e-12) and here.texts == free.texts
-    assert np.array_equal(here.colors, free.colors) and np.array_equal(here.a, free.a)
-
-
-def test_between_them_starts_move_away_with_the_share_and_keep_their_distances(scene):
-    moved, changed = [], []
-    for share in (0.05, 0.3, 0.7):
-        here, there, _ = spread(scene, "push", share)
-        where, was = places(scene, here)[..., :2], places(scene, there)[..., :2]
-        rows = np.arange(len(where))
-        # The object meant begins near where the other start had the object it meant, though it may be another one.
-        step = np.abs(where[rows, here.a] - was[rows, there.a])
-        assert (step <= share * (AREA[1] - AREA[0]) + 1e-12).all()
-        assert (np.abs(here.goal[:, :2] - there.goal[:, :2]) <= share * (GOAL_AREA[1] - GOAL_AREA[0]) + 1e-12).all()
-        moved.append(step.mean())
-        changed.append((here.a != there.a).mean())
-        for i, j in ((0, 1), (0, 2), (1, 2)):
-            assert np.linalg.norm(where[:, i] - where[:, j], axis=1).min() > SEPARATION - 0.001
-        away = np.linalg.norm(where - here.goal[:, None, :2], axis=2)
-        assert (away[rows, here.a] >= GOAL_DISTANCE[0]).all() and (away[rows, here.a] <= GOAL_DISTANCE[1]).all()
-    assert moved[0] < moved[1] < moved[2] and changed[0] < changed[1] < changed[2]
-
-
-def test_starts_near_others_come_again_whatever_is_drawn_beside_them(scene):
-    here, _, seeds = spread(scene, "lift", 0.4, count=6)
-    kinds, others = [TASKS["lift"]] * 2, [start_seed(11, "train", 0, i) for i in (3, 5)]
-    some = draw_starts(scene, kinds, [seeds[3], seeds[5]], near=near_to(kinds, others, [0.4, 0.4]))
-    assert np.array_equal(some.qpos, here.qpos[[3, 5]]) and some.texts == [here.texts[3], here.texts[5]]
