@@ -183,9 +183,9 @@ class DemoWriter:
         if not isinstance(own, dict) or not isinstance(own.get("made"), dict):
             raise DemonstrationError(f"{self.folder}: was not made by embodied-rl collect; choose another --out")
         then, now = _flat(own["made"]), _flat(self._own["made"])
-        # Sets were recorded before there were misses.
-        none = {"misses": 0.0, "show_misses": False}
-        then = {key: none[key] for key in none.keys() & now.keys()} | then
+        # Sets were recorded before there were misses, and before demonstrations were repeated.
+        none = {"misses": 0.0, "show_misses": False, "replay": None}
+        then = {key: value for key, value in none.items() if key in now} | then
         for key in then:
             if key in now and then[key] != now[key]:
                 raise DemonstrationError(

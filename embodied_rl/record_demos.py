@@ -129,7 +129,7 @@ class Settings:
         disturbance = {"std": self.noise, "correlation": CORRELATION, "fade": FADE}
         misses = {"misses": self.misses, "show_misses": self.show_misses}
         made = {"disturbance": disturbance, "keep": self.keep, "copies": self.copies, "seed": self.seed, **misses}
-        return made if self.replay is None else made | {"replay": self.replay}
+        return made | {"replay": self.replay}
 
 
 @dataclass(frozen=True)

@@ -437,7 +437,8 @@ def test_going_on_with_a_set_of_a_version_that_wrote_the_noise_into_the_actions(
 def test_a_set_from_before_there_were_misses_is_gone_on_with(recipe, capsys):
     assert main(["collect", "toy.yaml", "--episodes", "2", "--out", "out"]) == 0
     data = info(recipe / "out")
-    del data["embodied_rl"]["made"]["misses"], data["embodied_rl"]["made"]["show_misses"]
+    for later in ("misses", "show_misses", "replay"):
+        del data["embodied_rl"]["made"][later]
     (recipe / "out/meta/info.json").write_text(json.dumps(data))
     capsys.readouterr()
     assert collect(capsys, "--misses", "0.5") == (
