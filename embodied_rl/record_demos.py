@@ -12,6 +12,9 @@ the expert takes over once the error is found out; the set holds what follows (a
 over from the imitator; Kelly, Sidrane, Driggs-Campbell, Kochenderfer 2019, arXiv:1810.02890), and with `show_misses`
 also the error, each frame with what the expert would have done there, as with the disturbance.
 
+With `replay` the expert is a set of demonstrations that the env repeats where objects lie elsewhere (as in MimicGen;
+Mandlekar et al. 2023, arXiv:2310.17596); what succeeds is kept, as ever.
+
 Episode k of the set has task k modulo the number of tasks, and is the next attempt of that task that is worth keeping:
 every task has the same number of episodes (one more for the first ones), a longer set begins with the shorter one, and
 a set that was interrupted equals one that was not.
