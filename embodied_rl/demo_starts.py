@@ -31,21 +31,22 @@ class Shown:
         """Read a set that is to be repeated in an env.
 
         Raises:
-            CapabilityError: Its actions are not what was executed; or see `same_env` and `starts`.
+            CapabilityError: Its actions are not what was executed, or it is of another env, does not say where it
+                began, lacks a task, or is of evaluation starts.
         """
         demos = Demonstrations(folder)
-        same_env(demos, env_type)
+        _same_env(demos, env_type)
         made = demos.info.get(OWN, {}).get("made", {})
-        if made.get("disturbance", {}).get("std") or made.get("show_misses"):
+        if made.get("disturbance", {}).get("std") or made.get("misses"):
             raise CapabilityError(
-                f"{folder}: its hand was pushed about, so its actions do not lead where it went: record it with "
-                "--noise 0 and without --show-misses"
+                f"{folder}: its hand was pushed about or missed, so its actions do not lead where it went: record it "
+                "with --noise 0 and without --misses"
             )
-        seeds, numbers, which = starts(demos, tasks)
+        seeds, numbers, which = _starts(demos, tasks)
         return Shown(seeds, numbers, [episode.action for episode in demos.load(which, cameras=())])
 
 
-def same_env(demos: Demonstrations, env_type: str) -> None:
+def _same_env(demos: Demonstrations, env_type: str) -> None:
     """Refuse demonstrations of another env, whose seeds would begin something else here.
 
     Raises:
@@ -59,7 +60,7 @@ def same_env(demos: Demonstrations, env_type: str) -> None:
         )
 
 
-def starts(demos: Demonstrations, tasks: tuple[str, ...]) -> tuple[Tensor, Tensor, list[int]]:
+def _starts(demos: Demonstrations, tasks: tuple[str, ...]) -> tuple[Tensor, Tensor, list[int]]:
     """Start seeds and tasks [K] int64 of a set's episodes of an env's tasks, and their numbers in the set.
 
     Raises:

@@ -400,6 +400,10 @@ class _Tape:
 
 def _clumsy(of: Any, share: float, copies: int, who: int, how: int) -> Clumsy:
     """Who errs in a share of the copies, and how: by seeds of their own, lest only some errors be seen."""
+    if not callable(getattr(of, "clumsy", None)):
+        raise CapabilityError(
+            "what the env's replay() returns cannot err: give it a method `clumsy()`, or record without --misses"
+        )
     errs = torch.rand(copies, generator=torch.Generator().manual_seed(who)) < share
     return cast(Clumsy, of.clumsy(errs, how))
 

@@ -58,10 +58,9 @@ class Replay:
         """[K, T] how far the hand has come to the object, 0 to 1."""
         self._on = _progress(self._path[:, :, :2] - _at(self._path[:, :, :2], grasp), self._length - 1, grasp)
         """[K, T] and from there to where it ends."""
-        looks = []
+        looks, first = [], torch.arange(b, device=env.device) == 0
         for seed, task in zip(seeds.tolist(), tasks.tolist(), strict=True):
-            everyone = torch.ones(b, dtype=torch.bool, device=env.device)
-            env.reset(everyone, everyone.long() * seed, everyone.long() * task)
+            env.reset(first, first.long() * seed, first.long() * task)
             looks.append({name: x[:1] for name, x in self._look().items()})
         self._shown = {name: torch.cat([look[name] for look in looks]) for name in looks[0]}
         """Where things were, by demonstration."""

@@ -112,8 +112,8 @@ def change(folder, made=None, rows=None):
 @pytest.mark.parametrize(
     ("changed", "tasks", "sentence"),
     [
-        ({"made": {"disturbance": {"std": 1.0}}}, TASKS, "its hand was pushed about, so its actions do not lead where it went"),
-        ({"made": {"show_misses": True}}, TASKS, "record it with --noise 0 and without --show-misses"),
+        ({"made": {"disturbance": {"std": 1.0}}}, TASKS, "its hand was pushed about or missed, so its actions do not lead where it went"),
+        ({"made": {"misses": 0.5}}, TASKS, "record it with --noise 0 and without --misses"),
         ({"made": {"env": {"type": "elsewhere"}}}, TASKS, "was recorded in env 'elsewhere', and this one is 'tabletop'"),
         ({}, (*TASKS, "open"), "has no episode of task open: record one, or leave the task out"),
         ({"rows": {"seed": None}}, TASKS, "does not say at which seeds its episodes began"),
@@ -126,6 +126,14 @@ def test_what_cannot_be_repeated_is_refused(demos, tmp_path, changed, tasks, sen
     change(folder, **changed)
     with pytest.raises(CapabilityError, match=sentence):
         Shown.read(folder, "tabletop", tasks)
+
+
+def test_a_replay_that_cannot_err_is_not_asked_for_misses(demos, tmp_path, monkeypatch):
+    from embodied_rl.envs.tabletop.replay import Replay
+
+    monkeypatch.delattr(Replay, "clumsy")
+    with pytest.raises(CapabilityError, match=r"give it a method `clumsy\(\)`, or record without --misses"):
+        collect_demonstrations(load_component("env", "tabletop", SETTINGS), tmp_path / "set", 3, replay=demos, misses=0.5, copies=6)
 
 
 def test_only_tasks_of_the_env_are_read(demos):
