@@ -5,7 +5,8 @@ delay_max) at update s, so that the fall comes later as replies grow longer.
 
 Log-probabilities are those of the annealed policy, at sampling as in training, so that ratios begin at 1.
 
-Source: Yang et al. 2025 (EAD, Let it Calm, arXiv:2510.05251).
+Source: Yang et al. 2025 (EAD, Let it Calm, arXiv:2510.05251). The delay is that of the authors' code, 20 min(25 + 5 s,
+40000); the paper writes it without the 20.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Anneal(Section):
     """Units after which the temperature has fallen by 1.7 in the first update; larger anneals later."""
     delay_growth: float = Field(100.0, ge=0)
     """Added to the delay with every update."""
-    delay_max: float = Field(40000.0, gt=0)
+    delay_max: float = Field(800000.0, gt=0)
     """Longest delay."""
 
     @model_validator(mode="after")

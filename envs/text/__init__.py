@@ -37,10 +37,12 @@ class Config(Section):
 
     type: Literal["text"] = "text"
     model: str
-    """Folder (or Hugging Face name) of the model that replies; only its tokenizer and chat template are read."""
+    """Folder of the model that replies, or the name of one that was downloaded before; only its tokenizer and chat
+    template are read."""
     tasks: tuple[str | dict[str, Any], ...] = Field(("arithmetic",), min_length=1)
     """Tasks side by side in one batch: names, or with settings as in {task: arithmetic, name: sums, digits: [3, 3]},
-    where `name` is how metrics call it and `weight` (1 without it) how often training plays it beside the others."""
+    where `name` is how metrics call it, `weight` (1 without it) how often training plays it beside the others, and
+    `examples` ([[question, reply], ...]) what stands before each question as if it had been asked and replied."""
     max_context: int = Field(160, ge=1)
     """Most tokens of a conversation that the policy is shown; a longer question is refused, a longer conversation
     ends."""
@@ -78,6 +80,11 @@ class Config(Section):
                 f"overlong ({self.overlong}) must be less than max_reply ({self.max_reply}), or every reply is too long"
             )
         return self
+
+    @property
+    def only_pays(self) -> dict[str, Any]:
+        """Settings that change the reward and nothing else, which a reward model may replace."""
+        return {"overlong": self.overlong} if self.overlong else {}
 
 
 def build(config: Config, *, num_envs: int, device: torch.device, split: Split, seed: int) -> TextEnv:

@@ -98,7 +98,9 @@ class TextEnv:
         """
         self.config, self.device = config, device
         self.tasks = [build_task(entry) for entry in config.tasks]
-        _, names, weights, _ = zip(*map(read_entry, config.tasks), strict=True)
+        asked = [read_entry(entry) for entry in config.tasks]
+        names, weights = tuple(a.name for a in asked), tuple(a.weight for a in asked)
+        self._examples = [a.examples for a in asked]
         self._check_use(config)
         self.speech = Speech(config.model, config.system)
         vocabulary, speaks = self.speech.vocabulary, any(task.speaks for task in self.tasks)
@@ -175,12 +177,13 @@ class TextEnv:
         return action, action[:, 0] != PAD
 
     def _begin(self, task: int, question: Question, share: float) -> list[int]:
-        context, longest = self.speech.begin(_asked(question, share)), self.config.max_context
+        context, longest = self.speech.begin(_asked(question, share), self._examples[task]), self.config.max_context
         if len(context) > longest:
             start = question.text.replace("\n", " ")
             start = start if len(start) <= 60 else f"{start[:60]}..."
             raise CapabilityError(
                 f"a question of task '{self.spec.tasks[task]}' has {len(context)} tokens with the chat template"
+                f"{' and its examples' if self._examples[task] else ''}"
                 f"{f' and {share:.0%} of its solution as a hint' if share else ''}, and "
                 f"env.max_context is {longest} (it begins: {start}); raise env.max_context to {len(context)} or more"
             )

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
 from embodied_rl.errors import CapabilityError, NotFoundError
 from embodied_rl.spec import Vocabulary
-from embodied_rl.vocabulary import fingerprint
+from embodied_rl.vocabulary import fingerprint, local_folder
 
 REPLY = "\u241freply\u241f"
 """Stands for a reply where the template is asked what comes after one."""
@@ -26,10 +25,10 @@ class Speech:
     """
 
     def __init__(self, model: str, system: str | None) -> None:
-        """Load the tokenizer, from this machine where it is there.
+        """Load the tokenizer from this machine.
 
         Args:
-            model: Folder or name.
+            model: Folder, or name of a model that was downloaded before.
             system: System message; None for none.
 
         Raises:
@@ -37,7 +36,8 @@ class Speech:
             CapabilityError: It has no tokenizer, no chat template or no end of a reply.
         """
         self.system = [] if system is None else [{"role": "system", "content": system}]
-        self.tokenizer = _load(model)
+        folder = _folder(model)
+        self.tokenizer = _load(model, folder)
         try:
             template = self.tokenizer.get_chat_template()
         except ValueError:
@@ -55,12 +55,13 @@ class Speech:
                 f"env.model {model}: its tokenizer has no token that ends a reply; set eos_token in its "
                 "tokenizer_config.json"
             )
-        words = Path(cached_file(model, "tokenizer.json")).read_bytes()
+        words = (folder / "tokenizer.json").read_bytes()
         self.vocabulary = Vocabulary(model, len(self.tokenizer), fingerprint([words, template.encode()]), end)
 
-    def begin(self, text: str) -> list[int]:
-        """A conversation up to where the first reply begins."""
-        return self._encode(self._render([*self.system, {"role": "user", "content": text}]))
+    def begin(self, text: str, examples: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """A conversation up to where the first reply begins; pairs of question and reply stand before its question."""
+        before = [{"role": r, "content": c} for e in examples for r, c in zip(("user", "assistant"), e, strict=True)]
+        return self._encode(self._render([*self.system, *before, {"role": "user", "content": text}]))
 
     def go_on(self, context: Sequence[int], reply: Sequence[int], text: str) -> list[int]:
         """The conversation up to where the next reply begins: what there was, the reply's own ids, what is said to it.
@@ -99,16 +100,24 @@ class Speech:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _load(model: str) -> Any:
-    folder = Path(model)
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+def _folder(model: str) -> Path:
+    folder = local_folder(model)
+    if folder is None:
+        raise NotFoundError(
+            f"env.model {model}: there is no such folder, and no model of that name was downloaded before; give the "
+            "folder that policy.model has (scripts/get_smollm2.py makes one), or download the model first"
+        )
+    if not (folder / "tokenizer.json").is_file():
         raise CapabilityError(
             f"env.model {model}: the folder has no tokenizer (tokenizer.json); copy it there from the model it was "
             "made from, beside tokenizer_config.json"
         )
+    return folder
+
+
+def _load(model: str, folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=folder.is_dir())
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        absent = "there is no such folder, and no model of that name can be fetched"
-        wrong = "its tokenizer cannot be read" if folder.is_dir() else absent
-        raise NotFoundError(f"env.model {model}: {wrong} ({str(error).splitlines()[0]})") from error
+        first = str(error).splitlines()[0]
+        raise NotFoundError(f"env.model {model}: its tokenizer cannot be read ({first})") from error

@@ -35,6 +35,9 @@ class Question:
     """What else the checker needs; plain data (numbers, texts, lists, dicts)."""
     solution: str = ""
     """A worked answer, for hints and as a demonstration; "" when only the answer is known."""
+    twins: str = ""
+    """What questions that are the same but for their order have in common, "12 + 34" for 34 + 12: all of them are for
+    training, or all for evaluation; "" when only the text itself decides."""
 
     @property
     def worked(self) -> str:
@@ -99,7 +102,7 @@ class Task:
         """
         for attempt in range(DRAWS):
             question = self.question(random(f"question/{attempt}"))
-            if held_out(question.text, heldout) == evaluation:
+            if held_out(question.twins or question.text, heldout) == evaluation:
                 return question
         kind = "evaluation" if evaluation else "training"
         raise CapabilityError(

@@ -91,11 +91,12 @@ class Config(Section):
     """End a reply that is as long as it may be by the token that ends replies, in its last place. The policy did not
     choose it, so it is in no loss."""
     logp: Literal["evaluate", "decoder"] = "evaluate"
-    """Which log-probabilities are recorded. evaluate: those of the function that training calls, so that the ratio
-    starts at exactly 1 (one forward pass over the replies); decoder: those that were there when the token was drawn,
-    for nothing, but apart by rounding (sync/logp_gap_mean tells how far)."""
+    """Which log-probabilities are recorded. evaluate: those of the function that training calls (one forward pass over
+    the replies), so that ratios start at 1 but for the rounding of other rows packed beside; decoder: those that were
+    there when the token was drawn, for nothing, but with the rounding of decoding (sync/logp_gap_mean tells how
+    far)."""
     rows: int | None = Field(None, ge=1)
-    """Replies written at once; null: all. Less saves memory."""
+    """Replies written, and with logp: evaluate judged, at once; null: all. Less saves memory."""
     critic: Critic = Critic()
     generator: Vllm = Vllm()
 

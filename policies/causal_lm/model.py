@@ -15,7 +15,7 @@ from embodied_rl.errors import CapabilityError, MissingExtraError, NotFoundError
 from embodied_rl.policies._pretrained import from_folder
 from embodied_rl.policies.causal_lm.pack import distinct, pack
 from embodied_rl.types import PAD, EnvSpec
-from embodied_rl.vocabulary import fingerprint
+from embodied_rl.vocabulary import fingerprint, local_folder
 
 ATTENTION = "embodied_rl"
 """Name under which transformers finds our attention."""
@@ -67,17 +67,12 @@ def open_folder(name: str) -> tuple[Path, Any]:
     Raises:
         NotFoundError: No model or no tokenizer there.
     """
-    where, path = f"policy.model '{name}'", Path(name).expanduser()
-    if not path.is_dir():
-        try:
-            from huggingface_hub import snapshot_download
-
-            path = Path(snapshot_download(name, local_files_only=True))
-        except Exception as error:
-            raise NotFoundError(
-                f"{where}: there is no such folder, and no model of that name was downloaded before; give a folder "
-                "that holds config.json, safetensors weights and a tokenizer (scripts/get_smollm2.py makes one)"
-            ) from error
+    where, path = f"policy.model '{name}'", local_folder(name)
+    if path is None:
+        raise NotFoundError(
+            f"{where}: there is no such folder, and no model of that name was downloaded before; give a folder "
+            "that holds config.json, safetensors weights and a tokenizer (scripts/get_smollm2.py makes one)"
+        )
     for file, what in (("config.json", "model"), ("tokenizer.json", "tokenizer")):
         if not (path / file).is_file():
             there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"

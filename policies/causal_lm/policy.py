@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from embodied_rl.policies.causal_lm.vllm_client import VllmGenerator
 from embodied_rl.types import PAD, EnvSpec, Evaluation, Obs, PolicyOutput
 
 log = logging.getLogger(__name__)
+Columns = TypeVar("Columns", bound=tuple[Any, ...])
 
 
 class CausalLM(nn.Module):
@@ -114,8 +115,7 @@ class CausalLM(nn.Module):
             written = self.write(context, uniform, states=states, narrow=narrow)
             units, logp, value = self._forced(written.units), written.logp, None
             if exact:
-                judged = self.evaluate(obs, units, entropy=False)
-                logp, value = judged.logp, judged.value
+                logp, value = self._judged(context, units)
             elif states:
                 value = self._value(written.hidden, units)
         return PolicyOutput(units, logp, units.unsqueeze(1), value, self._chosen(units))
@@ -138,10 +138,20 @@ class CausalLM(nn.Module):
         units, logp, value = self._forced(written.units), written.logp, None
         if not self._evaluating and (self.has_critic or self.config.logp == "evaluate"):
             with torch.no_grad():
-                judged = self.evaluate(obs, units, entropy=False)
-            value = judged.value
-            logp = judged.logp if self.config.logp == "evaluate" else logp
+                exact, value = self._judged(context, units)
+            logp = exact if self.config.logp == "evaluate" else logp
         return PolicyOutput(units, logp, units.unsqueeze(1), value, self._chosen(units))
+
+    def _judged(self, context: Tensor, units: Tensor) -> Judged:
+        """What `evaluate` says of replies that were just written, in batches that fit into memory."""
+
+        def some(rows: slice) -> Judged:
+            found = self.evaluate({self.entry: context[rows]}, units[rows], entropy=False)
+            return Judged(found.logp, found.value)
+
+        own = self.config.rows, "policy.rows"
+        most, setting = (self.config.generator.rows, "policy.generator.rows") if self._vllm else own
+        return in_batches(some, len(context), most, "judge", setting)
 
     def _narrowing(self, rows: int) -> Narrowing:
         """What `evaluation` says, for every row."""
@@ -283,6 +293,15 @@ class CausalLM(nn.Module):
             return in_batches(some, len(context), self.config.rows)
 
 
+class Judged(NamedTuple):
+    """What `evaluate` says of B replies."""
+
+    logp: Tensor
+    """[B, A]"""
+    value: Tensor | None
+    """[B, A] or [B]; None without a critic."""
+
+
 class Stops:
     """Which rows of token ids have one of some texts in them."""
 
@@ -297,31 +316,36 @@ class Stops:
         return torch.tensor([any(s in text for s in self.texts) for text in told], device=units.device)
 
 
-def in_batches(write: Callable[[slice], Written], rows: int, most: int | None) -> Written:
-    """Generate for rows in batches; where memory runs out, in batches of half the size.
+def in_batches(
+    some: Callable[[slice], Columns], rows: int, most: int | None, what: str = "write", setting: str = "policy.rows"
+) -> Columns:
+    """Work on rows in batches; where memory runs out, in batches of half the size.
 
     Args:
-        write: Generates for some rows.
+        some: Works on some rows; columns [n, ...], or None.
         rows: B.
         most: Rows at once; None for all.
+        what: It does with replies, for messages.
+        setting: Of the recipe that gives `most`, for messages.
 
     Returns:
-        written: Of all rows.
+        columns: Of all rows.
 
     Raises:
         UserError: There is not enough memory for one row.
     """
-    size, start, parts = min(most or rows, rows), 0, []
+    size, start = min(most or rows, rows), 0
+    parts: list[Columns] = []
     while start < rows:
         try:
-            parts.append(write(slice(start, min(start + size, rows))))
+            parts.append(some(slice(start, min(start + size, rows))))
             start += size
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
             if size == 1:
                 raise UserError(
-                    "not enough memory to write a single reply: lower the env's max_context or length, or take a "
+                    f"not enough memory to {what} a single reply: lower the env's max_context or length, or take a "
                     "smaller policy.model"
                 ) from error
         else:
@@ -330,15 +354,17 @@ def in_batches(write: Callable[[slice], Written], rows: int, most: int | None) -
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning(
-            "not enough memory to write %d replies at once: going on with %d; set policy.rows: %d to begin with that",
-            size * 2, size, size,
+            "not enough memory to %s %d replies at once: going on with %d; set %s: %d to begin with that",
+            what, size * 2, size, setting, size,
         )  # fmt: skip
     columns: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)]
-    return Written(*columns)
+    return type(parts[0])(*columns)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    """An accelerator says it by a class of its own, a CPU by words: the first on Linux, the second on Windows."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def _conversation(env: EnvSpec) -> str:

@@ -100,6 +100,8 @@ def test_a_question_longer_than_the_context(model):
         ("[{name: x}]", "does not say which task"),
         ("[{task: arithmetic, weight: 0}]", "weight must be a number above 0"),
         ("[{task: arithmetic, weight: often}]", "weight must be a number above 0"),
+        ("[{task: arithmetic, examples: ['What is 1 + 2?']}]", "examples must be pairs of texts, [[question, reply], ...]"),
+        ("[{task: arithmetic, examples: [['What is 1 + 2?', 3]]}]", "examples must be pairs of texts"),
         ("[{task: arithmetic, digit: 3}]", "task 'arithmetic': digit (3): Extra inputs are not permitted"),
         ("[{task: arithmetic, digits: [3, 1]}]", "digits (3, 1) must be two numbers from 1 to 9"),
         ("[reasoning_gym]", "task 'reasoning_gym': dataset"),

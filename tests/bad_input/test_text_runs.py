@@ -28,7 +28,7 @@ def run(tmp_path, capsys, model, **changes):
         "evaluate": {"episodes": 0}, "log": {"folder": str(tmp_path), "tensorboard": False, "progress": False},
     }  # fmt: skip
     for section, keys in changes.items():
-        recipe[section] |= keys
+        recipe[section] = recipe.get(section, {}) | keys
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     code = main(["train", str(path)])
@@ -72,6 +72,19 @@ def test_a_bad_line_of_questions(line, model, tmp_path, capsys):
     path.write_text(f"{QUESTION}{line}\n{QUESTION}")
     code, told = run(tmp_path, capsys, model, env={"tasks": [str(path)]})
     assert code == 2 and "q.jsonl:2: " in one_sentence(told)
+
+
+def test_settings_that_something_else_replaces(model, tmp_path, capsys):
+    told = run(tmp_path, capsys, model, env={"overlong": 2}, reward={"type": "majority"})
+    assert told[0] == 2 and one_sentence(told[1]).endswith(
+        "env.overlong (2) changes what the env pays, and reward majority pays in its place: remove env.overlong, or the reward section"
+    )
+    told = run(tmp_path, capsys, model, policy={"temperature": 0.7}, collect={"anneal": {"plain": 1}})
+    assert told[0] == 2 and one_sentence(told[1]).endswith(
+        "collect.anneal gives every unit a temperature in place of policy.temperature (0.7), at which nothing would be sampled or "
+        "learned: set policy.temperature: 1.0, or collect.anneal: null"
+    )
+    assert run(tmp_path, capsys, model, reward={"type": "majority"}, collect={"anneal": {"plain": 1}})[0] == 0
 
 
 JUDGE = '''
@@ -134,7 +147,7 @@ def test_too_little_memory_halves_then_says_what_to_set(model, tmp_path, capsys,
     def most(rows):
         def generate(*args, **given):
             if len(args[4]) > rows:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                torch.empty(2**50)
             return plain(*args, **given)
 
         return generate

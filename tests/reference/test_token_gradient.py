@@ -222,6 +222,20 @@ def test_reinforce_plus_plus_whitens_the_returns_to_go_of_all_tokens():
     close(expected(units(whiten=True), loss(), 2), by_definition(2, whitened))
 
 
+def test_reinforce_plus_plus_baseline_whitens_what_is_left_of_the_mean_of_the_group():
+    # Two groups of two: the mean is that of the group, the deviation that of both together.
+    credit, aggregate = trajectory(baseline="group_mean", whiten=True), loss(aggregate="unit_mean", constant_units=None)
+    found, wanted = torch.zeros_like(POLICY.logits), torch.zeros_like(POLICY.logits)
+    for (one, p), (other, q) in combinations_with_replacement(list(groups(2)), 2):
+        i, share = [*one, *other], p * q * (1 if one == other else 2)
+        found += share * estimate(group_of(tuple(i), group=torch.tensor([[0, 0, 1, 1]])), credit, aggregate)
+        left = REWARD[i] - REWARD[i].view(2, 2).mean(1, keepdim=True).expand(2, 2).flatten()
+        if left.any():
+            for k, a in zip(i, left / left.std() / LENGTH[i].sum(), strict=True):
+                wanted += share * a * slopes()[k].sum(0)
+    close(found, wanted)
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_ppo_with_an_exact_critic_of_every_token_is_unbiased(lam):
     policy = table(1, "unit")
@@ -317,6 +331,15 @@ def test_canon_compares_with_the_other_half(between):
 
     credit = trajectory(baseline="other_half", between=between)
     close(expected(credit, loss(), 3), by_definition(3, coefficients))
+
+
+def test_the_entropy_bonus_has_the_gradient_of_the_entropies_of_the_tokens():
+    # What a token does to the tokens after it is not in it, else it would be the gradient of the entropy of whole replies.
+    entropy = torch.where(MASK, POLICY.evaluate(CONTEXT, REPLIES).entropy, 0.0).sum(1)
+    bonus = slope_of((probability() * entropy).sum())
+    close(expected(trajectory(), loss(entropy_coef=0.3)), exact() + 0.3 * bonus)
+    p = logs(POLICY).sum(1)
+    assert float((bonus - slope_of(-(p.exp() * p).sum())).norm()) > 0.1 * float(bonus.norm())
 
 
 def test_cispo_has_the_policy_gradient_before_the_first_step():

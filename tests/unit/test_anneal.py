@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import yaml
 
 from embodied_rl.anneal import Anneal
+from embodied_rl.config import packaged_configs
 from embodied_rl.errors import CapabilityError
 from embodied_rl.measure import Clock
 from embodied_rl.session import Session
@@ -21,6 +23,17 @@ def test_temperatures_by_hand():
     later = [1.0, 2.2 - math.exp(1 / 3), 2.2 - math.exp(2 / 3), 0.2]
     assert Anneal(**FAST).temperatures(4, 1).tolist() == pytest.approx(later)
     assert Anneal(**FAST).temperatures(4, 9).tolist() == pytest.approx(later)
+
+
+def test_the_delay_of_the_recipe_is_that_of_the_authors_code():
+    recipe = yaml.safe_load((packaged_configs() / "method" / "ead.yaml").read_text())
+    (of_recipe,), of_class = recipe["collect"].values(), Anneal()
+    assert Anneal(**of_recipe) == of_class
+    for update in (0, 7, 7994, 7995, 10**6):
+        delay = 20 * min(25 + 5 * update, 40000)
+        t = torch.arange(10, 3000, dtype=torch.float64)
+        wanted = (1 + 1.2 - torch.exp(t / delay)).clamp(min=0.1).float()
+        assert torch.equal(of_class.temperatures(3000, update)[10:], wanted)
 
 
 def session(**algorithm):

@@ -9,10 +9,9 @@ import pytest
 import torch
 import transformers
 
-from embodied_rl.errors import CapabilityError, NotFoundError, ShapeError, UserError
+from embodied_rl.errors import CapabilityError, NotFoundError, ShapeError
 from embodied_rl.policies import causal_lm
 from embodied_rl.policies.causal_lm import decode, head, pack
-from embodied_rl.policies.causal_lm.policy import in_batches
 from embodied_rl.policies.causal_lm.product import product
 from embodied_rl.types import PAD
 from tests.toys import echo
@@ -207,15 +206,19 @@ def test_rows_that_say_the_same_are_written_as_one_line_until_they_part(llama, m
     assert set(lines) == {1}
 
 
-def test_replies_after_an_update_are_by_the_new_weights(llama):
-    policy, env = make(llama, logp="decoder")
+@pytest.mark.parametrize("lora", [0, 4])
+def test_replies_after_an_update_are_by_the_new_weights(lora, llama):
+    policy, env = make(llama, logp="decoder", lora=lora)
     obs = contexts(env)
-    policy.act(obs, generator=torch.Generator().manual_seed(0))
+    before = policy.act(obs, generator=torch.Generator().manual_seed(0))
+    moved = [p for p in policy.parameters() if p.requires_grad]
     with torch.no_grad():
-        for p in policy.parameters():
+        for p in moved:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.02)
     out = policy.act(obs, generator=torch.Generator().manual_seed(0))
-    assert (policy.evaluate(obs, out.units).logp - out.logp).abs().max() < 2e-5
+    judged = policy.evaluate(obs, out.units).logp
+    assert (judged - out.logp).abs().max() < 2e-5
+    assert (policy.evaluate(obs, before.units).logp - before.logp).abs().max() > 1e-2, "the update must show"
     assert not any("forward" in vars(m) for m in policy.modules())
 
 
@@ -355,29 +358,6 @@ def test_a_critic_values_every_token_or_the_whole_reply(logp, llama):
     policy.config = policy.config.model_copy(update={"critic": policy.config.critic.model_copy(update={"level": "decision"})})
     assert policy.evaluate(obs, out.units).value.shape == (12,)
     torch.testing.assert_close(policy.act(obs, generator=None, greedy=True).value, policy.value(obs), atol=1e-5, rtol=1e-5)
-
-
-def test_where_memory_runs_out_the_batch_is_halved(caplog):
-    asked = []
-
-    def write(rows: slice) -> decode.Written:
-        asked.append((rows.start, rows.stop))
-        if rows.stop - rows.start > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        x = torch.arange(rows.start, rows.stop)[:, None]
-        return decode.Written(x, x.float(), None)
-
-    assert in_batches(write, 10, None).units.flatten().tolist() == list(range(10))
-    assert asked == [(0, 10), (0, 5), (0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]
-    assert "set policy.rows: 2" in caplog.text
-
-    def never(rows: slice) -> decode.Written:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
-
-    with pytest.raises(UserError, match="not enough memory to write a single reply: lower the env's max_context"):
-        in_batches(never, 4, None)
-    with pytest.raises(RuntimeError, match="a bug"):
-        in_batches(lambda rows: (_ for _ in ()).throw(RuntimeError("a bug")), 4, None)
 
 
 def test_bad_models_are_refused_in_one_sentence(llama, tmp_path):

@@ -1,6 +1,7 @@
 """Conversations: what the policy is shown, what is kept of its replies, what it is paid."""
 
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -16,6 +17,7 @@ from embodied_rl.envs.text.calculation import evaluate
 from embodied_rl.envs.text.env import overlong_cost
 from embodied_rl.envs.text.task import Question, held_out
 from embodied_rl.envs.text.tasks import build_task
+from embodied_rl.errors import CapabilityError
 from embodied_rl.seeding import numpy_rng, start_seeds
 from embodied_rl.types import PAD, Vocabulary
 from tests.toys.tiny_lm import tiny_lm
@@ -98,6 +100,19 @@ def test_a_right_reply_is_paid_1_and_a_wrong_one_0(model):
     ]
 
 
+def test_examples_stand_before_each_question_of_their_task_alone(model):
+    pairs = [["What is 1 + 2?", "1 + 2 = 3"], ["What is 4 + 4?", "4 + 4 = 8"]]
+    env = make(model, [{"task": "arithmetic", "name": "shown", "examples": pairs}, {"task": "arithmetic", "name": "plain"}], copies=2, max_context=400)
+    obs = env.reset(torch.ones(2, dtype=torch.bool), torch.tensor([3, 3]), torch.tensor([0, 1]))
+    said = "".join(f"<|start|>user\n{q}<|end|>\n<|start|>assistant\n{a}<|end|>\n" for q, a in pairs)
+    first, second = shown(env, obs, 0), shown(env, obs, 1)
+    assert said in first and first.replace(said, "") == second, "the same question, with nothing before it"
+    assert [c.question.text for c in env._copies] == [env._copies[0].question.text] * 2
+    assert env.manifest()["tasks"][0]["examples"] == pairs
+    with pytest.raises(CapabilityError, match=r"task 'shown' has \d+ tokens with the chat template and its examples, and env.max_context is 30"):
+        begin(make(model, [{"task": "arithmetic", "name": "shown", "examples": pairs}], copies=1, max_context=30), 3)
+
+
 def test_a_task_of_weight_3_is_played_three_times_as_often(model):
     tasks = [{"task": "arithmetic", "name": "sums", "weight": 3}, {"task": "arithmetic", "name": "long", "digits": [3, 3]}]
     spec = make(model, tasks).spec
@@ -124,7 +139,13 @@ def test_training_and_evaluation_questions_never_meet(kind):
     seeds = [start_seeds(0, split, torch.zeros(300), torch.arange(300)).tolist() for split in ("train", "eval")]
     texts = [{task.draw(partial(numpy_rng, s), bool(s & 1), 0.2).text for s in some} for some in seeds]
     assert len(texts[0]) > 100 and len(texts[1]) > 100 and not texts[0] & texts[1]
-    assert all(held_out(t, 0.2) for t in texts[1]) and not any(held_out(t, 0.2) for t in texts[0])
+    if kind in {"calculator", "reasoning_gym/chain_sum"}:
+        assert all(held_out(t, 0.2) for t in texts[1]) and not any(held_out(t, 0.2) for t in texts[0])
+    else:  # nor do those with the same numbers in another order
+        found = [[re.findall(r"\d+", t) for t in some] for some in texts]
+        of_game = 1 if kind == "countdown" else 0  # its last number is the target
+        games = [{(*sorted(n[: len(n) - of_game]), *n[len(n) - of_game :]) for n in some} for some in found]
+        assert not games[0] & games[1] and len(games[0]) < len(texts[0])
 
 
 def test_the_held_out_share_is_what_it_says():

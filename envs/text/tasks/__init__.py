@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Sequence
 from pathlib import PurePath
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from pydantic import ValidationError
 
@@ -28,17 +28,30 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def read_entry(entry: Entry) -> tuple[str, str, float, dict[str, Any]]:
+class Asked(NamedTuple):
+    """What an entry says.
+
+    Example: `Asked("arithmetic", "sums", 1.0, (("What is 1 + 2?", "1 + 2 = 3"),), {"digits": [3, 3]})`.
+    """
+
+    kind: str
+    """A built-in name, a dotted module or a `.py` file."""
+    name: str
+    """How metrics call the task."""
+    weight: float
+    """How often training plays it, beside the others."""
+    examples: tuple[tuple[str, str], ...]
+    """What was asked and replied before each question."""
+    settings: dict[str, Any]
+    """Of its Config."""
+
+
+def read_entry(entry: Entry) -> Asked:
     """Take an entry apart.
 
-    Returns:
-        kind: A built-in name, a dotted module or a `.py` file.
-        name: How metrics call the task.
-        weight: How often training plays it, beside the others.
-        settings: Of its Config.
-
     Raises:
-        ValueError: A mapping without `task`, a name that is no text, or a weight that is no number above 0.
+        ValueError: A mapping without `task`, a name that is no text, a weight that is no number above 0, or examples
+            that are no pairs of texts.
     """
     settings = {"task": entry} if isinstance(entry, str) else dict(entry)
     kind = settings.pop("task", None)
@@ -50,6 +63,9 @@ def read_entry(entry: Entry) -> tuple[str, str, float, dict[str, Any]]:
     weight = settings.pop("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise ValueError(f"{entry}: weight must be a number above 0")
+    examples = settings.pop("examples", ())
+    if not isinstance(examples, list | tuple) or not all(map(_is_pair, examples)):
+        raise ValueError(f"{entry}: examples must be pairs of texts, [[question, reply], ...]")
     default = kind
     if kind.startswith(GYM):
         kind, settings = "reasoning_gym", {"dataset": kind.removeprefix(GYM), **settings}
@@ -58,7 +74,11 @@ def read_entry(entry: Entry) -> tuple[str, str, float, dict[str, Any]]:
         kind, settings = "questions", {"path": kind, **settings}
     elif kind.endswith(".py"):
         default = PurePath(kind).stem
-    return kind, name or default, float(weight), settings
+    return Asked(kind, name or default, float(weight), tuple((a, b) for a, b in examples), settings)
+
+
+def _is_pair(example: Any) -> bool:
+    return isinstance(example, list | tuple) and len(example) == 2 and all(isinstance(x, str) and x for x in example)
 
 
 def check_entry(entry: Entry) -> str:
@@ -67,13 +87,13 @@ def check_entry(entry: Entry) -> str:
     Raises:
         ValueError: No such built-in task, or settings that it refuses.
     """
-    kind, name, _, settings = read_entry(entry)
-    if "." not in kind:
+    asked = read_entry(entry)
+    if "." not in asked.kind:
         try:
-            _configure(_module(kind), kind, settings)
+            _configure(_module(asked.kind), asked.kind, asked.settings)
         except (NotFoundError, ConfigError) as error:
             raise ValueError(str(error)) from None
-    return name
+    return asked.name
 
 
 def build_task(entry: Entry) -> Task:
@@ -82,9 +102,10 @@ def build_task(entry: Entry) -> Task:
     Raises:
         UserError: It does not exist, refuses its settings, or needs a package that is not installed.
     """
-    kind, _, _, settings = read_entry(entry)
+    asked = read_entry(entry)
+    kind = asked.kind
     module = _module(kind)
-    config = _configure(module, kind, settings)
+    config = _configure(module, kind, asked.settings)
     try:
         return cast(Task, module.build(config))
     except ModuleNotFoundError as error:

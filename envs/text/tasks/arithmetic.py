@@ -45,10 +45,14 @@ class Arithmetic(Task):
     def question(self, rng: np.random.Generator) -> Question:
         """Draw numbers and operators."""
         c = self.config
-        text = str(number(rng, *c.digits))
+        numbers, operators = [str(number(rng, *c.digits))], []
         for _ in range(c.terms - 1):
-            text += f" {c.operators[int(rng.integers(len(c.operators)))]} {number(rng, *c.digits)}"
-        return Question(f"What is {text}? Answer with just the number.", written(evaluate(text)))
+            operators.append(c.operators[int(rng.integers(len(c.operators)))])
+            numbers.append(str(number(rng, *c.digits)))
+        text = numbers[0] + "".join(f" {o} {n}" for o, n in zip(operators, numbers[1:], strict=True))
+        order_is_free = set(operators) in ({"+"}, {"*"})
+        twins = f" {operators[0]} ".join(sorted(numbers)) if order_is_free else ""
+        return Question(f"What is {text}? Answer with just the number.", written(evaluate(text)), twins=twins)
 
     def score(self, question: Question, reply: str) -> float | None:
         """1 for the right number, else 0."""

@@ -61,6 +61,7 @@ class Countdown(Task):
             "just the expression.",
             text,
             {"numbers": numbers, "target": int(target)},
+            twins=f"{sorted(numbers)} {target}",
         )
 
     def score(self, question: Question, reply: str) -> float:
