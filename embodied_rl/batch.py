@@ -65,13 +65,15 @@ class Flat:
         return {**self.obs, **{k: v.index_select(0, self.episode) for k, v in self.constants.items()}}
 
 
-def flatten(rollout: Rollout, advantage: Advantage, *, groups: bool = False) -> Flat:
+def flatten(rollout: Rollout, advantage: Advantage, *, groups: bool = False, actions: int | None = None) -> Flat:
     """Turn the decisions that are learned from into rows, copy by copy within each decision index.
 
     Args:
         rollout: [T, B].
         advantage: [T, B] or [T, B, A].
         groups: Tell the group of each row.
+        actions: How many a decision has, where each has a ratio of its own: those that would have begun after the end
+            of the episode were never taken, and do not count.
 
     Returns:
         flat: N = number of decisions that count. The mask is left out when every unit counts. Where the policy gave
@@ -92,16 +94,26 @@ def flatten(rollout: Rollout, advantage: Advantage, *, groups: bool = False) -> 
     if groups:
         columns["group"] = rows(rollout.group)
     mask = rows(rollout.mask)
+    # A policy's own backward pass would spread a NaN left in a masked unit to all its weights.
+    # Integers cannot be NaN, and their PAD tells where a row ends.
+    if columns["units"].is_floating_point() and not bool(mask.all()):
+        counts = mask.view(*mask.shape, *[1] * (columns["units"].ndim - 2))
+        columns["units"] = columns["units"].masked_fill(~counts, 0)
+    if actions is not None:
+        # Their units stay as they are: others of the decision may have been sampled after looking at them.
+        mask = mask & rows(_taken(rollout, actions))
     if not bool(mask.all()):
         columns["mask"] = mask
-        # A policy's own backward pass would spread a NaN left in a masked unit to all its weights.
-        # Integers cannot be NaN, and their PAD tells where a row ends.
-        if columns["units"].is_floating_point():
-            counts = mask.view(*mask.shape, *[1] * (columns["units"].ndim - 2))
-            columns["units"] = columns["units"].masked_fill(~counts, 0)
     if rollout.features is not None:
         return Flat({FEATURES: rows(rollout.features)}, {}, rows(rollout.episode), columns)
     return Flat({k: rows(v) for k, v in rollout.obs.items()}, rollout.constants, rows(rollout.episode), columns)
+
+
+def _taken(rollout: Rollout, actions: int) -> Tensor:
+    """[T, B, A] bool, units of actions that had begun before the episode ended."""
+    units = torch.arange(rollout.mask.shape[-1], device=rollout.steps.device)
+    begins = units // (len(units) // actions) * (rollout.chunk // actions)
+    return begins < rollout.steps.unsqueeze(-1)
 
 
 def observed(rollout: Rollout) -> Obs | None:
@@ -242,9 +254,7 @@ def cuts(
     return [*borders, rows]
 
 
-def _shuffle(
-    together: Tensor, count: int, whole: bool, generator: torch.Generator
-) -> tuple[Tensor, list[int]]:
+def _shuffle(together: Tensor, count: int, whole: bool, generator: torch.Generator) -> tuple[Tensor, list[int]]:
     """Order of the rows [N] and the borders of the minibatches [count + 1]; `whole` keeps equal ids [N] `together`."""
     n = len(together)
     if not whole:

@@ -193,7 +193,7 @@ class Collector:
             curriculum: Which task each start gets; None for one after the other.
             run_seed: Seed of the starts.
             generator: Of the policy's samples, on the policy's device.
-            keep_final_obs: Fill `Rollout.final_obs`, which reward models and self-imitation read.
+            keep_final_obs: Fill `Rollout.final_obs` and `instructions`, which reward models and self-imitation read.
             keep_actions: Fill `Rollout.action`, which self-imitation reads.
             greedy_baseline: The first copy of each group takes the policy's mode.
             budget: Copies per start by its success rate; None for `group_size` each.

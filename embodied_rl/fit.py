@@ -41,6 +41,11 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
             f"algorithm.credit.level is {credit.level} and the policy's critic values every {found}: set "
             f"algorithm.credit.level: {found}, or use a policy whose critic values every {wanted}"
         )
+    if credit.level == "unit" and getattr(policy, "units_out_of_order", False):
+        raise CapabilityError(
+            "algorithm.credit.level unit credits a unit for those behind it, and with policy.units action it moves "
+            "some before it as well: set algorithm.credit.level: decision, or policy.units: step"
+        )
     if loss.objective == "outcome" and collect.group_size < 2:
         raise CapabilityError(
             "algorithm.loss.objective outcome compares the copies of one start, and collect.group_size is "
@@ -62,11 +67,7 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
             f"algorithm.credit.returns {credit.returns} without a critic needs whole episodes, and collect.mode is "
             "stream: set collect.mode: episodes"
         )
-    if collect.anneal is not None and not isinstance(policy, Annealed):
-        raise CapabilityError(
-            "collect.anneal lowers the sampling temperature unit by unit, and this policy has no temperature: set "
-            "collect.anneal: null, or use a policy that samples tokens"
-        )
+    _check_anneal(recipe, policy)
     if credit.mask_after_success and not env.has_success:
         raise CapabilityError(
             "algorithm.credit.mask_after_success masks what follows success, and the env does not tell success: "
@@ -92,12 +93,36 @@ def check_fit(recipe: Recipe, policy: Policy, env: EnvSpec) -> None:
     _check_loss(loss, policy)
 
 
+def _check_anneal(recipe: Recipe, policy: Policy) -> None:
+    """Refuse annealing of a policy that has no temperature, or one of its own."""
+    if recipe.collect.anneal is None:
+        return
+    if not isinstance(policy, Annealed):
+        raise CapabilityError(
+            "collect.anneal lowers the sampling temperature unit by unit, and this policy has no temperature: set "
+            "collect.anneal: null, or use a policy that samples tokens"
+        )
+    own = getattr(recipe.policy, "temperature", 1.0)
+    if own != 1:
+        raise CapabilityError(
+            f"collect.anneal gives every unit a temperature in place of policy.temperature ({own:g}), at which nothing "
+            "would be sampled or learned: set policy.temperature: 1.0, or collect.anneal: null"
+        )
+
+
 def _check_loss(loss: Loss, policy: Policy) -> None:
     """Refuse what a loss cannot do with the units and the critic of a policy."""
     if loss.ratio == "action" and getattr(policy, "units_span_chunk", False):
         raise CapabilityError(
             "algorithm.loss.ratio action takes one ratio per action, and every unit of this policy covers the whole "
-            "chunk: set algorithm.loss.ratio: unit (each denoising step) or decision (all of them)"
+            "chunk: set policy.units: action (with policy.likelihood sde or learned), or algorithm.loss.ratio: unit "
+            "(each denoising step) or decision (all of them)"
+        )
+    cell = {"decision": policy.num_units, "action": policy.num_units // policy.actions_per_decision}.get(loss.ratio)
+    if loss.reduce == "mean" and cell == 1:
+        raise CapabilityError(
+            f"algorithm.loss.reduce (mean) does nothing with ratio ({loss.ratio}) here, because every {loss.ratio} of "
+            "this policy is one unit: set algorithm.loss.reduce: sum, or ratio: trajectory"
         )
     if loss.entropy_coef and not getattr(policy, "entropy_learns", True):
         raise CapabilityError(

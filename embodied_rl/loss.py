@@ -241,6 +241,11 @@ class LossFunction:
         return self.config.ratio == "trajectory" or self.config.aggregate in ("trajectory_mean", "constant")
 
     @property
+    def actions(self) -> int | None:
+        """Actions per decision where each has a ratio of its own, else None."""
+        return self.chunk if self.config.ratio == "action" else None
+
+    @property
     def whole_groups(self) -> bool:
         """Whether an optimizer step must hold its groups whole."""
         return self.config.objective == "outcome"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
 import torch
 
 from embodied_rl.metrics import Partials
-from embodied_rl.types import Rollout
+from embodied_rl.offers import Restarting
+from embodied_rl.types import Env, Rollout
 
 PER_TASK = {"return_mean": "return", "success_once_rate": "success_once", "success_at_end_rate": "success_at_end"}
 """Metric under rollout/ -> column of `Rollout.finished`, averaged over all episodes and over those of each task."""
@@ -34,6 +35,7 @@ def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
     failed = 0 if rollout.invalid is None else len(rollout.episode[rollout.invalid].unique())
     if failed or ended:
         out.add("rollout/invalid_rate", failed, failed + len(ended.get("return", ())))
+        out.add("rollout/invalid_episodes", failed)
     if not ended:
         return out
     n = len(ended["return"])
@@ -53,6 +55,13 @@ def rollout_metrics(rollout: Rollout, tasks: tuple[str, ...]) -> Partials:
             if len(chosen):
                 out.add(f"rollout/{name}/{task}", float(chosen.sum()), len(chosen))
     return out
+
+
+def restarts_of(envs: Iterable[Env]) -> int | None:
+    """Processes of simulators replaced since the envs were built; None where there are none."""
+    told = [env.restarts for env in envs if isinstance(env, Restarting)]
+    counts = [count for count in told if count is not None]
+    return sum(counts) if counts else None
 
 
 class Clock:

@@ -68,6 +68,7 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("rollout/truncated_rate", "ended episodes that were cut by a time limit", "truncated / ended", "1", "", "mean"),
     ("rollout/invalid_rate", "ended episodes in which the judge or the simulator failed: they are in no other metric "
      "and are not learned from", "failed / (ended, failed ones included)", "1", "lower", "mean"),
+    ("rollout/invalid_episodes", "how many those are", "", "episodes", "lower", "sum"),
     ("rollout/reward_<term>_mean", "reward term or diagnostic that the env reports, per control step", "", "task", "",
      "mean"),
     ("rollout/zero_advantage_groups", "groups of equal returns: they carry no signal", "", "1", "lower", "mean"),
@@ -160,6 +161,8 @@ _TABLE: tuple[tuple[str, str, str, str, Better, Reduction], ...] = (
     ("perf/env_steps_per_s", "training speed, updates included",
      "control steps of all copies / (rollout_s + advantage_s + update_s)", "steps/s", "higher", "last"),
     ("perf/decisions_per_s", "policy calls per second, updates included", "", "decisions/s", "higher", "last"),
+    ("perf/worker_restarts", "processes of isolated simulators that were lost and started again, of this rollout", "",
+     "processes", "lower", "sum"),
     ("perf/memory_mib", "largest resident memory of the process so far", "", "MiB", "lower", "max"),
     ("progress/update", "finished updates", "", "updates", "", "last"),
     ("progress/env_steps", "control steps learned from, over all copies: the x axis",

@@ -14,6 +14,25 @@ from embodied_rl.spec import Obs
 
 
 @runtime_checkable
+class Speaking(Protocol):
+    """What an env offers beside `Env` when it knows in words what its copies are asked for."""
+
+    def instructions(self) -> list[str]:
+        """The present instruction of each copy [B] as text, once the first reset has begun its episode."""
+        ...
+
+
+@runtime_checkable
+class Restarting(Protocol):
+    """What an env offers beside `Env` when its simulators are processes that it replaces where it loses them."""
+
+    @property
+    def restarts(self) -> int | None:
+        """Processes replaced since the env was built; None where no part of it has any."""
+        ...
+
+
+@runtime_checkable
 class Hinting(Protocol):
     """What an env offers beside `Env` when it can make its tasks easier by showing a part of the solution."""
 

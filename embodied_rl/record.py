@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from embodied_rl.errors import ShapeError
+from embodied_rl.offers import Speaking
 from embodied_rl.types import Obs, PolicyOutput, Relabelling, Rollout
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Record:
         self.success: dict[str, Tensor] = {}
         self.shown: dict[str, Tensor] = {}
         self.deeds: list[tuple[Tensor, Tensor, Obs]] = []
+        told = collector.keep_final_obs and all(hasattr(part.env, "instructions") for part in collector.parts)
+        self.instructions: list[str] | None = [] if told else None
 
     def open(self) -> None:
         """Allocate [T, B] storage and note the episodes that are already running."""
@@ -71,6 +75,12 @@ class Record:
         for n in self.constant_names:
             everyone = torch.cat([p.obs[n] for p in self.c.parts]) if len(self.c.parts) > 1 else self.c.parts[0].obs[n]
             self.bank[n].append(everyone[copies.to(everyone.device)].clone())
+        if self.instructions is not None:
+            asked = [text for part in self.c.parts for text in cast(Speaking, part.env).instructions()]
+            if len(asked) != self.c.num_envs:
+                wanted = f"{self.c.num_envs}, one for each copy"
+                raise ShapeError(f"the env's instructions() gave {len(asked)} sentences, expected {wanted}")
+            self.instructions += [asked[copy] for copy in copies.tolist()]
 
     def demonstrations(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Note what `Demonstrating.demonstrate` said in each part."""
@@ -176,6 +186,7 @@ class Record:
             features=d.get("features"), action=d.get("action"), final=final, final_obs=final_obs, invalid=d["invalid"],
             result=d.get("result"), **{n: x.expand(t, *x.shape) for n, x in self.shown.items()},
             greedy=None if c.greedy is None else c.greedy.expand(t, -1), relabelled=relabelled, relabels=relabels,
+            instructions=self.instructions,
         )  # fmt: skip
 
     @staticmethod

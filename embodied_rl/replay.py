@@ -127,7 +127,7 @@ class ReplayBuffer:
         good = counts & (played & (score > self.baseline))
         if not bool(good.any()):
             return
-        flat = flatten(rollout, Advantage(score.expand_as(rollout.reward), counts=good))
+        flat = flatten(rollout, Advantage(score.expand_as(rollout.reward), counts=good), actions=self.loss.actions)
         self._keep(flat)
 
     def _keep(self, flat: Flat) -> None:

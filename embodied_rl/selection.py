@@ -14,7 +14,7 @@ from embodied_rl.types import Rollout
 CLEARED = ("valid", "mask", "reward", "steps", "terminated", "truncated", "invalid", "relabelled")
 """Fields that are zero beyond the end of a rollout; the others repeat their last row."""
 
-LISTED = ("constants", "finished", "final_obs", "relabels")
+LISTED = ("constants", "finished", "final_obs", "relabels", "instructions")
 """Fields with one row per episode instead of [T, B]."""
 
 
@@ -149,7 +149,8 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
         final = None if r.final is None else torch.where(r.final < 0, r.final, r.final + ends)
         parts.append(replace(r, episode=r.episode + episodes, group=r.group + groups, finished=finished, final=final))
         # One row of constants per episode, also of one that was begun after the last decision.
-        episodes += max([int(r.episode.max()) + 1, *(len(x) for x in r.constants.values())])
+        lengths = [len(x) for x in r.constants.values()] + [len(r.instructions or [])]
+        episodes += max([int(r.episode.max()) + 1, *lengths])
         groups += int(r.group.max()) + 1
         copies += r.reward.shape[1]
         ends += max([0, *(len(x) for x in r.final_obs.values())])
@@ -180,6 +181,8 @@ def _side_by_side(values: list[Any], axis: int) -> Any:
     if isinstance(values[0], dict):
         names = dict.fromkeys(name for x in values for name in x)
         return {name: torch.cat([x[name] for x in values if name in x], dim=axis) for name in names}
+    if isinstance(values[0], list):
+        return [x for part in values for x in part]
     return None if values[0] is None else torch.cat(values, dim=axis)
 
 

@@ -19,7 +19,7 @@ from embodied_rl.extra import Extra
 from embodied_rl.fit import check_extras, check_fit
 from embodied_rl.guide import Guided
 from embodied_rl.loss import LossFunction
-from embodied_rl.measure import Clock, rollout_metrics
+from embodied_rl.measure import Clock, restarts_of, rollout_metrics
 from embodied_rl.metrics import Partials
 from embodied_rl.recipe import Recipe
 from embodied_rl.replay import ReplayBuffer
@@ -110,7 +110,7 @@ def build_shaping(recipe: Recipe, *, env: EnvSpec, device: torch.device) -> Shap
         return None
     module = registry.load("reward", _type_of(recipe.reward))
     config, credit = cast(RewardConfig, recipe.reward), cast(AlgorithmConfig, recipe.algorithm).credit
-    check_reward(config, credit, recipe.collect, env)
+    check_reward(config, credit, recipe.collect, env, getattr(recipe.env, "only_pays", {}))
     return Shaping(module.build(config, env=env, device=device), config, credit)
 
 
@@ -153,6 +153,8 @@ class Session(Saved):
 
     conformance: tuple[str, ...] = ()
     """What the parts that met agree on, and what was stated where they do not."""
+    restarts: int = 0
+    """Processes of simulators that have been replaced and counted."""
 
     _COUNTERS = ("env_steps", "episodes", "decisions", "wall_s", "score")
 
@@ -261,6 +263,9 @@ class Session(Saved):
         if self.collector.budget is not None:
             metrics.last("rollout/group_size_max", float(torch.bincount(rollout.group[0]).max()))
         metrics.merge_pairs(advantage.metrics)
+        if (restarts := restarts_of(part.env for part in self.collector.parts)) is not None:
+            metrics.add("perf/worker_restarts", restarts - self.restarts)
+            self.restarts = restarts
         busy = sum(clock.seconds.values())
         metrics.last("perf/env_steps_per_s", steps / busy)
         metrics.last("perf/decisions_per_s", decisions / busy)

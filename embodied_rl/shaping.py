@@ -9,8 +9,9 @@ Returns in the metrics are the env's whatever is learned from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ def episodes(rollout: Rollout) -> list[Episode]:
                     obs, success, bool(terminated[last, b]), bool(truncated[last, b]), int(task[last, b]),
                     int(group[last, b]), b, start, rollout.units[start:stop, b], rollout.mask[start:stop, b],
                     None if rollout.result is None else int(rollout.result[last, b]),
+                    None if rollout.instructions is None else rollout.instructions[index],
                 )
             )  # fmt: skip
     return out
@@ -129,7 +131,8 @@ class Shaping:
             "rollout/progress_judged_rate": (float(sum(a is not None for a in answers)), float(len(answers))),
         } | self.model.metrics()
         # What only the model had to see is let go, so that rollouts can be put side by side.
-        return replace(rollout, reward=rollout.reward + extra, final=None, final_obs={}), metrics
+        let_go: dict[str, Any] = {"final": None, "final_obs": {}, "instructions": None}
+        return replace(rollout, reward=rollout.reward + extra, **let_go), metrics
 
     def _potential(self, rollout: Rollout, parts: Sequence[Episode], answers: Sequence[Tensor | None]) -> Tensor:
         now, after = torch.zeros_like(rollout.reward), torch.zeros_like(rollout.reward)
@@ -193,8 +196,17 @@ def check_answers(name: str, parts: Sequence[Episode], answers: Sequence[Tensor 
             )
 
 
-def check_reward(config: RewardConfig, credit: Credit, collect: Collect, env: EnvSpec) -> None:
+def check_reward(
+    config: RewardConfig, credit: Credit, collect: Collect, env: EnvSpec, only_pays: Mapping[str, Any]
+) -> None:
     """Refuse a use of a reward model that cannot work in this recipe, with a way out.
+
+    Args:
+        config: The recipe's reward section.
+        credit: The recipe's.
+        collect: The recipe's.
+        env: Described.
+        only_pays: Settings of the env that change what it pays and nothing else.
 
     Raises:
         CapabilityError: Says both values and what to change.
@@ -204,6 +216,12 @@ def check_reward(config: RewardConfig, credit: Credit, collect: Collect, env: En
             "reward.use potential does nothing with algorithm.credit.returns trajectory: over an episode it adds up to "
             "minus the progress of the start, which no action changes. Set reward.use: outcome, or "
             "algorithm.credit.returns: return_to_go"
+        )
+    if config.use == "alone" and only_pays:
+        name, value = next(iter(only_pays.items()))
+        raise CapabilityError(
+            f"env.{name} ({value}) changes what the env pays, and reward {config.type} pays in its place: remove "
+            f"env.{name}, or the reward section"
         )
     if config.needs_whole_episodes and collect.mode == "stream":
         why = f"reward.use {config.use}" if config.use != "potential" else f"reward {config.type} with these settings"

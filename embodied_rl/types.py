@@ -230,6 +230,7 @@ class Policy(Protocol):
     #     evaluating(on: bool) -> None    from here on it is (no longer) played for evaluation, nobody learns from it
     #     samples_for_evaluation: bool    True when settings of it say how: evaluation must then not be greedy
     #     units_span_chunk: bool    True when every unit covers the whole chunk, so that none belongs to one action
+    #     units_out_of_order: bool    True when a unit was sampled after looking at some that stand behind it
     #     entropy_learns: bool    False when no weight moves the entropy of its units, or they have none
 
 
@@ -299,6 +300,9 @@ class Rollout:
     """[T, B] int64 row of `final_obs` that followed the decision; -1 where the next decision's observation did."""
     result: Tensor | None = None
     """[T, B] int64, `Step.result` after the decision; None when the env has none."""
+    instructions: list[str] | None = None
+    """[E] what the env asked in words when the episode (or the rollout) began, row `episode[t, b]`; for rewards. None
+    where the env has no `instructions()`."""
     demonstration: Tensor | None = None
     """[T, B, *action.shape] a good action at the start of the rollout, the same in every row; kept for `guide`."""
     demonstrated: Tensor | None = None

@@ -12,10 +12,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from embodied_rl.batch import Flat, cuts, flatten, micro_batches, minibatches, with_signal
+from embodied_rl.batch import Flat, as_batch, cuts, flatten, micro_batches, minibatches, with_signal
 from embodied_rl.cells import by_cell
 from embodied_rl.errors import DivergenceError
 from embodied_rl.extra import Extra
+from embodied_rl.logp_gap import LogpGap, logp_gap
 from embodied_rl.loss import LossFunction, kl_estimate
 from embodied_rl.metrics import Partials
 from embodied_rl.optimizer import FlatParameters, Muon, Optimizer
@@ -24,28 +25,6 @@ from embodied_rl.types import Advantage, Batch, Policy, Rollout, State
 
 OF_EVERY_EPOCH = ("actor/skipped_updates", "sync/logp_gap_mean", "sync/logp_mended_rate")
 """Metrics that are added up over the epochs of an update; the others are those of its last epoch."""
-
-
-class LogpGap(Section):
-    """When the sampler's log-probabilities are not those that training computes (another precision, kernel, engine)."""
-
-    do: Literal["nothing", "recompute", "correct"] = "nothing"
-    """recompute: ratios are against the log-probabilities of the training path, so that they start at 1; correct: the
-    same, and the objective is weighted by min(pi_training / pi_sampler, cap), truncated importance sampling. Either
-    costs one forward pass over the rollout, except that recompute costs nothing where a rollout serves for one
-    optimizer step and above is 0."""
-    above: float = Field(0.05, ge=0)
-    """Mean |gap| in nat per unit; up to this nothing is changed."""
-    cap: float = Field(2.0, ge=1)
-    """correct: largest weight; larger trusts rare samples more and is noisier."""
-
-    @model_validator(mode="after")
-    def _nothing_idle(self) -> LogpGap:
-        for name, users in (("above", ("recompute", "correct")), ("cap", ("correct",))):
-            value = getattr(self, name)
-            if self.do not in users and value != type(self).model_fields[name].default:
-                raise ValueError(f"{name} ({value}) does nothing with do ({self.do}): remove it, or set do: correct")
-        return self
 
 
 class Update(Section):
@@ -171,10 +150,12 @@ class Updater:
             self.lr = c.lr * rise * (1 - progress if c.lr_schedule == "linear" else 1.0)
         metrics = Partials()
         metrics.maximum("sync/policy_lag_max", float(self.version - rollout.policy_version.min()))
-        flat = flatten(rollout, advantage, groups=self.loss.whole_groups)
+        flat = flatten(rollout, advantage, groups=self.loss.whole_groups, actions=self.loss.actions)
         if len(flat) == 0:
             # Every group was dropped: an update without anything to learn from, and no sign of divergence.
-            if not bool(rollout.valid.any()):
+            if bool(rollout.valid.any()):
+                self._measure_some(flatten(rollout, Advantage(torch.zeros_like(rollout.reward))), metrics)
+            else:
                 self._count_failed()
             self.version += 1
             return metrics
@@ -199,6 +180,8 @@ class Updater:
                 elif kl > 1.5 * c.target_kl:
                     break
         metrics.merge(metrics_of_epoch.without(*OF_EVERY_EPOCH))
+        if self._stepped and metrics.value("sync/logp_gap_mean") is None:  # no decision had an advantage
+            self._measure_some(flat, metrics)
         metrics.last("actor/lr", self.lr)
         self._count_bad(rollout)
         self.version += 1
@@ -252,18 +235,20 @@ class Updater:
         """One optimizer step on one minibatch, in micro-batches; rows that can have no gradient are not evaluated."""
         flat, c = self.parameters, self.config
         flat.grad.zero_()
+        measure = c.recomputes_as_it_goes or (not self._moved and c.logp_gap.do == "nothing")
         if self.loss.skips(batch):
-            rows = len(batch)
-            batch = with_signal(batch)
+            everything, batch = batch, with_signal(batch)
+            rows = len(everything)
             metrics.add("actor/skipped_rows_rate", float(rows - len(batch)), float(rows))
             if not len(batch) and not self.extras:
                 # Nothing to learn from is no divergence, and no reason to follow the momentum of earlier steps.
                 self._stepped = True
                 return
+            if not len(batch) and measure:  # the extras are about to move the weights that sampled
+                self._measure(everything, metrics)
         loss = torch.zeros((), device=flat.grad.device)
         parts: list[dict[str, tuple[Tensor, Tensor | float]]] = []
         whole = self.loss.config.ratio == "trajectory"
-        measure = c.recomputes_as_it_goes or (not self._moved and c.logp_gap.do == "nothing")
         pieces = micro_batches(batch, c.micro_batch, whole, c.micro_units) if len(batch) else ()
         for piece in pieces:
             evaluation = self.policy.evaluate(piece.obs, piece.units, entropy=self.loss.reads_entropy or diagnose)
@@ -378,6 +363,19 @@ class Updater:
             parts: Iterable[Flat] = (flat.slice(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True))
             return torch.cat([policy.evaluate(p.full_obs(), p.rows["units"], entropy=False).logp for p in parts])
 
+    def _measure_some(self, flat: Flat, metrics: Partials) -> None:
+        """Log the gap over one micro-batch of rows that nothing is learned from."""
+        rows = self.config.micro_batch or -(-len(flat) // self.config.minibatches)
+        self._measure(as_batch(flat.slice(0, rows), self.loss), metrics)
+
+    def _measure(self, batch: Batch, metrics: Partials) -> None:
+        """Log the gap over the first micro-batch of an optimizer step."""
+        piece = next(micro_batches(batch, self.config.micro_batch, False, self.config.micro_units))
+        with torch.no_grad():
+            logp = self.policy.evaluate(piece.obs, piece.units, entropy=False).logp
+        total, count = logp_gap(logp, piece.logp, piece.mask)
+        metrics.add("sync/logp_gap_mean", float(total), count)
+
     def _mend(self, flat: Flat) -> Partials:
         """Compare what the sampler said with what training says, and if they are too far apart act as the recipe says.
 
@@ -426,21 +424,3 @@ class Updater:
         self.lr, self.version, self.bad_in_a_row = state["lr"], state["version"], state["bad_in_a_row"]
         if self.reference is not None:
             cast(nn.Module, self.reference).load_state_dict(state["reference"])
-
-
-def logp_gap(logp: Tensor, sampled: Tensor, mask: Tensor | None) -> tuple[Tensor, float]:
-    """Sum and count of |sampled - logp| over the units that count.
-
-    Args:
-        logp: [N, A] as the learner computes it, by the weights that sampled.
-        sampled: [N, A] as recorded at sampling.
-        mask: [N, A] bool, units that count; None for all.
-
-    Returns:
-        total: Scalar sum.
-        count: Number of units.
-    """
-    gap = (logp - sampled).abs()
-    if mask is not None:
-        gap = gap[mask]
-    return gap.sum(), float(gap.numel())

@@ -55,9 +55,12 @@ class ChainConfig(Section):
     start: float = Field(1.0, ge=0)
     """sde, learned: standard deviation of the noise that a sampled chain starts from. 1 samples all that was imitated;
     less stays nearer to its middle, which is what greedy evaluation takes and where a policy succeeds more often."""
+    units: Literal["step", "action"] = "step"
+    """sde, learned: what a unit is. step: a denoising step of the whole chunk, K units; action: the part of one control
+    step in it, C x K units, of which `loss.ratio: action` forms a ratio for each control step."""
     log_prob: Literal["sum", "mean"] = "sum"
-    """Over the C x D numbers of a step. sum is the step's log-probability; mean divides it, so that a clip of 0.2
-    allows C x D times as much in the true log-ratio (what pi_RL and DPPO do)."""
+    """Over the numbers of a unit, C x D with `units: step` and D with `units: action`. sum is its log-probability; mean
+    divides it, so that a clip of 0.2 allows that many times as much in the true log-ratio (what pi_RL and DPPO do)."""
 
     def refuse_idle(self, likelihood: str, **more: tuple[str, ...]) -> None:
         """Refuse what does nothing with a likelihood.
@@ -69,6 +72,11 @@ class ChainConfig(Section):
         Raises:
             ValueError: Says the setting, its value and what to do; or the bounds of learned noise cross.
         """
+        if self.units == "action" and likelihood not in ("sde", "learned"):
+            raise ValueError(
+                f"units (action) takes the Gaussian of a denoising step apart, and likelihood ({likelihood}) has none: "
+                "remove it, or set likelihood: sde or learned"
+            )
         if likelihood == "learned" and self.min_std >= self.max_std:
             raise ValueError(f"min_std ({self.min_std}) must be below max_std ({self.max_std})")
         chain = ("sde", "learned")
@@ -91,6 +99,45 @@ class ChainConfig(Section):
         if greedy or self.stochastic == "last":
             return torch.full((rows,), steps - 1, device=device)
         return torch.randint(steps, (rows,), generator=generator, device=device)
+
+    def units_per_decision(self, chunk: int) -> int:
+        """A, for chunks of C control steps."""
+        steps = self.denoising_steps if self.stochastic == "all" else 1
+        return steps * (chunk if self.units == "action" else 1)
+
+    def by_unit(self, x: Tensor) -> Tensor:
+        """Numbers of M steps [N, M, C, D] as those of units: [N, M, C D], or [N, C M, D] control step by control step.
+
+        A step's Gaussian has independent numbers, so what it says of a control step is the sum over that one's D.
+        """
+        return x.flatten(2) if self.units == "step" else x.transpose(1, 2).flatten(1, 2)
+
+    def total(self, x: Tensor) -> Tensor:
+        """A quantity of each number [..., numbers] as that of their unit [...], see `log_prob`."""
+        return x.sum(-1) if self.log_prob == "sum" else x.mean(-1)
+
+    def written(self, x: Tensor, after: Tensor, k: Tensor) -> Tensor:
+        """Steps of a chain as units.
+
+        Args:
+            x: [N, M, C, W] before each of M steps.
+            after: [N, M, C, D] after it.
+            k: [N, M] which step it is.
+
+        Returns:
+            units: [N, A, numbers]: x, after and k of each unit.
+        """
+        which = k.to(x.dtype)[..., None, None].expand(*x.shape[:3], 1)
+        return torch.cat([self.by_unit(x), self.by_unit(after), self.by_unit(which)[..., :1]], dim=-1)
+
+    def read(self, units: Tensor, chunk: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the x, after and k that `written` was given, for C control steps of D numbers."""
+        if self.units == "action":
+            parts = units.unflatten(1, (chunk, -1)).transpose(1, 2)
+            return parts[..., : -size - 1], parts[..., -size - 1 : -1], parts[:, :, 0, -1].long()
+        border = -chunk * size - 1
+        x, after = (part.unflatten(-1, (chunk, -1)) for part in (units[..., :border], units[..., border:-1]))
+        return x, after, units[..., -1].long()
 
     def learned_std(self, raw: Tensor) -> Tensor:
         """The network's numbers as standard deviations between min_std and max_std."""

@@ -48,8 +48,14 @@ class ValueHead(Section):
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> ValueHead:
-        if self.kind == "none" and self.reads == "privileged":
-            raise ValueError("reads (privileged) does nothing with kind (none): remove it, or set kind: scalar")
+        anything, bins = ("scalar", "hl_gauss"), ("hl_gauss",)
+        used = {"hidden": anything, "reads": anything, "detach": anything, "bins": bins, "low": bins, "high": bins}
+        for name, kinds in used.items():
+            value = getattr(self, name)
+            if self.kind not in kinds and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} ({value}) does nothing with kind ({self.kind}): remove it, or set kind: {kinds[0]}"
+                )
         if self.insight and self.reads != "privileged":
             raise ValueError(
                 f"insight ({self.insight:g}) predicts what only a simulator knows, and reads is {self.reads}: set "

@@ -87,7 +87,7 @@ class TrunkConfig(Section):
     teaches the eye where to look long before the actions could; 0 leaves it out."""
     foresight_reads: Literal["sight", "summary"] = "sight"
     """sight: pictures and words only, so that it cannot follow the robot instead of looking; summary: vectors as well,
-    where one of them tells the goal. hf_vla, whose model mixes all it is given, reads the summary either way."""
+    where one of them tells the goal. hf_vla, whose model mixes all it is given, reads the summary and has no choice."""
     critic: ValueHead = ValueHead()
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ from embodied_rl.types import EnvSpec, Evaluation, Obs, PolicyOutput
 
 
 class Config(Pretrained, tiny_vla_tokens.Config, tiny_vla_flow.Config):
-    """Settings of the wrapped model and its head; `channels` and `glances` have no use here."""
+    """Settings of the wrapped model and its head; `channels`, `glances` and `foresight_reads` have no use here."""
 
     type: Literal["hf_vla"] = "hf_vla"  # type: ignore[assignment]
     head: Literal["tokens", "flow"] = "tokens"
@@ -52,6 +52,11 @@ class Config(Pretrained, tiny_vla_tokens.Config, tiny_vla_flow.Config):
                 continue
             if name in ("channels", "glances"):
                 raise ValueError(f"{name} ({value}) is of a picture encoder that the wrapped model replaces: remove it")
+            if name == "foresight_reads":
+                raise ValueError(
+                    f"foresight_reads ({value}) does nothing with hf_vla, whose foresight reads the summary either "
+                    "way, because the model mixes all it is given: remove it"
+                )
             if name in other.model_fields and name not in mine:
                 raise ValueError(f"{name} ({value}) does nothing with head ({self.head}): remove it, or change head")
         if self.encode_once and self.likelihood == "latent" and self.critic.reads == "prefix":

@@ -6,7 +6,8 @@
 An action has `max_action_dim` numbers in the model and D in the env. Reinforcement learning sees each denoising step as
 a Gaussian over the C x D numbers that the env executes (`sde` or `learned`, see tiny_vla_flow and _chains); the numbers
 beyond D follow the ODE, so the recorded log-probability is that of everything random in the step. Units are denoising
-steps and carry the whole x_k. Greedy decisions are the ODE from the middle of the noise.
+steps, or with `units: action` their control steps, and carry all numbers of x_k. Greedy decisions are the ODE from the
+middle of the noise.
 
 The env's vectors are joined, brought to mean 0 and deviation 1 by what demonstrations showed, and padded with zeros to
 `max_state_dim`. Pictures and word ids enter as in hf_vla.
@@ -90,8 +91,6 @@ class Pi0Policy(nn.Module):
     after: Tensor
     state_mean: Tensor
     state_std: Tensor
-    actions_per_decision = 1
-    units_span_chunk = True
 
     def __init__(self, env: EnvSpec, config: Config) -> None:
         """Load or build the model for one env.
@@ -112,7 +111,10 @@ class Pi0Policy(nn.Module):
         self.size, self.wide = env.action.size, settings.max_action_dim
         self.state_size, self.alpha = settings.max_state_dim, settings.time_sampling_beta_alpha
         self.latest = settings.time_sampling_scale, settings.time_sampling_offset
-        self.num_units = config.denoising_steps if config.stochastic == "all" else 1
+        self.units_out_of_order = config.units == "action"
+        self.units_span_chunk = not self.units_out_of_order
+        self.actions_per_decision = 1 if self.units_span_chunk else self.chunk
+        self.num_units = config.units_per_decision(self.chunk)
         self.entropy_learns = config.likelihood == "learned"
         self.has_critic = config.critic.kind != "none"
         self.value_range = (config.critic.low, config.critic.high) if config.critic.kind == "hl_gauss" else None
@@ -145,7 +147,7 @@ class Pi0Policy(nn.Module):
 
             chosen = self.config.noisy_step(n, generator=generator, greedy=greedy, device=self.now.device)
             chosen = None if chosen is None else pad_rows(chosen)
-            x, units, logps = self.config.start * normal(self.wide), [], []
+            x, before, later, logps = self.config.start * normal(self.wide), [], [], []
             for k in range(self.config.denoising_steps):
                 step = torch.full((len(x),), k, device=x.device)
                 mean, std, flat = self._step(prefix, x, step)
@@ -153,35 +155,35 @@ class Pi0Policy(nn.Module):
                 if chosen is not None:
                     after = torch.where((chosen == k).view(-1, 1, 1), after, flat[..., : self.size])
                 # Of the very numbers that training computes again, so the ratio starts at exactly 1.
-                logps.append(self._total(gaussian_logp(after, mean, std)))
-                units.append(torch.cat([x.flatten(1), after.flatten(1), step.unsqueeze(1)], dim=1))
+                logps.append(gaussian_logp(after, mean, std))
+                before.append(x)
+                later.append(after)
                 x = torch.cat([after, flat[..., self.size :]], dim=-1)
-            table, logp = torch.stack(units, dim=1), torch.stack(logps, dim=1)
+            which = torch.arange(self.config.denoising_steps, device=x.device).expand(len(x), -1)
+            chain = [torch.stack(before, 1), torch.stack(later, 1), which, torch.stack(logps, 1)]
             if chosen is not None:
                 rows = torch.arange(len(x), device=x.device)
-                table, logp = table[rows, chosen].unsqueeze(1), logp[rows, chosen].unsqueeze(1)
+                chain = [y[rows, chosen].unsqueeze(1) for y in chain]
+            units, logp = self.config.written(*chain[:3]), self._total(chain[3])
             action = self.scale.restore(x[..., : self.size])
             blind = self.critic is None or self.critic.blind(obs)
             value = None if blind else self._value(prefix, obs)[0][:n]
-            return PolicyOutput(table[:n], logp[:n], action[:n], value, features=features)
+            return PolicyOutput(units[:n], logp[:n], action[:n], value, features=features)
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
         """Log-probabilities and entropies [N, A], values [N]."""
         obs, n = padded(self.backbone.recall(obs))
-        prefix, table = self.prefix(obs), pad_rows(units)
-        inside, own = self.chunk * self.wide, self.chunk * self.size
+        prefix = self.prefix(obs)
+        x, after, k = self.config.read(pad_rows(units), self.chunk, self.size)
         logps, entropies = [], []
-        for i in range(self.num_units):
-            unit = table[:, i]
-            x = unit[:, :inside].view(-1, self.chunk, self.wide)
-            after = unit[:, inside : inside + own].view(-1, self.chunk, self.size)
-            mean, std, _ = self._step(prefix, x, unit[:, -1].long())
-            logps.append(self._total(gaussian_logp(after, mean, std)))
+        for i in range(k.shape[1]):
+            mean, std, _ = self._step(prefix, x[:, i], k[:, i])
+            logps.append(gaussian_logp(after[:, i], mean, std))
             if entropy:
-                entropies.append(self._total(gaussian_entropy(std.log())))
+                entropies.append(gaussian_entropy(std.log()))
         value, value_logits = self._value(prefix, obs) if self.critic is not None else (None, None)
         return Evaluation(
-            torch.stack(logps, dim=1)[:n], torch.stack(entropies, dim=1)[:n] if entropy else None,
+            self._total(torch.stack(logps, 1))[:n], self._total(torch.stack(entropies, 1))[:n] if entropy else None,
             None if value is None else value[:n], None if value_logits is None else value_logits[:n],
         )  # fmt: skip
 
@@ -274,8 +276,8 @@ class Pi0Policy(nn.Module):
         return mean, std.clamp(min=self.config.min_std).expand_as(mean), flat
 
     def _total(self, x: Tensor) -> Tensor:
-        flat = x.flatten(1)
-        return flat.sum(-1) if self.config.log_prob == "sum" else flat.mean(-1)
+        """Of each number of the steps [N, M, C, D] to each unit [N, A]."""
+        return self.config.total(self.config.by_unit(x))
 
     def _value(self, prefix: Prefix, obs: Obs) -> tuple[Tensor, Tensor | None]:
         assert self.critic is not None

@@ -13,7 +13,10 @@ How reinforcement learning sees a sample (`likelihood`):
              what the frozen trunk made of a picture while sampling is kept, so that training never encodes it again
 
 Units are denoising steps (one unit with cfm and latent). loss.ratio: unit clips each step by itself, as DPPO does;
-decision forms the joint ratio of the chain. Greedy evaluation is the ODE from the middle of the noise.
+decision forms the joint ratio of the chain. With units: action they are a control step's part of a denoising step, and
+loss.ratio: action clips each control step by itself. cfm and latent have no such parts: a matching loss stands for the
+whole chunk, and every number of the noise that a flow starts from moves all of its actions. Greedy evaluation is the
+ODE from the middle of the noise.
 
 Source: Black et al. 2024 (pi0, arXiv:2410.24164); Chen et al. 2025 (pi_RL, arXiv:2510.25889); Ren et al. 2024 (DPPO,
 arXiv:2409.00588); McAllister et al. 2025 (FPO, arXiv:2507.21053); Wagenmaker et al. 2025 (DSRL, arXiv:2506.15799).
@@ -78,7 +81,6 @@ class FlowPolicy(VlaPolicy):
 
     now: Tensor
     after: Tensor
-    units_span_chunk = True
 
     def __init__(self, env: EnvSpec, config: Config) -> None:
         """Build for one env; parameters are drawn from torch's global generator.
@@ -89,11 +91,12 @@ class FlowPolicy(VlaPolicy):
         if env.action.kind != "continuous":
             raise CapabilityError("policy tiny_vla_flow moves continuous actions; this env's are discrete")
         super().__init__(env, config)
-        self.config, self.actions_per_decision = config, 1
+        self.config, self.units_out_of_order = config, config.units == "action"
+        self.units_span_chunk = not self.units_out_of_order
+        self.actions_per_decision = 1 if self.units_span_chunk else config.chunk
         self.kind = config.likelihood
         self.entropy_learns = self.kind in ("learned", "latent")
-        chain = self.kind in ("sde", "learned")
-        self.num_units = config.denoising_steps if chain and config.stochastic == "all" else 1
+        self.num_units = config.units_per_decision(config.chunk) if self.kind in ("sde", "learned") else 1
         width = config.width
         self.enter = nn.Linear(self.size, width)
         self.place = nn.Parameter(0.1 * torch.randn(config.chunk, width))
@@ -215,20 +218,22 @@ class FlowPolicy(VlaPolicy):
         steps = self.config.denoising_steps
         chosen = self.config.noisy_step(n, generator=generator, greedy=greedy, device=x.device)
         chosen = None if chosen is None else pad_rows(chosen)
-        units = []
+        before, later = [], []
         for k in range(steps):
             now = torch.full((len(x), 1), k, device=x.device)
             mean, std, flat = (y[:, 0] for y in self._step(cache, x.unsqueeze(1), now))
             after = flat if greedy else mean + std * normal()
             if chosen is not None:
                 after = torch.where(chosen.eq(k).view(-1, 1, 1), after, flat)
-            step = torch.full((len(x), 1), float(k), device=x.device)
-            units.append(torch.cat([x.flatten(1), after.flatten(1), step], dim=1))
+            before.append(x)
+            later.append(after)
             x = after
-        table = torch.stack(units, dim=1)
+        which = torch.arange(steps, device=x.device).expand(len(x), -1)
+        chain = [torch.stack(before, 1), torch.stack(later, 1), which]
         if chosen is not None:
-            table = table[torch.arange(len(x), device=x.device), chosen].unsqueeze(1)
-        return x, table
+            rows = torch.arange(len(x), device=x.device)
+            chain = [y[rows, chosen].unsqueeze(1) for y in chain]
+        return x, self.config.written(*chain)
 
     def _ode(self, cache: Cache, x: Tensor, k: int) -> Tensor:
         answer, _ = self._answer(cache, x.unsqueeze(1), self.now[k].expand(len(x), 1))
@@ -252,20 +257,18 @@ class FlowPolicy(VlaPolicy):
 
     def _log_prob(self, summary: Tensor, cache: Cache, units: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probability and entropy of each unit [N, A]."""
-        flat = self.chunk * self.size
+        total = self.config.total
         if self.kind == "latent":
             mean, log_std = self.actor(summary), self.actor_log_std
             logp = gaussian_logp(units[:, 0], mean, log_std.exp())
-            return self._total(logp).unsqueeze(1), self._total(gaussian_entropy(log_std).expand_as(mean)).unsqueeze(1)
+            return total(logp).unsqueeze(1), total(gaussian_entropy(log_std).expand_as(mean)).unsqueeze(1)
         if self.kind == "cfm":
             return -self._matching_loss(cache, units[:, 0]).unsqueeze(1), None
-        x, after, k = units[..., :flat], units[..., flat : 2 * flat], units[..., -1].long()
-        mean, std, _ = self._step(cache, x.unflatten(-1, (self.chunk, self.size)), k)
-        logp = gaussian_logp(after, mean.flatten(2), std.flatten(2))
-        return self._total(logp), self._total(gaussian_entropy(std.flatten(2).log()))
-
-    def _total(self, x: Tensor) -> Tensor:
-        return x.sum(-1) if self.config.log_prob == "sum" else x.mean(-1)
+        x, after, k = self.config.read(units, self.chunk, self.size)
+        mean, std, _ = self._step(cache, x, k)
+        each = gaussian_logp(after, mean, std), gaussian_entropy(std.log())
+        logp, entropy = (total(self.config.by_unit(y)) for y in each)
+        return logp, entropy
 
     def _matching_loss(self, cache: Cache, unit: Tensor) -> Tensor:
         """[N] flow-matching loss of a chunk at its stored noises and times."""
@@ -276,7 +279,7 @@ class FlowPolicy(VlaPolicy):
         x, target = training_pair("flow", action.flatten(0, 1), noise.flatten(0, 1), t.flatten())
         answer, _ = self._answer(cache, x.view_as(action), t)
         error = (answer - target.view_as(action)).square().flatten(2)
-        return self._total(error).mean(1)
+        return self.config.total(error).mean(1)
 
 
 FREQUENCIES = 8

@@ -1,8 +1,8 @@
 """One file per reward model: how far has each episode come?
 
-A reward model looks at whole episodes (pictures, vectors, word ids) and answers with the progress of every state, in
-[0, 1]. What becomes of the answer is written once, in embodied_rl/shaping.py. A new model is one file with `Config` and
-`build`, here or anywhere: `reward.type` takes a path (docs/rewards.md has one that runs).
+A reward model looks at whole episodes (pictures, vectors, instructions) and answers with the progress of every state,
+in [0, 1]. What becomes of the answer is written once, in embodied_rl/shaping.py. A new model is one file with `Config`
+and `build`, here or anywhere: `reward.type` takes a path (docs/rewards.md has one that runs).
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ class Episode:
     """[L, A] bool, units that count."""
     result: int | None = None
     """What it came to in the end (`Step.result`), -1 for nothing; None when the env does not say."""
+    instruction: str | None = None
+    """What was asked, in words, as it was when the episode (or the rollout) began; None when the env has no
+    `instructions()`."""
 
     def __len__(self) -> int:
         """Number of decisions L."""

@@ -208,6 +208,31 @@ ROWS = {
         [],
         "my.yaml:2: policy.critic: reads (privileged) does nothing with kind (none): remove it, or set kind: scalar",
     ),
+    "a width of no critic": (
+        "policy: {type: tiny_vla_tokens, critic: {kind: none, hidden: 64}}",
+        [],
+        "my.yaml:2: policy.critic: hidden (64) does nothing with kind (none): remove it, or set kind: scalar",
+    ),
+    "a critic that would teach nothing and is not there": (
+        "policy: {type: pi0, critic: {kind: none, detach: true}}",
+        [],
+        "my.yaml:2: policy.critic: detach (True) does nothing with kind (none): remove it, or set kind: scalar",
+    ),
+    "bins of a critic that does not classify": (
+        "policy: {type: tiny_vla_flow, critic: {bins: 21}}",
+        [],
+        "my.yaml:2: policy.critic: bins (21) does nothing with kind (scalar): remove it, or set kind: hl_gauss",
+    ),
+    "a range of a critic that does not classify": (
+        "policy: {type: tiny_vla_flow, critic: {high: 2.0}}",
+        [],
+        "my.yaml:2: policy.critic: high (2.0) does nothing with kind (scalar): remove it, or set kind: hl_gauss",
+    ),
+    "a range of no critic": (
+        "policy: {type: tiny_vla_flow, critic: {kind: none, low: -2.0}}",
+        [],
+        "my.yaml:2: policy.critic: low (-2.0) does nothing with kind (none): remove it, or set kind: hl_gauss",
+    ),
     "hindsight that nobody imitates": (
         "algorithm: {self_imitation: {hindsight: true}}",
         [],

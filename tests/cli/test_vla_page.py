@@ -1,4 +1,4 @@
-"""What docs/vla.md shows of one's own simulator, model and reward is run, not trusted."""
+"""What docs/vla.md shows of one's own simulator, model and reward is run, not trusted, and settings of docs/vla_training.md too."""
 
 import json
 import re
@@ -15,7 +15,9 @@ from embodied_rl.config import load_recipe
 from embodied_rl.schema import suite_env
 from embodied_rl.writers import read_rows
 
-PAGE = (Path(__file__).parents[2] / "docs" / "vla.md").read_text(encoding="utf-8")
+PAGE, TRAINING = (
+    (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8") for name in ("vla.md", "vla_training.md")
+)
 FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```(?:python|yaml)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE))
 COMMANDS = {
     tuple(shlex.split(line, comments=True)[1:])
@@ -87,8 +89,12 @@ def test_the_reward_is_that_of_the_env_less_the_effort(here):
     assert torch.equal(steps[0].success, steps[1].success)
 
 
+def test_the_pages_point_to_each_other():
+    assert "(vla_training.md)" in PAGE and "(vla.md)" in TRAINING
+
+
 def test_the_suite_of_the_page_is_one_of_the_tabletop():
-    found = re.search(r"suites:\n    (\w+): \{(\w+): (\w+)\}", PAGE)
+    found = re.search(r"suites:\n    (\w+): \{(\w+): (\w+)\}", TRAINING)
     assert found is not None
     name, setting, value = found.groups()
     recipe = load_recipe("tabletop_vla").recipe
@@ -107,7 +113,7 @@ def test_the_gentle_arm_is_trained(here):
 
 
 def test_the_settings_for_success_alone_are_those_of_a_recipe(tmp_path):
-    section = PAGE.partition("## From success alone")[2].partition("\n## ")[0]
+    section = TRAINING.partition("## From success alone")[2].partition("\n## ")[0]
     text = "".join(line[4:] for line in section.splitlines(keepends=True) if line.startswith("    "))
     path = tmp_path / "alone.yaml"
     path.write_text("extends: tabletop_vla_grpo.yaml\nname: alone\nenv: {end_on_success: false}\n" + text, encoding="utf-8")

@@ -110,6 +110,7 @@ def test_a_rollout_tells_failures_apart_and_its_numbers_are_of_the_rest(mode):
         told = rollout_metrics(rollout, ("a", "b")).reduce()
         number = len(rollout.episode[rollout.invalid].unique())
         assert told["rollout/invalid_rate"] == number / (number + len(done["return"]))
+        assert told["rollout/invalid_episodes"] == number
         lengths += done["length"].tolist()
     assert set(lengths) == set(range(1, 7))
 

@@ -7,6 +7,7 @@ import torch
 
 from embodied_rl import registry
 from embodied_rl.loss import Loss, LossFunction
+from embodied_rl.metrics import Partials
 from embodied_rl.types import ActionSpec, Advantage, TensorSpec
 from embodied_rl.update import LogpGap, Update, Updater
 from tests.kit import TOYS, algorithm, batch_of, evaluation_of, mlp, number, rollout_of, spec, toy, wire
@@ -64,6 +65,49 @@ def test_the_gap_is_logged_by_the_first_minibatch_that_has_anything_to_learn_fro
     assert found["sync/logp_gap_mean"] == pytest.approx(float((rollout.logp[3, 2] - honest).abs().mean()), rel=1e-4)
     assert number(updater.optimizer.moments["step"]) == 1, "one step, for the one decision that has an advantage"
     assert updater.bad_in_a_row == 0
+
+
+BLIND = Loss(ratio="unit", value={"coef": 0.0})
+"""Learns from advantages and from nothing else."""
+
+
+@pytest.mark.parametrize("micro", [{}, {"micro_batch": 5}, {"micro_units": 10}])
+@pytest.mark.parametrize("gap", [LogpGap(), LogpGap(do="recompute", above=0.0)])
+@pytest.mark.parametrize("left", ["all, without an advantage", "nothing"])
+def test_the_gap_is_logged_when_there_is_nothing_to_learn_from(left, gap, micro):
+    policy, rollout, advantage = experience(0.2)
+    counts = torch.zeros(6, 4, dtype=torch.bool) if left == "nothing" else None
+    honest = policy.evaluate({"x": rollout.obs["x"].flatten(0, 1)}, rollout.units.flatten(0, 1)).logp.detach()
+    update = Update(epochs=1, minibatches=1 if gap.above == 0 else 3, lr=1e-2, logp_gap=gap, **micro)
+    updater = Updater(policy, LossFunction(BLIND, 1), update, seed=0, max_bad_updates=1)
+    rows, calls, evaluate = (5 if micro else 24 // update.minibatches), [], policy.evaluate
+    policy.evaluate = lambda obs, units, **given: calls.append((len(units), torch.is_grad_enabled())) or evaluate(obs, units, **given)
+    metrics = updater.update(rollout, Advantage(torch.zeros(6, 4), counts=counts), progress=0.0).reduce()
+    expected = float((rollout.logp.flatten(0, 1) - honest)[:rows].abs().mean())
+    assert metrics["sync/logp_gap_mean"] == pytest.approx(expected, rel=1e-4) and expected > 0.01
+    assert calls == [(rows, False)], "one micro-batch, without gradients"
+    assert number(updater.optimizer.moments["step"]) == 0 and updater.bad_in_a_row == 0
+
+
+class Pull:
+    """Learn something else in each step, whatever the rollout says."""
+
+    def begin(self, rollout, logp, version):
+        return Partials()
+
+    def losses(self, policy, shuffle):
+        yield sum(p.square().sum() for p in policy.parameters()), {}
+
+
+def test_the_gap_is_that_of_the_weights_that_sampled_where_something_else_makes_the_first_step():
+    policy, rollout, advantage = experience(HONEST)
+    update = Update(epochs=2, minibatches=24, lr=1e-1)
+    updater = Updater(policy, LossFunction(BLIND, 1), update, seed=0, max_bad_updates=1, extras=[Pull()])
+    first = torch.randperm(24, generator=torch.Generator().manual_seed(0))[0]  # the row of the first minibatch
+    advantage.advantage.flatten()[first] = 0.0
+    metrics = updater.update(rollout, Advantage(advantage.advantage), progress=0.0).reduce()
+    assert metrics["sync/logp_gap_mean"] == 0.0
+    assert metrics["actor/skipped_rows_rate"] == pytest.approx(1 / 24) and metrics["actor/kl_k3"] > 0
 
 
 # ---- recomputed -----------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from scipy.stats import chisquare, norm
 
 from embodied_rl import registry
 from embodied_rl.errors import CapabilityError
+from embodied_rl.loss import Loss, LossFunction
 from embodied_rl.policies._trunk import ActionScale
 from embodied_rl.types import ActionSpec, TensorSpec
-from tests.kit import CPU, spec
+from embodied_rl.value_loss import ValueLoss, value_loss
+from tests.kit import CPU, batch_of, spec
 
 F64 = torch.float64
 OBSERVATION = {
@@ -638,6 +640,21 @@ def test_gradients_of_tokens_are_those_of_finite_differences(decoding):
     policy, obs = tokens(decoding), look(2)
     units, _, _ = decide(policy, obs)
     assert disagreements(policy, of_evaluation(policy, obs, units)) == []
+
+
+@pytest.mark.parametrize("make", [flow, lambda **config: tokens("parallel", **config)], ids=["flow", "tokens"])
+def test_gradients_of_a_classifying_critic_are_those_of_finite_differences(make):
+    policy, obs = make(critic={"hidden": 8, "kind": "hl_gauss", "bins": 7}), look(2)
+    units, logp, _ = decide(policy, obs)
+    batch = batch_of(logp, LossFunction(Loss(), 1), target=torch.tensor([0.2, 0.9], dtype=F64))
+
+    def loss():
+        out = policy.evaluate(obs, units)
+        # The number is the mean of the same distribution: what its logits say of it has a gradient of its own.
+        return value_loss(out, batch, ValueLoss(kind="hl_gauss"), policy.value_range).mean() + out.value.square().mean()
+
+    assert disagreements(policy, loss) == []
+    assert float(policy.critic.head.weight.grad.abs().max()) > 0.01 and float(policy.trunk.summary.grad.norm()) > 1e-4
 
 
 IMITATORS = {

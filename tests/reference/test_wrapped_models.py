@@ -31,10 +31,19 @@ TENSORS = {
         "query", "head.weight", "critic.head.weight", "trunk.blocks.0.up.weight", "trunk.joints.joints.weight", "trunk.narrow.1.weight",
         "trunk.backbone.words.weight", "trunk.backbone.model.language_model.layers.0.self_attn.q_proj.weight",
         "trunk.backbone.model.multi_modal_projector.linear.weight", "trunk.backbone.model.vision_tower.encoder.layers.0.mlp.fc1.weight"),
+    "smolvlm, autoregressive": (
+        "query", "bin_token.weight", "head.weight", "critic.hidden.weight", "trunk.blocks.0.attention.qkv.weight", "trunk.backbone.words.weight",
+        "trunk.backbone.model.text_model.layers.0.self_attn.v_proj.weight", "trunk.backbone.model.connector.modality_projection.proj.weight",
+        "trunk.backbone.model.vision_model.encoder.layers.0.mlp.fc1.weight"),
     "qwen3_vl, flow": (
         "enter.weight", "head.weight", "spread.weight", "clock.0.weight", "trunk.blocks.0.attention.qkv.weight",
         "trunk.backbone.words.weight", "trunk.backbone.model.language_model.layers.1.mlp.down_proj.weight",
         "trunk.backbone.model.visual.deepstack_merger_list.0.linear_fc2.weight", "trunk.backbone.model.visual.blocks.0.attn.qkv.weight"),
+    "pi0, sde": (
+        "critic.head.weight", "backbone.words.weight", "backbone.model.action_out_proj.weight",
+        "backbone.model.embed_action_time.action_in_proj.weight", "backbone.model.embed_action_time.action_time_mlp_in.weight",
+        "backbone.model.model.dit.layers.1.mlp.up_proj.weight", "backbone.model.model.vlm.language_model.layers.0.self_attn.k_proj.weight",
+        "backbone.model.model.vlm.multi_modal_projector.linear.weight", "backbone.model.model.vlm.vision_tower.encoder.layers.0.self_attn.v_proj.weight"),
     "pi0, learned": (
         "spread.weight", "critic.hidden.weight", "backbone.words.weight",
         "backbone.model.action_out_proj.weight", "backbone.model.embed_action_time.state_proj.weight",

@@ -174,7 +174,7 @@ def test_a_chain_that_starts_with_less_noise_and_one_that_has_it_last():
     assert float(away.abs().min()) > 0 and 0.08 / 2 < float(away.std()) < 0.16 * 2
 
 
-@pytest.mark.parametrize("settings", [{}, {"likelihood": "learned", "lora": 2}, {"stochastic": "last", "start": 0.0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"likelihood": "learned", "lora": 2}, {"stochastic": "last", "start": 0.0}, {"units": "action"}], ids=str)
 def test_batches_of_any_size_give_the_same_log_probabilities(settings):
     policy, everything = make(shake=0.05, **settings), observation(env_spec(), 40)
     g = torch.Generator().manual_seed(1)
@@ -186,8 +186,26 @@ def test_batches_of_any_size_give_the_same_log_probabilities(settings):
             assert torch.equal(again, out.logp[rows])
 
 
+@pytest.mark.parametrize("settings", [{}, {"likelihood": "learned"}, {"stochastic": "one"}], ids=str)
+def test_units_by_action_are_the_same_chain_control_step_by_control_step(settings):
+    obs = observation(env_spec())
+    steps, parts = (make(shake=0.05, denoising_steps=3, units=u, **settings) for u in ("step", "action"))
+    units, logp, action, _ = decide(steps, obs)
+    apart, each, same, _ = decide(parts, obs)
+    m = units.shape[1]
+    assert torch.equal(action, same) and apart.shape == (6, C * m, WIDE + D + 1)
+    table = apart.view(6, C, m, -1).transpose(1, 2)
+    whole = [x.flatten(2) for x in table[..., :-1].split([WIDE, D], -1)]
+    assert torch.equal(torch.cat([*whole, table[:, :, 0, -1:]], -1), units)
+    torch.testing.assert_close(each.view(6, C, m).sum(1), logp)
+    # Another control step's later noise changes nothing of what the first step says of this one.
+    apart.view(6, C, m, -1)[:, 0, 0, WIDE:-1] += 0.1
+    changed = (parts.evaluate(obs, apart).logp.detach() != each).view(6, C, m)
+    assert bool(changed[:, 0, 0].all()) and int(changed.sum()) == 6
+
+
 VARIANTS = [["likelihood=learned", "critic.kind=hl_gauss"], ["stochastic=one", "critic.detach=true", "chunk=2"],
-            ["lora=2", "freeze=vision", "dtype=bfloat16"]]  # fmt: skip
+            ["units=action", "log_prob=mean"], ["lora=2", "freeze=vision", "dtype=bfloat16"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", VARIANTS, ids=" ".join)
