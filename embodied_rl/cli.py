@@ -114,6 +114,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copies", type=_count, help="copies of the env (default: the recipe's evaluate.copies)")
     parser.add_argument("--sampled", action="store_true", help="sample as in training instead of taking the mode")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:<index> (default: the recipe's device)")
+    stored = "where the result is stored, a .json file (default: a new one in the run's evaluations/)"
+    parser.add_argument("--out", metavar="FILE", help=stored)
     anyway = "compare two results although they were not made with the same simulator"
     parser.add_argument("--compare-anyway", action="store_true", help=anyway)
 
@@ -197,12 +199,27 @@ def _evaluate(args: argparse.Namespace) -> None:
     targets = [args.target] if args.other is None else [args.target, args.other]
     stored = [target for target in targets if target.endswith(".json")]
     _check_evaluate(args, targets, stored)
-    from embodied_rl.compare import evaluate_targets, print_targets, stored_results
+    from embodied_rl import checkpoint
+    from embodied_rl.compare import evaluate_targets, print_targets
+    from embodied_rl.stored import check_out, store, stored_results
 
+    if stored:
+        print_targets(targets, stored_results(targets), _console(), anyway=args.compare_anyway)
+        return
+    # Named once: a run that goes on meanwhile has a newer one by the end.
+    checkpoints = [checkpoint.resolve(Path(target)) for target in targets]
+    out = None if args.out is None else Path(args.out)
+    if out is not None:
+        check_out(out, checkpoints[0])
     greedy = False if args.sampled else None
     given = {"episodes": args.episodes, "copies": args.copies, "greedy": greedy, "device": args.device}
-    results = stored_results(targets) if stored else evaluate_targets(targets, **given)
-    print_targets(targets, results, _console(), anyway=args.compare_anyway)
+    results = evaluate_targets(checkpoints, **given)
+    try:
+        print_targets(targets, results, _console(), anyway=args.compare_anyway)
+    finally:  # what was measured is kept, also where the two cannot be compared
+        for path, suites in zip(checkpoints, results, strict=True):
+            for file in store(suites, path, out):
+                print(f"stored: {file}")
 
 
 def _check_evaluate(args: argparse.Namespace, targets: Sequence[str], stored: Sequence[str]) -> None:
@@ -214,7 +231,12 @@ def _check_evaluate(args: argparse.Namespace, targets: Sequence[str], stored: Se
             f"{stored[0]} is a stored evaluation and the other is not: name two stored ones, or two runs, which are "
             "evaluated on the same starts"
         )
-    idle = [f"--{name}" for name in ("episodes", "copies", "sampled", "device") if getattr(args, name)]
+    if args.out is not None and len(targets) > 1 and not stored:
+        raise CapabilityError(
+            f"--out ({args.out}) is one file, and two are evaluated: remove it, and each is stored in its own run's "
+            "folder"
+        )
+    idle = [f"--{name}" for name in ("episodes", "copies", "sampled", "device", "out") if getattr(args, name)]
     if stored and idle:
         raise CapabilityError(f"{', '.join(idle)} does nothing to {stored[0]}, which has been made: remove it")
 
@@ -329,7 +351,7 @@ COMMANDS: dict[str, tuple[Fill, Run, str, tuple[str, ...]]] = {
         (
             "runs/tabletop_demo",
             "runs/a runs/b --episodes 1000         paired comparison (McNemar)",
-            "runs/a/checkpoints/update_000040 --sampled",
+            "runs/a/checkpoints/update_000040 --sampled --out sampled.json",
             "runs/a/evaluation.json runs/b/evaluation.json   compare what was measured before",
         ),
     ),

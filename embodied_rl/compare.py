@@ -15,15 +15,15 @@ from rich.text import Text
 from torch import Tensor
 
 from embodied_rl import checkpoint, host, manifest
-from embodied_rl.config import load_resolved
 from embodied_rl.conformance import Side, conform
-from embodied_rl.errors import CapabilityError, NotFoundError
+from embodied_rl.errors import CapabilityError
 from embodied_rl.recipe import HELDOUT, Recipe
 from embodied_rl.results import EvaluationResult
 from embodied_rl.runfolder import Difference, SuiteResult
 from embodied_rl.saved import load_weights, stored_policy
 from embodied_rl.session import build_env, build_policy, choose_device
 from embodied_rl.stats import Interval, bootstrap, mcnemar, paired_difference, wilson
+from embodied_rl.stored import run_of
 from embodied_rl.suites import suites_of
 from embodied_rl.types import Env, Policy
 
@@ -213,7 +213,7 @@ def load_policy(
         CapabilityError: The env means something else by the numbers of an action than the one it was trained in.
     """
     path = checkpoint.resolve(Path(target))
-    recipe = load_resolved(_recipe_of(path)).recipe
+    recipe = run_of(path)[1]
     host.prepare(recipe.threads)
     weights, then = stored_policy(path)
     own = env is None
@@ -230,13 +230,6 @@ def load_policy(
             env.close()
         raise
     return Loaded(policy, env, recipe, path)
-
-
-def _recipe_of(path: Path) -> Path:
-    for folder in path.resolve().parents:
-        if (folder / "recipe.yaml").is_file():
-            return folder / "recipe.yaml"
-    raise NotFoundError(f"checkpoint {path} lies outside a run folder: no recipe.yaml above it; put it into its run")
 
 
 def evaluate_targets(
@@ -279,18 +272,6 @@ def evaluate_targets(
         for suite in suites:
             suite.close()
     return results
-
-
-def stored_results(targets: Sequence[str | Path]) -> list[dict[str, EvaluationResult]]:
-    """Read evaluations that have been made before, as `evaluate_targets` returns them.
-
-    Args:
-        targets: Files such as `runs/a/evaluation.json`.
-
-    Raises:
-        UserError: See `EvaluationResult.load`.
-    """
-    return [{HELDOUT: EvaluationResult.load(Path(target))} for target in targets]
 
 
 def print_targets(

@@ -196,6 +196,7 @@ def stop_sentence(summary: Summary) -> str:
         "time": "Ended early: train.max_seconds was reached.",
         "diverged": "Stopped: numbers were not finite; the last good checkpoint is kept.",
         "simulator": "Stopped: its simulator failed again and again; the last checkpoint is kept, go on with --resume.",
+        "error": f"Stopped by an error; go on with --resume once it is mended: {summary.get('error')}",
         "SIGINT": "Stopped by an interrupt; go on with --resume.",
         "SIGTERM": "Stopped by a termination signal; go on with --resume.",
     }

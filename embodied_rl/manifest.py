@@ -4,7 +4,8 @@ A manifest is a plain dict:
 
     engine    version, commit, Python and packages of the engine: told, and not compared
     starts    run seed, split, stream, number of episodes; the starts themselves stand in the episodes
-    env       what decides what happens in the simulator: time limit, control rate, and what the env tells of itself
+    env       what decides what happens in the simulator: time limit, control rate, the files that define the env, and
+              what it tells of itself
     frames    task -> seed of the first episode of the task, and a checksum of every entry of its first observation
 
 `env` and `frames` have to agree for a difference in success to be one of the policies: a library that was upgraded has
@@ -19,13 +20,15 @@ import importlib.metadata
 import inspect
 import json
 import platform
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from embodied_rl import __version__
+from embodied_rl import __version__, registry
 from embodied_rl.errors import CapabilityError
 from embodied_rl.runfolder import PACKAGES, checksum, git_state, installed
 from embodied_rl.types import Env, Obs
@@ -34,28 +37,26 @@ Manifest = dict[str, Any]
 PARTS = ("engine", "starts", "env", "frames")
 TOLD = 4
 """Differences that one sentence names."""
+FILES = "files"
+"""Entry of what an env tells that maps files to checksums: one difference, however many of them differ."""
+ENVS = registry.PACKAGES["env"]
+_IMPORT = re.compile(rf"from {re.escape(ENVS)}\.([\w.]+) import")
 
 
 def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) -> Manifest:
     """Put a manifest together.
 
     Args:
-        env: That was evaluated in; its `manifest()` says what its results depend on. Where it has none, its file does.
+        env: That was evaluated in.
         starts: What the starts were made from.
         frames: Task -> `frame`.
 
     Raises:
         CapabilityError: The env tells something of itself that is not plain data.
     """
-    own = getattr(env, "manifest", None)
-    told: dict[str, Any] = own() if own else dict(source(type(env)))
-    spec = env.spec
-    rates: dict[str, Any] = {"max_steps": spec.max_steps, "control_hz": spec.control_hz}
-    if spec.vocabulary is not None:
-        rates["vocabulary"] = spec.vocabulary.fingerprint
     try:
         # As it will be read again: tuples become lists, and no number is NaN.
-        plain = json.loads(json.dumps({**rates, **told}, allow_nan=False))
+        plain = json.loads(json.dumps(told_by(env), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise CapabilityError(
             f"manifest() of {type(env).__name__} is no plain data ({error}): return a dict of text, numbers, lists and "
@@ -64,9 +65,48 @@ def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) ->
     return {"engine": dict(_engine()), "starts": starts, "env": plain, "frames": frames}
 
 
+def told_by(env: Env) -> dict[str, Any]:
+    """What the results of an env depend on: its limits, the files that define it, and what its `manifest()` says."""
+    spec, own = env.spec, getattr(env, "manifest", None)
+    rates: dict[str, Any] = {"max_steps": spec.max_steps, "control_hz": spec.control_hz}
+    if spec.vocabulary is not None:
+        rates["vocabulary"] = spec.vocabulary.fingerprint
+    files = {name: digest for kind in type(env).__mro__ for name, digest in files_of(kind).items()}
+    return {**rates, **source(type(env)), **({FILES: files} if files else {}), **(own() if own else {})}
+
+
+@functools.cache
+def files_of(kind: type) -> dict[str, str]:
+    """Checksums of the files that define a class of a built-in env, whatever ends their lines.
+
+    They are its env's folder or file, and those that these import from other envs. Comments count too: whether a change
+    matters is left to the reader, who may compare nevertheless.
+
+    Example: of TargetEnv {"target.py": "9c1f..."}, of a class of the user's own {}.
+    """
+    if not kind.__module__.startswith(f"{ENVS}."):
+        return {}
+    root = Path(sys.modules[ENVS].__path__[0])
+    own = root / kind.__module__.split(".")[2]
+    left = [file for file in own.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    left = left or [own.with_suffix(".py")]
+    found: dict[str, str] = {}
+    while left:
+        file = left.pop()
+        name = file.relative_to(root).as_posix()
+        if name in found or not file.is_file():
+            continue
+        data = file.read_bytes().replace(b"\r\n", b"\n")
+        found[name] = checksum(data)
+        for module in _IMPORT.findall(data.decode(errors="replace")):
+            path = root.joinpath(*module.split("."))
+            left.append(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
+    return dict(sorted(found.items()))
+
+
 @functools.cache
 def source(kind: type) -> dict[str, str]:
-    """{"source": checksum} of the file that defines a class of the user's own; nothing of one with a version.
+    """{"source": checksum} of the file that defines a class of the user's own; nothing of ours or one with a version.
 
     Example: of a class in `./drift.py` {"source": "9c1f..."}, of a class of Gymnasium {}.
     """
@@ -142,16 +182,27 @@ def read(found: Any) -> Manifest | None:
 def differences(a: Manifest, b: Manifest) -> list[str]:
     """What differs in what matters, one clause each.
 
-    Example: ["packages.mujoco is 3.3.2 in A and 3.3.3 in B", "the first 'table' of task reach is 1f2e... in A ..."].
+    Example: ["packages.mujoco is 3.3.2 in A and 3.3.3 in B", "files differ in tabletop/tasks.py", "the first 'table' of
+    task reach is 1f2e... in A and 9c1f... in B"].
     """
     clauses = []
     for key, x, y in _unlike(_flat(a["env"]), _flat(b["env"])):
-        clauses.append(f"{key} is {x} in A and {y} in B")
+        clauses.append(_clause(key, x, y))
     for task in sorted(a["frames"].keys() | b["frames"].keys()):
         for entry, x, y in _unlike(a["frames"].get(task, {}), b["frames"].get(task, {})):
             what = f"the seed of task {task}" if entry == "seed" else f"the first '{entry}' of task {task}"
-            clauses.append(f"{what} is {x} in A and {y} in B")
+            clauses.append(_clause(what, x, y))
     return clauses
+
+
+def _clause(what: str, x: Any, y: Any) -> str:
+    if isinstance(x, dict) and isinstance(y, dict):
+        names = [name for name, _, _ in _unlike(x, y)]
+        more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
+        return f"{what} differ in {', '.join(names[:TOLD])}{more}"
+    if isinstance(x, dict) or isinstance(y, dict):
+        return f"{what} are told by {'A' if y is None else 'B'} alone"
+    return f"{what} is {_short(x)} in A and {_short(y)} in B"
 
 
 def compare(a: Manifest | None, b: Manifest | None, names: tuple[str, str], *, anyway: bool = False) -> str | None:
@@ -197,20 +248,23 @@ def lines(manifest: Manifest) -> list[tuple[str, str]]:
     return rows
 
 
-def _unlike(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, value in a, value in b) where they differ."""
+def _unlike(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) where they differ; None where there is none."""
     keys = dict.fromkeys([*a, *b])
-    return [(k, _short(a.get(k)), _short(b.get(k))) for k in keys if k not in a or k not in b or a[k] != b[k]]
+    return [(k, a.get(k), b.get(k)) for k in keys if k not in a or k not in b or a[k] != b[k]]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        branch = isinstance(value, dict) and key != FILES
+        out |= _flat(value, f"{prefix}{key}.") if branch else {prefix + key: value}
     return out
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(x)}" for name, x in value.items())
     text = "not told" if value is None else str(value)
     is_checksum = len(text) >= 40 and all(c in "0123456789abcdef" for c in text)
     return text[:12] if is_checksum else text[:120]

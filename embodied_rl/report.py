@@ -177,6 +177,10 @@ def _time(rows: Sequence[dict[str, Any]]) -> str:
         facts.append(f"Median speed {speeds[len(speeds) // 2]:,.0f} control steps per second, updates included.")
     if memory:
         facts.append(f"Largest memory of the process {max(memory):,.0f} MiB.")
+    if void := sum(r.get("rollout/invalid_episodes") or 0 for r in rows):
+        facts.append(f"Episodes in which the judge or the simulator failed, which count nowhere: {void:,.0f}.")
+    if lost := sum(r.get("perf/worker_restarts") or 0 for r in rows):
+        facts.append(f"Processes of simulators that were lost and started again: {lost:,.0f}.")
     return (
         f"<section><h2>Where the time went</h2><div class=stack>{''.join(parts)}</div><div class=scroll><table>"
         f"<tr><th></th><th>time</th><th>share</th><th>per update</th></tr>{''.join(lines)}</table></div>"

@@ -11,6 +11,7 @@ Layout:
         summary.json      how the run ended (see `Summary`)
         evaluation.json   every episode of the final evaluation; evaluation.<suite>.json of further suites, and
                           evaluation_start*.json of the policy that training started from
+        evaluations/      what `embodied-rl evaluate` measured later, see `embodied_rl.stored`
         report.html       one page that shows it all
         checkpoints/      see `embodied_rl.checkpoint`
         videos/           MP4 and GIF; before/ and pairs/ where training started from a policy
@@ -119,6 +120,8 @@ class Summary(TypedDict):
     finished: bool
     """True when training reached its end (steps, time or target), False when it was stopped or diverged."""
     stop_reason: str
+    error: NotRequired[str]
+    """What was told when an error ended the run; absent when none did."""
     updates: int
     env_steps: int
     """Control steps over all copies."""

@@ -19,7 +19,7 @@ from embodied_rl import checkpoint
 from embodied_rl.algorithms import ImitationConfig
 from embodied_rl.compare import summarize
 from embodied_rl.config import dump_recipe, load_resolved
-from embodied_rl.errors import ConfigError, DivergenceError, SimulatorError
+from embodied_rl.errors import ConfigError, DivergenceError, SimulatorError, UserError
 from embodied_rl.evaluate import choose, frame_rate
 from embodied_rl.imitate import ImitationSession
 from embodied_rl.measure import Clock, memory_mib
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 RESUMABLE = ("name", "train", "evaluate", "checkpoint", "log", "device")
 """Sections that may differ between a run and its continuation: they do not change what the next update computes."""
 GOALS = ("finished", "time", "target")
-"""Reasons to stop that are an end of training; the others are a signal's name, "diverged" and "simulator"."""
+"""Reasons to stop that are an end of training; the others are a signal's name, "diverged", "simulator" and "error"."""
 
 
 Learner = Session | ImitationSession
@@ -203,29 +203,53 @@ def _run_in(folder: RunFolder, session: Learner, resume: bool) -> Finished:
     folder.write_start(dump_recipe(recipe), device=session.device)
     if session.conformance:
         folder.write_conformance(session.conformance)
+    results: dict[str, EvaluationResult] = {}
     with StopRequest().listening() as stop:
         if recipe.evaluate.episodes:
             check_suites(recipe, session.device)
-        _measure_start(folder, session)
         try:
-            with closing(_writers(folder, session)) as writers:
-                reason = train(session, folder, writers, stop)
-        except (DivergenceError, SimulatorError) as error:
-            reason = "simulator" if isinstance(error, SimulatorError) else "diverged"
-            folder.write_summary(_summary(session, reason, {}))
+            reason = _learn(folder, session, stop, results)
+        except Exception as error:
+            # What ended the run is told, whatever of its end cannot be written.
+            with suppress(UserError, OSError):
+                _write_end(folder, session, _kind(error), results, error)
             raise
-        results: dict[str, EvaluationResult] = {}
-        stop.at_once = True
-        try:
-            if stop.signal is None:
-                results = _conclude(folder, session)
-        except KeyboardInterrupt:
-            pass
-        if stop.signal is not None:
-            reason, results = stop.signal.name, {}
-    folder.write_summary(_summary(session, reason, summarize(results, _start_evaluations(folder, results))))
-    write_report(folder.path)
+    _write_end(folder, session, reason, results)
     return Finished(folder.path, reason, results)
+
+
+def _learn(folder: RunFolder, session: Learner, stop: StopRequest, results: dict[str, EvaluationResult]) -> str:
+    """Evaluate the start, train, evaluate the end into `results`; returns why it ended."""
+    _measure_start(folder, session)
+    with closing(_writers(folder, session)) as writers:
+        reason = train(session, folder, writers, stop)
+    stop.at_once = True
+    with suppress(KeyboardInterrupt):
+        if stop.signal is None:
+            _conclude(folder, session, results)
+    if stop.signal is None:
+        return reason
+    results.clear()
+    return stop.signal.name
+
+
+def _kind(error: Exception) -> str:
+    """The reason to stop that an error is."""
+    if isinstance(error, DivergenceError):
+        return "diverged"
+    return "simulator" if isinstance(error, SimulatorError) else "error"
+
+
+def _write_end(
+    folder: RunFolder, session: Learner, reason: str, results: dict[str, EvaluationResult],
+    error: Exception | None = None,
+) -> None:  # fmt: skip
+    """Write the summary and the report."""
+    summary = _summary(session, reason, summarize(results, _start_evaluations(folder, results)))
+    if error is not None:
+        summary["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    folder.write_summary(summary)
+    write_report(folder.path)
 
 
 def _writers(folder: RunFolder, session: Learner) -> Writers:
@@ -293,12 +317,11 @@ def _start_evaluations(folder: RunFolder, suites: Iterable[str]) -> dict[str, Ev
     return {suite: EvaluationResult.load(path) for suite, path in paths.items() if path.exists()}
 
 
-def _conclude(folder: RunFolder, session: Learner) -> dict[str, EvaluationResult]:
-    """Final evaluation of every suite, and videos of the first."""
+def _conclude(folder: RunFolder, session: Learner, results: dict[str, EvaluationResult]) -> None:
+    """Final evaluation of every suite, each added to `results` when it is done, and videos of the first."""
     e = session.recipe.evaluate
     if e.episodes == 0:
-        return {}
-    results: dict[str, EvaluationResult] = {}
+        return
     started = perf_counter()
     for suite in suites_of(session.recipe):
         with closing(suite):
@@ -307,7 +330,6 @@ def _conclude(folder: RunFolder, session: Learner) -> dict[str, EvaluationResult
             if suite.name == HELDOUT and e.videos:
                 _film(folder, session, suite, result)
     session.wall_s += perf_counter() - started
-    return results
 
 
 def _film(folder: RunFolder, session: Learner, suite: Suite, result: EvaluationResult) -> None:

@@ -24,6 +24,9 @@ from embodied_rl import registry, yaml_strict
 from embodied_rl.convention import Convention, Item
 from embodied_rl.envs._joined import Joined, join, share_copies
 from embodied_rl.errors import CapabilityError, CheckpointError, ConfigError, NotFoundError, UserError, nearest
+from embodied_rl.manifest import told_by
+from embodied_rl.measure import restarts_of
+from embodied_rl.offers import Speaking
 from embodied_rl.schema import Problems, resolve_component
 from embodied_rl.section import Section
 from embodied_rl.types import Env, Obs, Split, State, Step
@@ -93,14 +96,14 @@ def part_name(part: MixturePart) -> str:
 class MixtureEnv:
     """See the module docstring and `embodied_rl.types.Env`."""
 
-    def __init__(self, envs: list[Env], names: list[str], joined: Joined, device: torch.device) -> None:
+    def __init__(self, config: Config, envs: list[Env], joined: Joined, device: torch.device) -> None:
         """Join envs of the copies that `joined.rows` names."""
-        self.names = names
+        self.config, self.names = config, [part_name(part) for part in config.parts]
         self.envs, self.device, self._joined, self.spec = envs, device, joined, joined.spec
         self.conformance = joined.report
         """What was filled, padded, renamed, mapped or left out, one sentence each."""
         self._rows = joined.rows
-        self._part = torch.zeros(self.spec.num_envs, dtype=torch.int64, device=device)
+        self._part, self._task = torch.zeros(2, self.spec.num_envs, dtype=torch.int64, device=device).unbind()
         if self.spec.blocks is not None:
             for p, rows in enumerate(self._rows):
                 self._part[rows] = p
@@ -112,6 +115,8 @@ class MixtureEnv:
         }
         self._begun = False
         self._obs: Obs = {}
+        if any(isinstance(env, Speaking) for env in envs):
+            self.instructions = self._instructions  # a mixture of parts without words has no such method
 
     def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
         """Start new episodes in the masked copies, each in the part that its task belongs to."""
@@ -123,7 +128,7 @@ class MixtureEnv:
                 f"mixture: copy {copy} cannot play '{self.spec.tasks[int(tasks[copy])]}', which is another part's; the "
                 "spec's blocks say which copies play what"
             )
-        self._part = torch.where(mask, part, self._part)
+        self._part, self._task = torch.where(mask, part, self._part), torch.where(mask, tasks, self._task)
         for p, (env, rows) in enumerate(zip(self.envs, self._rows, strict=True)):
             mine = mask & (self._part == p)
             # The first reset begins an episode in every copy of every part: no simulator is left half begun.
@@ -202,7 +207,8 @@ class MixtureEnv:
         Raises:
             CapabilityError: A part cannot save its state.
         """
-        return {"part": self._part.clone(), "begun": self._begun, "envs": [env.get_state() for env in self.envs]}
+        where = {"part": self._part.clone(), "task": self._task.clone(), "begun": self._begun}
+        return {**where, "envs": [env.get_state() for env in self.envs]}
 
     def set_state(self, state: State) -> Obs:
         """Restore `get_state`'s result.
@@ -216,6 +222,8 @@ class MixtureEnv:
                 f"{len(self.envs)} of {self.spec.num_envs}; build the env as the state's run did"
             )
         self._part, self._begun, self._obs = state["part"].to(self.device).clone(), state["begun"], {}
+        # Older states do not say it; it only names what copies in parts without words are asked for.
+        self._task = state.get("task", torch.zeros_like(state["part"])).to(self.device).clone()
         for p, (env, saved) in enumerate(zip(self.envs, state["envs"], strict=True)):
             obs = env.set_state(saved)
             if self._begun:
@@ -239,15 +247,33 @@ class MixtureEnv:
                 out[rows] = env.render(copies[rows] - held.start, camera, height, width)
         return out
 
+    @property
+    def restarts(self) -> int | None:
+        """Processes that parts have replaced since they were built; None where no part has any."""
+        return restarts_of(self.envs)
+
     def manifest(self) -> dict[str, Any]:
-        """What each part tells of itself, by the part's name."""
-        told: list[dict[str, Any]] = [getattr(env, "manifest", dict)() for env in self.envs]
-        return {"parts": dict(zip(self.names, told, strict=True))}
+        """What is told of each part, by its name, and how they are joined."""
+        parts = {}
+        for name, part, env in zip(self.names, self.config.parts, self.envs, strict=True):
+            joined = part.model_dump(mode="json", include={"rename", "action", "convention", "bridge"})
+            parts[name] = {**told_by(env), "joined": joined}
+        return {"missing": self.config.missing, "pad": self.config.pad, "parts": parts}
 
     def close(self) -> None:
         """Close every part; may be called twice."""
         for env in self.envs:
             env.close()
+
+    def _instructions(self) -> list[str]:
+        """The instruction of each copy as text; in parts without words, the name of its task."""
+        texts, part = [self.spec.tasks[task] for task in self._task.tolist()], self._part.tolist()
+        for p, (env, held) in enumerate(zip(self.envs, self._rows, strict=True)):
+            said = env.instructions() if isinstance(env, Speaking) else []
+            for copy, text in enumerate(said, held.start):
+                if part[copy] == p:
+                    texts[copy] = text
+        return texts
 
     def _seat(self) -> None:
         """Note who plays where, until the next reset."""
@@ -310,12 +336,11 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
                 envs.append(module.build(settings, num_envs=held, device=device, split=split, seed=seed))
             except UserError as error:
                 raise type(error)(f"{where} ({part_name(part)}): {error}") from error
-        names = [part_name(part) for part in config.parts]
-        joined = join(config, names, [env.spec for env in envs], rows)
+        joined = join(config, [part_name(part) for part in config.parts], [env.spec for env in envs], rows)
     except BaseException:
         for env in envs:
             env.close()
         raise
     for line in joined.report:
         log.info("mixture: %s", line)
-    return MixtureEnv(envs, names, joined, device)
+    return MixtureEnv(config, envs, joined, device)

@@ -102,6 +102,10 @@ class TargetEnv:
         """There is no camera."""
         raise NotFoundError(f"camera '{camera}' does not exist: the toy target draws no pictures")
 
+    def manifest(self) -> dict[str, float]:
+        """What results depend on."""
+        return {"tolerance": self.config.tolerance}
+
     def close(self) -> None:
         """Nothing to free."""
 

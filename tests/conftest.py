@@ -1,5 +1,6 @@
 """What several kinds of tests share: a recipe that trains in about a second, and one finished run of it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,12 @@ def toy_run(tmp_path_factory):
     (folder / "toy.yaml").write_text(TOY)
     assert main(["train", str(folder / "toy.yaml"), f"log.folder={folder}"]) == 0
     return folder / "toy"
+
+
+@pytest.fixture
+def own_run(toy_run, tmp_path):
+    """A copy of the finished run that may be written into."""
+    return Path(shutil.copytree(toy_run, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,8 @@ class Layout:
     terms: dict[str, int]
     """Reward terms that are logged, and where they lie."""
     max_steps: int | None
+    sentence: str | None
+    """Its instruction; None where there is none."""
     words: tuple[int, ...] | None
     """Ids of the instruction's words; None where there is none."""
 
@@ -164,6 +166,7 @@ def layout_of(spec: Any, id: str, sentence: str | None, reward_terms: bool, wher
         success_at=next((keys.index(k) for k in ("info:success", "info:is_success") if k in keys), None),
         terms=_reward_terms(keys) if reward_terms else {},
         max_steps=limit if 0 < limit < 2**31 - 1 else None,
+        sentence=sentence,
         words=words,
     )
 

@@ -1,7 +1,7 @@
 """What MetaWorld's tasks are called in words.
 
 Source: the list of tasks of Yu et al. 2019 (Meta-World, arXiv:1910.10897, appendix A), as policies are conditioned on
-it. `Push` and `PushBack` have one sentence in it: only what is seen tells them apart.
+it. What is `PushBack` in the program is "pull" in that list.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SENTENCES = {
     "PlateSlideBackSide": "Get a plate from the cabinet sideways",
     "PlateSlideSide": "Slide a plate into a cabinet sideways",
     "Push": "Push the puck to a goal",
-    "PushBack": "Push the puck to a goal",
+    "PushBack": "Pull a puck to a goal",
     "PushWall": "Bypass a wall and push a puck to a goal",
     "Reach": "Reach a goal position",
     "ReachWall": "Bypass a wall and reach a goal",

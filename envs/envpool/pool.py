@@ -29,6 +29,8 @@ class Pooled:
         """What all copies saw last, without the instruction; no array is written to once it was handed out."""
         self._words: Tensor | None = None
         """[B, MAX_WORDS] the instructions."""
+        if all(layout.sentence for layout in layouts):
+            self.instructions = self._instructions  # other envs have no such method
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         """Advance one control step; copies that are not active stay where they are."""
@@ -68,6 +70,10 @@ class Pooled:
         return self.told
 
     # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _instructions(self) -> list[str]:
+        """The instruction of each copy as text."""
+        raise NotImplementedError
 
     def _result(self, given: Given, copies: Array | None = None) -> Step:
         """The step in which these copies moved (None: all, in order) and gave this; the others have 0 and False."""
@@ -182,6 +188,11 @@ class EnvpoolEnv(Pooled):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _instructions(self) -> list[str]:
+        return [self._layout.sentence or ""] * self._b
 
 
 def everyone_or(active: Tensor | None) -> Array | None:

@@ -115,6 +115,10 @@ class EnvpoolTasks(Pooled):
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
+    def _instructions(self) -> list[str]:
+        texts = [*(layout.sentence or "" for layout in self._layouts), ""]  # the last is of a copy that has not begun
+        return [texts[task] for task, _, _ in self._place]
+
     def _seat(self, starting: list[int], tasks: list[int]) -> None:
         """Give each copy that starts a row of its task, and tell every pool who plays in it."""
         for copy in starting:

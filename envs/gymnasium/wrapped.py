@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,9 +176,10 @@ class Wrapped:
         except gym_error.DependencyNotInstalled as error:
             raise MissingExtraError(f"{self.where} cannot draw: {error}; or set env.render: false") from None
         except Exception as error:
+            _let_go(error)
             raise CapabilityError(
-                f"{self.where} cannot draw on this machine: {error}; MuJoCo envs need a display or MUJOCO_GL=egl with "
-                "the system packages libegl1 and libgl1; or set env.render: false"
+                f"{self.where} cannot draw on this machine: {str(error).rstrip('.')}; MuJoCo envs need a display or "
+                "MUJOCO_GL=egl with the system packages libegl1 and libgl1; or set env.render: false"
             ) from error
 
     def _observe(self) -> Obs:
@@ -190,6 +193,15 @@ class Wrapped:
             raise CapabilityError(
                 f"{self.where} cannot save its state: {self.spec.reason}; a resumed run begins new episodes"
             )
+
+
+def _let_go(error: Exception) -> None:
+    """Delete what was half made when an error came; Gymnasium's viewers answer that with a traceback on stderr."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = hook
 
 
 def _made_of(config: Config, inner: Any) -> tuple[str, list[str], dict[str, Any]]:

@@ -96,7 +96,7 @@ def build(
         ) from error
     check_task(config, device)
     if config.workers is not None:
-        return _hosted(config, config.workers, num_envs, device, partial(manifest_of, config, device))
+        return _hosted(config, config.workers, num_envs, device, partial(manifest_of, config, device, num_envs))
     each = num_envs if device.type == "cuda" else 1
     scenes: list[Scene] = []
     try:

@@ -174,7 +174,7 @@ class ManiSkillEnv:
 
     def manifest(self) -> dict[str, Any]:
         """What results depend on."""
-        return manifest_of(self.config, self.device)
+        return manifest_of(self.config, self.device, self._b)
 
     def close(self) -> None:
         """Free every scene; may be called twice."""

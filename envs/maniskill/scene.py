@@ -17,7 +17,7 @@ from embodied_rl.envs._spaces import ActionMap
 from embodied_rl.envs.maniskill.convention import convention_of
 from embodied_rl.envs.maniskill.device import drawing_device, handed_in
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, nearest
-from embodied_rl.manifest import checksum_of, source
+from embodied_rl.manifest import FILES, checksum_of, files_of, source
 from embodied_rl.runfolder import installed
 from embodied_rl.types import Obs, TensorSpec
 
@@ -83,7 +83,7 @@ def _needed(task: str) -> list[str]:
     return found
 
 
-def manifest_of(config: Config, device: torch.device) -> dict[str, Any]:
+def manifest_of(config: Config, device: torch.device, num_envs: int) -> dict[str, Any]:
     """What results depend on, also where the copies are simulated in processes of their own."""
     settings = ("task", "observation", "pixels", "control", "reward", "end_on_success", "kwargs")
     sources = {name: assets.DATA_SOURCES[name] for name in _needed(config.task)}
@@ -91,8 +91,10 @@ def manifest_of(config: Config, device: torch.device) -> dict[str, Any]:
         **{name: getattr(config, name) for name in settings},
         **source(REGISTERED_ENVS[config.task].cls),
         "assets": {name: checksum_of(Path(one.output_dir) / one.target_path) for name, one in sources.items()},
-        # PhysX on a GPU is another solver, with another scene.
+        FILES: files_of(Scene),
+        # PhysX on a GPU is another solver, with another scene that holds all copies, whose number changes what happens.
         "physics": device.type,
+        **({"num_envs": num_envs} if device.type == "cuda" else {}),
         "packages": installed(["mani_skill", "sapien"]),
     }
 

@@ -17,7 +17,7 @@ from embodied_rl.envs.mjcf.env import MjcfEnv
 from embodied_rl.envs.mjcf.scene import load_scene
 from embodied_rl.envs.mjcf.task import Start, Task, load_task
 from embodied_rl.envs.mjcf.view import Poses, View
-from embodied_rl.envs.tabletop.physics import Engine, cores, make_physics
+from embodied_rl.envs.tabletop.physics import Engine, cores, make_physics, refuse_idle
 from embodied_rl.envs.tabletop.pictures import Pictures
 from embodied_rl.errors import CapabilityError, NotFoundError, nearest
 from embodied_rl.section import Section
@@ -59,16 +59,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> Config:
-        idle = {
-            "observation (state)": ("cameras", "picture_size") if self.observation == "state" else (),
-            "physics (native)": ("contacts", "constraint_rows") if self.physics == "native" else (),
-            "physics (warp)": ("threads",) if (self.physics, self.observation) == ("warp", "state") else (),
-        }
-        for cause, names in idle.items():
-            for name in names:
-                value = getattr(self, name)
-                if value != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} ({value}) does nothing with {cause}: remove it, or change the other")
+        refuse_idle(self, ("cameras", "picture_size"))
         return self
 
 

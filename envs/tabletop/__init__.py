@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from embodied_rl.envs.tabletop.env import TabletopEnv
 from embodied_rl.envs.tabletop.instructions import NAMES, Name, Sentences
-from embodied_rl.envs.tabletop.physics import cores, make_physics
+from embodied_rl.envs.tabletop.physics import Engine, cores, make_physics, refuse_idle
 from embodied_rl.envs.tabletop.pictures import Pictures
 from embodied_rl.envs.tabletop.scene import CAMERAS, build_scene
 from embodied_rl.envs.tabletop.tasks import TASKS
@@ -38,7 +38,7 @@ class Config(Section):
     """Control steps (1/20 s each) after which an episode is truncated; place and stack need about 80."""
     end_on_success: bool = False
     """End the episode (terminated) in the first control step in which the task is solved."""
-    physics: Literal["auto", "native", "warp"] = "auto"
+    physics: Engine = "auto"
     """native: MuJoCo's C engine on CPU threads; warp: MuJoCo Warp on `device`; auto: warp on CUDA, native on a CPU."""
     observation: Literal["state", "pictures"] = "state"
     """state: positions of everything; pictures: what cameras see, beside the robot's own state and the words."""
@@ -62,15 +62,14 @@ class Config(Section):
     tell one scene in as many ways as they have frames."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of the native engine and of the cameras; null takes every core this process may use."""
+    contacts: int = Field(64, ge=1)
+    """Warp engine: contacts of each copy that there is room for."""
+    constraint_rows: int = Field(256, ge=1)
+    """Warp engine: constraint rows of each copy that there is room for, up to four per contact."""
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> Config:
-        for name in ("cameras", "picture_size", "privileged"):
-            value, default = getattr(self, name), type(self).model_fields[name].default
-            if self.observation == "state" and value != default:
-                raise ValueError(
-                    f"{name} ({value}) does nothing with observation (state): remove it, or set observation: pictures"
-                )
+        refuse_idle(self, ("cameras", "picture_size", "privileged"))
         return self
 
     @field_validator("cameras")
@@ -124,7 +123,8 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         env: Every copy at rest; call `reset` before the first step.
     """
     scene = build_scene()
-    physics = make_physics(config.physics, scene.model, num_envs, device, config.threads)
+    room = {"contacts": config.contacts, "constraint_rows": config.constraint_rows}
+    physics = make_physics(config.physics, scene.model, num_envs, device, config.threads, **room)
     pictures = None
     if config.observation == "pictures":
         pictures = Pictures(
@@ -144,4 +144,3 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         names=config.names,
         rephrase=config.rephrase,
     )
-

@@ -33,7 +33,9 @@ from embodied_rl.envs.tabletop.warp_runtime import start_warp
 from embodied_rl.errors import NotFoundError, ShapeError, nearest
 
 CAPACITY = 64
-"""Copies drawn per launch; more are drawn in slices."""
+"""Copies drawn per launch, if nothing else is said; more are drawn in slices."""
+LAUNCH_BYTES = 2**30
+"""Memory for the pictures of one launch on CUDA."""
 BACKGROUND = (0.80, 0.86, 0.92)
 """RGB of rays that hit nothing."""
 RGB: dict[str, tuple[float, float, float]] = {
@@ -226,6 +228,19 @@ class _Worlds:
         if self._warp_device.is_cuda:
             return wp.ScopedStream(wp.stream_from_torch(torch.cuda.current_stream(self._device)))
         return wp.ScopedDevice(self._warp_device)
+
+
+def capacity_for(copies: int, pixels: int, device: torch.device) -> int:
+    """Copies to draw per launch: on CUDA all of them as far as memory allows, since a launch of few leaves it idle.
+
+    Args:
+        copies: That there are.
+        pixels: Of all pictures of one copy, 4 bytes each.
+        device: Where they are drawn.
+    """
+    if device.type != "cuda":
+        return CAPACITY
+    return max(1, min(copies, LAUNCH_BYTES // (4 * pixels)))
 
 
 def paint(scene: Scene, colors: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:

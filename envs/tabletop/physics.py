@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import mujoco
 import numpy as np
@@ -217,3 +217,26 @@ def make_physics(
 def cores(threads: int | None) -> int:
     """CPU threads to use: as many as the recipe says, or all that this process may use."""
     return threads or len(os.sched_getaffinity(0))
+
+
+def refuse_idle(config: Any, of_pictures: tuple[str, ...]) -> None:
+    """Refuse what the physics or the observation that was chosen never reads.
+
+    Args:
+        config: With physics, observation, threads, contacts and constraint_rows.
+        of_pictures: Its settings that belong to observation: pictures.
+
+    Raises:
+        ValueError: A setting was changed and does nothing.
+    """
+    state = config.observation == "state"
+    idle = {
+        "observation (state)": of_pictures if state else (),
+        "physics (native)": ("contacts", "constraint_rows") if config.physics == "native" else (),
+        "physics (warp) and observation (state)": ("threads",) if config.physics == "warp" and state else (),
+    }
+    for cause, names in idle.items():
+        for name in names:
+            value = getattr(config, name)
+            if value != type(config).model_fields[name].default:
+                raise ValueError(f"{name} ({value}) does nothing with {cause}: remove it, or change the other")

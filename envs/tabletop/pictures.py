@@ -77,7 +77,7 @@ class Pictures:
             threads: CPU threads that draw side by side.
         """
         # Only those who ask for pictures pay for importing and compiling the ray tracer.
-        from embodied_rl.envs.tabletop.camera import BatchCamera
+        from embodied_rl.envs.tabletop.camera import BatchCamera, capacity_for
 
         shape = self._shape = (size, size) if isinstance(size, int) else size
         self.specs = {
@@ -85,10 +85,9 @@ class Pictures:
             for name in cameras
         }
         # Shadows would make a picture a quarter dearer and tell the policy little.
-        self._camera = BatchCamera(model, device, shadows=False, threads=threads)
-        self._latest = {
-            name: torch.zeros(num_envs, *shape, 3, dtype=torch.uint8, device=device) for name in cameras
-        }
+        capacity = capacity_for(num_envs, len(cameras) * shape[0] * shape[1], device)
+        self._camera = BatchCamera(model, device, capacity=capacity, shadows=False, threads=threads)
+        self._latest = {name: torch.zeros(num_envs, *shape, 3, dtype=torch.uint8, device=device) for name in cameras}
         self._stale = torch.ones(num_envs, dtype=torch.bool, device=device)
 
     def forget(self, copies: Tensor | None = None) -> None:

@@ -28,7 +28,8 @@ CONTACTS = 64
 """Contacts per copy that there is room for (a pool shared by all copies); piles of all objects inside the gripper and
 against the drawer were seen to make 34."""
 CONVEX_PAIRS = 32
-"""Pairs per copy whose contacts need the general convex algorithm (cylinders, capsule against box)."""
+"""Pairs per copy whose contacts need the general convex algorithm (cylinders, capsule against box); half as many as
+contacts where there is room for more of these."""
 CONSTRAINT_ROWS = 256
 """Constraint rows of each copy, four per contact; the same piles were seen to make 138."""
 CHECK_EVERY = 64
@@ -86,9 +87,8 @@ class WarpPhysics:
             self._model = mjw.put_model(model)
             # Warp would print overflows to stdout and go on; `_check` raises instead.
             self._model.opt.warn_overflow = 0
-            self._data = mjw.make_data(
-                model, nworld=num_envs, nconmax=contacts, nccdmax=min(CONVEX_PAIRS, contacts), njmax=constraint_rows
-            )
+            pairs = max(min(CONVEX_PAIRS, contacts), contacts // 2)
+            self._data = mjw.make_data(model, nworld=num_envs, nconmax=contacts, nccdmax=pairs, njmax=constraint_rows)
         self._qpos = wp.to_torch(self._data.qpos)
         self._qvel = wp.to_torch(self._data.qvel)
         self._ctrl = wp.to_torch(self._data.ctrl)

@@ -16,7 +16,10 @@ ENV_SETTINGS = {
     "text": [["model=TINY_LM", "tasks=[calculator, {task: arithmetic, digits: [1, 3]}]", "max_context=300", "overlong=4"], ["model=TINY_LM"]],
     "isolated": [[f"simulator={TOYS / 'foreign' / 'point.py'}", "workers=1"]],
     "envpool": [["id=HalfCheetah-v4", "max_steps=60"], ["id=CartPole-v1"], ["id=FetchReach-v4", "reward_terms=true"], ["id=[CartPole-v0, CartPole-v1]", "instructions={CartPole-v0: soon, CartPole-v1: later}"]],
-    "mjcf": [[f"scene={REACHER / 'reacher.xml'}", f"task={REACHER / 'task.py'}:Reach", "max_steps=12"]],
+    "tabletop": [[], ["physics=warp", "max_steps=6"]],
+    "mjcf": [
+        [f"scene={REACHER / 'reacher.xml'}", f"task={REACHER / 'task.py'}:Reach", *engine] for engine in (["max_steps=12"], ["max_steps=6", "physics=warp"])
+    ],
     "mixture": [
         ["missing=zeros", "parts=[{env: {type: target, max_steps: 12}, action: [5, 2]}, {env: {type: tabletop, tasks: [reach, push], max_steps: 12}, weight: 2}]"],
         ["parts=[{env: {type: gymnasium, id: CartPole-v1, max_steps: 30}}, {name: longer, env: {type: gymnasium, id: CartPole-v1, max_steps: 40}}]"],
@@ -34,7 +37,7 @@ POLICY_SETTINGS = {
         ["critic.share=all", "normalize_obs=false"],
         ["critic.share=nothing", "hidden=[16]"],
     ],
-    "tiny_vla_flow": [[], ["likelihood=latent"], ["process=diffusion"], ["likelihood=cfm"], ["likelihood=learned", "stochastic=one"]],
+    "tiny_vla_flow": [[], ["likelihood=latent"], ["process=diffusion"], ["likelihood=cfm"], ["likelihood=learned", "stochastic=one"], ["units=action", "log_prob=mean"]],
     "tiny_vla_tokens": [[], ["decoding=autoregressive"], ["critic.kind=hl_gauss"]],
     "causal_lm": [["model=TINY_LM", "temperature=0.8"], ["model=TINY_LM", "lora=2", "attention=eager"]],
 }

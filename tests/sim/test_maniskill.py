@@ -14,7 +14,9 @@ from embodied_rl.check import check_env  # noqa: E402
 from embodied_rl.envs.maniskill import Config, build  # noqa: E402
 from embodied_rl.envs.maniskill.scene import manifest_of  # noqa: E402
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, SimulatorError  # noqa: E402
+from embodied_rl.evaluate import evaluate  # noqa: E402
 from embodied_rl.manifest import checksum_of  # noqa: E402
+from tests.kit import Scripted  # noqa: E402
 
 pytestmark = [pytest.mark.sim, pytest.mark.filterwarnings("ignore")]
 CPU = torch.device("cpu")
@@ -106,15 +108,47 @@ def test_a_saved_episode_goes_on_bit_for_bit(push):
     assert all(torch.equal(push.step(a).obs["state"], x) for a, x in zip(actions(3, seed=2), wanted, strict=True))
 
 
+def solve(env):
+    """Put the cube of copy 0 at its goal."""
+    task = env._scenes[0].env
+    pose = task.obj.pose
+    task.obj.set_pose(type(pose).create_from_pq(p=task.goal_region.pose.p + torch.tensor([[0.0, 0.0, 0.019]]), q=pose.q))
+
+
 def test_success_is_told_where_the_cube_is_at_its_goal(push):
     start(push, [10, 12])
     assert not push.step(torch.zeros(2, 7)).success.any()
-    task = push._scenes[0].env
-    pose = task.obj.pose
-    task.obj.set_pose(type(pose).create_from_pq(p=task.goal_region.pose.p + torch.tensor([[0.0, 0.0, 0.019]]), q=pose.q))
+    solve(push)
     step = push.step(torch.zeros(2, 7))
     assert step.success.tolist() == step.terminated.tolist() == [True, False]
     assert float(step.reward[0]) == 1.0  # the normalised dense reward of a solved task
+
+
+def test_each_reward_is_paid_as_the_task_defines_it():
+    """PushCube: dense is 4 once solved, normalized_dense a fourth of it, sparse 1 once solved and 0 before."""
+    paid = {}
+    for reward in ("normalized_dense", "dense", "sparse"):
+        env = make(reward=reward)
+        start(env, [10, 12])
+        far = env.step(torch.zeros(2, 7)).reward
+        solve(env)
+        paid[reward] = torch.stack([far, env.step(torch.zeros(2, 7)).reward])
+        env.close()
+    assert paid["sparse"].tolist() == [[0, 0], [1, 0]]
+    assert paid["dense"][1, 0] == 4 and bool(((paid["dense"][0] > 0) & (paid["dense"][0] < 4)).all())
+    torch.testing.assert_close(paid["dense"], 4 * paid["normalized_dense"])
+
+
+@pytest.mark.parametrize(("ends", "length"), [(True, 2), (False, 4)])
+def test_a_success_that_does_not_last_is_one_at_the_end_only_where_it_ends_the_episode(ends, length):
+    env = make(copies=1, max_steps=4, end_on_success=ends)
+    task = env._scenes[0].env
+    task.evaluate = lambda: {"success": task.elapsed_steps == 2}
+    still = Scripted(lambda obs: torch.zeros(1, 1, 7), lambda obs: torch.zeros(1), has_critic=False)
+    result = evaluate(still, env, episodes=1, run_seed=0)
+    env.close()
+    assert result.success_once.tolist() == [True] and result.success_at_end.tolist() == [ends]
+    assert result.length.tolist() == [length]
 
 
 def test_a_simulation_that_blows_up_is_an_invalid_episode_and_not_a_failure(push, monkeypatch):
@@ -210,10 +244,31 @@ def test_what_was_downloaded_and_tasks_of_ones_own_are_told_by_their_checksums(t
     (tmp_path / "cans" / "mesh.obj").write_text("v 0 0 0")
     monkeypatch.setitem(DATA_SOURCES, "cans", DataSource("task_assets", target_path="cans", output_dir=tmp_path))
     monkeypatch.setattr(REGISTERED_ENVS["PushCube-v1"], "asset_download_ids", ["cans"])
-    told = manifest_of(Config(task="PushCube-v1"), CPU)
+    told = manifest_of(Config(task="PushCube-v1"), CPU, 2)
     assert told["assets"] == {"cans": checksum_of(tmp_path / "cans")} and "source" not in told
     monkeypatch.setattr(REGISTERED_ENVS["PushCube-v1"], "cls", type("Mine", (), {"__module__": __name__}))
-    assert len(manifest_of(Config(task="PushCube-v1"), CPU)["source"]) == 64
+    assert len(manifest_of(Config(task="PushCube-v1"), CPU, 2)["source"]) == 64
+
+
+def test_the_number_of_copies_is_told_where_they_share_a_scene():
+    config = Config(task="PushCube-v1")
+    few, many = (manifest_of(config, torch.device("cuda"), n) for n in (2, 8))
+    assert (few.pop("num_envs"), many.pop("num_envs")) == (2, 8) and few == many
+    assert manifest_of(config, CPU, 2) == manifest_of(config, CPU, 8) and few["files"]["maniskill/scene.py"]
+
+
+def test_assets_that_are_not_on_the_disk_are_told_with_the_command_that_brings_them(tmp_path, monkeypatch):
+    from mani_skill.utils.assets import DATA_SOURCES, DataSource
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    monkeypatch.setitem(DATA_SOURCES, "cans", DataSource("task_assets", target_path="cans", output_dir=tmp_path))
+    monkeypatch.setattr(REGISTERED_ENVS["PushCube-v1"], "asset_download_ids", ["cans"])
+    with pytest.raises(CapabilityError) as refused:
+        make()
+    assert str(refused.value) == (
+        f"env maniskill: 'PushCube-v1' needs the assets cans, which are not under {tmp_path}: run `python -m "
+        "mani_skill.utils.download_asset cans` where the internet can be reached, or set MS_ASSET_DIR"
+    )
 
 
 def test_what_does_not_exist_is_told_with_the_nearest_name():
@@ -235,11 +290,34 @@ def test_without_a_vulkan_device_one_sentence_says_what_to_install():
         "try:\n    build(Config(), num_envs=1, device=torch.device('cpu'), split='train', seed=0)\n"
         "except Exception as e:\n    import json; print(json.dumps([type(e).__name__, str(e)]))\n"
     )
-    environment = os.environ | {"VK_ICD_FILENAMES": "/nonexistent/driver.json"}
+    # Nothing that names a driver may come from outside.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("VK_")} | {"VK_ICD_FILENAMES": "/nonexistent/driver.json"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     kind, text = json.loads(done.stdout.strip().splitlines()[-1])
     assert kind == "CapabilityError"
     assert "apt-get install libvulkan1 chromium" in text and "VK_ICD_FILENAMES is /nonexistent/driver.json" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_all_copies_are_one_scene_and_a_partial_reset_leaves_the_others_alone():
+    device = torch.device("cuda:0")
+    env = build(Config(task="PushCube-v1", max_steps=8), num_envs=4, device=device, split="train", seed=0)
+    first = torch.tensor([True, False, False, False], device=device)
+    seeds, tasks, still = torch.arange(0, 8, 2, device=device), torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, 7, device=device)
+    begun = env.reset(torch.ones_like(first), seeds, tasks)["state"]
+    assert len(env._scenes) == 1 and not env.spec.has_state
+    for _ in range(2):
+        step = env.step(still)
+    told = [begun, step.obs["state"], step.reward, step.terminated, step.truncated, step.success, step.invalid]
+    assert {x.device for x in told} == {device}
+    after = env.reset(first, seeds, tasks)["state"]
+    torch.testing.assert_close(after[1:], step.obs["state"][1:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(after[0], begun[0], rtol=0, atol=1e-4)
+    steps = [env.step(still) for _ in range(6)]
+    # The others are at their limit of 8 now, copy 0 two steps short of it.
+    assert steps[-1].truncated.tolist() == [False, True, True, True] and not steps[-2].truncated.any()
+    env.close()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embodied_rl.envs.tabletop import camera as modules
-from embodied_rl.envs.tabletop.camera import RGB, BatchCamera, paint
+from embodied_rl.envs.tabletop.camera import RGB, BatchCamera, capacity_for, paint
 from embodied_rl.envs.tabletop.instructions import COLORS
 from embodied_rl.envs.tabletop.scene import CAMERAS, HIDDEN, HOME, build_scene
 from embodied_rl.errors import NotFoundError, ShapeError
@@ -209,6 +209,14 @@ def test_wrong_shapes_are_told_with_what_was_expected(camera, arguments, message
     with pytest.raises(ShapeError) as caught:
         camera.render(**request)
     assert str(caught.value) == message
+
+
+def test_a_gpu_draws_all_copies_at_once_as_far_as_memory_allows():
+    cuda, mib = torch.device("cuda"), 2**20
+    assert capacity_for(4096, 64 * 96, cuda) == 4096
+    assert capacity_for(4096, 2 * mib, cuda) == 128, "1 GiB over 8 MiB of each copy"
+    assert capacity_for(4096, 1024 * mib, cuda) == 1
+    assert capacity_for(4096, 64 * 96, CPU) == 64
 
 
 @pytest.mark.gpu

@@ -10,9 +10,11 @@ by some 1e-4 rad and mm/s, because Warp knows the direction of its tilt less wel
 import subprocess
 import sys
 
+import mujoco_warp as mjw
 import pytest
 import torch
 
+from embodied_rl.check import check_env
 from embodied_rl.envs.tabletop import Config, build
 from embodied_rl.envs.tabletop.physics import NativePhysics
 from embodied_rl.envs.tabletop.scene import HOME, build_scene
@@ -24,6 +26,12 @@ CPU = torch.device("cpu")
 SCENE = build_scene()
 MODEL = SCENE.model
 ALL = torch.ones(3, dtype=torch.bool)
+
+
+def make(engine, copies=3, **settings):
+    threads = {"threads": 1} if engine == "native" else {}
+    config = Config(physics=engine, **threads, **settings)
+    return build(config, num_envs=copies, device=CPU, split="train", seed=0)
 
 
 def rest(copies=3, height=0.0):
@@ -55,10 +63,7 @@ def at_rest(physics):
 
 
 def test_both_engines_give_the_same_observations_while_the_arm_moves_freely():
-    native, warp = (
-        build(Config(physics=engine, threads=1), num_envs=3, device=CPU, split="train", seed=0)
-        for engine in ("native", "warp")
-    )
+    native, warp = make("native"), make("warp")
     starts = (ALL, torch.tensor([2, 4, 6]), torch.arange(3))
     a, b = native.reset(*starts), warp.reset(*starts)
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -92,7 +97,7 @@ def test_dropped_objects_come_to_rest_at_the_same_places_on_both_engines(physics
 
 def lifted_by_hand(engine):
     """Slot of the object meant, success, and its height after each control step [40, 3], for one fixed hand motion."""
-    env = build(Config(physics=engine, threads=1, tasks=["lift"]), num_envs=3, device=CPU, split="train", seed=0)
+    env = make(engine, tasks=["lift"])
     env.reset(ALL, torch.tensor([2, 6, 0]), torch.zeros(3, dtype=torch.int64))
     copies, slots, heights = torch.arange(3), env.episode.a.clone(), []
     for step in range(40):
@@ -160,17 +165,37 @@ def test_a_copy_that_blows_up_is_put_back_to_rest_and_the_others_never_notice(at
     assert torch.equal(physics.get_state()["warp"][1], undisturbed[1]), "it goes on as if newly placed"
 
 
-def test_too_many_contacts_are_an_error_and_never_dropped_in_silence():
-    small = WarpPhysics(MODEL, 1, CPU, contacts=8, constraint_rows=256)
-    small.place(ALL[:1], rest(1), torch.zeros(1, MODEL.nv))
-    with pytest.raises(CapabilityError, match=r"copies \[0\] had more contacts than there is room for.*room for 8 contacts"):
+@pytest.mark.parametrize(
+    ("room", "found"),
+    [
+        ({"contacts": 8}, "8 contacts and 256 constraint rows per copy"),
+        ({"constraint_rows": 16}, "64 contacts and 16 constraint rows per copy"),
+    ],
+)
+def test_too_many_contacts_are_an_error_and_never_dropped_in_silence(room, found):
+    env = make("warp", copies=1, **room)
+    env.reset(ALL[:1], torch.tensor([2]), torch.tensor([0]))
+    with pytest.raises(CapabilityError, match=rf"copies \[0\] had more contacts than there is room for.*room for {found}"):
         for _ in range(3):  # three objects at rest touch the table in eleven points
-            small.step(hold(1), SCENE.substeps)
-    narrow = WarpPhysics(MODEL, 1, CPU, contacts=64, constraint_rows=16)
-    narrow.place(ALL[:1], rest(1), torch.zeros(1, MODEL.nv))
-    with pytest.raises(CapabilityError, match="16 constraint rows per copy"):
-        for _ in range(3):
-            narrow.step(hold(1), SCENE.substeps)
+            env.step(torch.zeros(1, 7))
+
+
+def test_room_for_more_contacts_is_room_for_more_of_every_kind():
+    assert WarpPhysics(MODEL, 2, CPU)._data.naccdmax == 2 * 32
+    assert WarpPhysics(MODEL, 2, CPU, contacts=200)._data.naccdmax == 2 * 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"physics": "warp", "threads": 2}, r"threads \(2\) does nothing with physics \(warp\) and observation \(state\)"),
+        ({"physics": "native", "contacts": 5}, r"contacts \(5\) does nothing with physics \(native\)"),
+        ({"physics": "native", "constraint_rows": 5}, r"constraint_rows \(5\) does nothing with physics \(native\)"),
+    ],
+)
+def test_what_the_engine_never_reads_is_refused(settings, message):
+    with pytest.raises(ValueError, match=f"{message}: remove it, or change the other"):
+        Config(**settings)
 
 
 def test_a_state_of_the_native_engine_is_refused(physics):
@@ -204,6 +229,24 @@ def test_recorded_steps_on_cuda_agree_with_plain_steps_on_the_cpu(at_rest):
     assert cuda.qpos.device.type == "cuda"
     torch.testing.assert_close(cuda.qpos.cpu()[:, SCENE.arm_qpos], at_rest.qpos[:, SCENE.arm_qpos], rtol=0, atol=1e-4)
     cuda.get_state()  # looks at the overflow flags
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("observation", ["state", "pictures"])
+def test_the_env_keeps_the_contract_on_cuda(observation, monkeypatch):
+    """Threads add up in no fixed order there; with Warp's option for one, everything repeats bit for bit."""
+    put_model = mjw.put_model
+
+    def in_fixed_order(model):
+        made = put_model(model)
+        made.opt.deterministic = mjw.DeterminismType.ALL
+        return made
+
+    monkeypatch.setattr(mjw, "put_model", in_fixed_order)
+    settings = ["physics=warp", "max_steps=6", f"observation={observation}"]
+    findings = check_env("tabletop", settings, copies=3, device="cuda:0")
+    assert [f"{f.name}: {f.detail}" for f in findings if f.ok is False] == []
 
 
 COMPILES_TWO_KERNELS = """

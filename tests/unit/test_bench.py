@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from embodied_rl.config import load_recipe
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
@@ -94,11 +96,17 @@ finish({{job["env"]: median(found[i], "steps_per_s") for i, job in enumerate(job
     assert ("the peer broke" in done.stderr) == ("broke" in (wrong or ""))
 
 
-def test_a_distant_simulator_serves_one_part_after_the_other(bench, monkeypatch):
+@pytest.fixture
+def vla(monkeypatch):
+    """scripts/bench_vla.py."""
     monkeypatch.syspath_prepend(SCRIPTS)
     spec = importlib.util.spec_from_file_location("bench_vla", SCRIPTS / "bench_vla.py")
-    vla = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(vla)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_distant_simulator_serves_one_part_after_the_other(bench, vla, monkeypatch):
     waited = []
     monkeypatch.setattr(vla, "perf_counter", lambda: bench.now)
     monkeypatch.setattr(vla, "sleep", waited.append)
@@ -109,3 +117,24 @@ def test_a_distant_simulator_serves_one_part_after_the_other(bench, monkeypatch)
     bench.now = 110.0
     server.serve(4.0)
     assert waited == [3.0, 5.0, 2.0, 4.0], "behind what was asked for earlier, and at once when there is nothing left to do"
+
+
+@pytest.mark.parametrize("policy, name", [("tiny_vla_flow", "tabletop_vla"), ("tiny_vla_tokens", "tabletop_vla_tokens")])
+def test_a_policy_is_measured_with_the_settings_of_its_own_recipe(vla, policy, name):
+    built = vla.recipe({"policy": policy, "device": "cpu", "threads": 1, "copies": 8, "decisions": 2})
+    packaged = load_recipe(name).recipe
+    assert built.policy == packaged.policy and built.policy.type == policy
+    assert built.algorithm == packaged.algorithm and built.env.privileged == packaged.env.privileged
+    assert built.start_from is None and built.collect.copies == 8
+
+
+@pytest.mark.parametrize("goals", ["one place", "anywhere"])
+@pytest.mark.parametrize("method", ["GRPO", "PPO"])
+def test_every_case_of_the_progress_rewards_is_trained_and_evaluated(monkeypatch, goals, method):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    spec = importlib.util.spec_from_file_location("bench_rewards", SCRIPTS / "bench_rewards.py")
+    rewards = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rewards)
+    for case in [reward for name, reward in rewards.CASES if name == method]:
+        rates = rewards.measure({"goals": goals, "method": method, "reward": case, "seed": 1, "updates": 1})
+        assert set(rates) == set(rewards.RATES) and all(0 <= rate <= 1 for rate in rates.values())

@@ -1,5 +1,10 @@
 """The gymnasium env: true last observations, seeds, state by replay, spaces, and sentences for what does not work."""
 
+import os
+import re
+import subprocess
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -354,6 +359,21 @@ def test_an_env_that_cannot_draw_is_refused_when_it_is_built():
             make("Blind-v0", render=True)
     finally:
         del gymnasium.registry["Blind-v0"]
+
+
+def test_without_egl_one_sentence_says_what_to_install(tmp_path):
+    """In a process of its own that finds no driver, since OpenGL is loaded once."""
+    command = "import sys; from embodied_rl.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["check", "env", "gymnasium", "id=HalfCheetah-v5", "render=true"]
+    environment = os.environ | {"MUJOCO_GL": "egl", "__EGL_VENDOR_LIBRARY_DIRS": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(
+        r"error: env gymnasium: 'HalfCheetah-v5' cannot draw on this machine: .*; MuJoCo envs need a display or MUJOCO_GL=egl "
+        r"with the system packages libegl1 and libgl1; or set env.render: false\n", done.stderr,
+    )  # fmt: skip
 
 
 def test_the_registry_finds_it_although_it_shares_its_name_with_the_package():

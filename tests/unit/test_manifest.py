@@ -157,6 +157,83 @@ def test_a_mixture_joins_what_its_parts_tell():
     told = env.manifest()["parts"]
     env.close()
     assert set(told) == {"cart", "long"} and told["cart"]["id"] == "CartPole-v1" and "gymnasium" in told["cart"]["packages"]
+    assert told["cart"]["max_steps"] == 500 and told["long"]["max_steps"] == 9
+
+
+def test_mixtures_that_are_joined_otherwise_are_told_apart(tmp_path):
+    mine = [tmp_path / "a.py", tmp_path / "b.py"]
+    for path, addition in zip(mine, ("", "\n# another reward\n"), strict=True):
+        path.write_text((TOYS / "point.py").read_text() + addition)
+    arm = {"type": str(TOYS / "arm.py"), "numbers": 2, "convention": {"metres": 0.1}, "max_steps": 9}
+
+    def told(toy=None, part=None, file=mine[0], limit=7, missing="zeros"):
+        toy = {"name": "toy", "env": {"type": str(file), "max_steps": limit}} | (toy or {})
+        part = {"name": "arm", "env": arm} | (part or {})
+        env = built("mixture", [f"parts={json.dumps([part, toy])}", f"missing={missing}"])
+        env.close()
+        return {"engine": {}, "starts": {}, "frames": {}, "env": manifest.make(env, {}, {})["env"]}
+
+    def differing(**changes):
+        return [line.split()[0] for line in manifest.differences(told(), told(**changes))]
+
+    assert differing() == [] and told()["env"]["missing"] == "zeros" and told()["env"]["pad"] is False
+    assert told()["env"]["parts"]["toy"]["control_hz"] is None
+    # A part without a manifest of its own is told by its file.
+    assert differing(file=mine[1]) == ["parts.toy.source"]
+    assert differing(limit=8) == ["parts.toy.max_steps"]
+    assert differing(toy={"rename": {"position": "place"}}) == ["parts.toy.joined.rename.position"]
+    assert differing(toy={"action": [1, 0]}) == ["parts.toy.joined.action"]
+    assert "parts.toy.joined.convention.metres" in differing(toy={"convention": {"metres": 0.1}})
+    hand = {"control": "ee_delta", "rotation": "axis_angle", "gripper": "opens_at_plus"}
+    whole = {"env": {**arm, "numbers": 7, "convention": hand}}
+    turned = {"type": arm["type"], "convention": hand | {"gripper": "closes_at_plus"}}
+    keep, convert = (told(toy={"env": turned, "bridge": {"gripper": how}}, part=whole, missing="refuse") for how in ("keep", "convert"))
+    assert [line.split()[0] for line in manifest.differences(keep, convert)] == ["parts.toy.joined.bridge.gripper"]
+
+
+def test_a_built_in_env_is_told_by_the_files_that_define_it(tmp_path, monkeypatch):
+    """So a threshold that was changed in one of them forbids a comparison, and says in which."""
+    package = sys.modules[manifest.ENVS]
+    env = built("tabletop", ["tasks=[reach]"])
+    env.close()
+
+    def told(name, change=lambda data: data):
+        folder = tmp_path / name
+        shutil.copytree(Path(package.__path__[0]), folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("_words.py", "tabletop/tasks.py", "libero/protocols.yaml"):
+            (folder / file).write_bytes(change((folder / file).read_bytes()))
+        monkeypatch.setattr(package, "__path__", [str(folder)])
+        manifest.files_of.cache_clear()
+        return {"engine": {}, "starts": {}, "frames": {}, "env": manifest.make(env, {}, {})["env"]}
+
+    try:
+        first = told("first")
+        assert manifest.differences(first, told("again", lambda data: data.replace(b"\n", b"\r\n"))) == []
+        other = told("other", lambda data: data + b"# another threshold\n")
+    finally:
+        monkeypatch.undo()
+        manifest.files_of.cache_clear()
+    assert manifest.differences(first, other) == ["files differ in _words.py, tabletop/tasks.py"]
+    assert not [name for name in first["env"]["files"] if name.startswith(("libero", "mixture"))]
+
+
+def test_an_env_of_ones_own_that_extends_a_built_in_one_is_told_by_the_files_of_both(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from embodied_rl.envs import target\nfrom embodied_rl.envs.target import Config\n\n"
+        "class Mine(target.TargetEnv):\n    pass\n\n"
+        "def build(config, *, num_envs, device, split, seed):\n"
+        "    env = target.build(config, num_envs=num_envs, device=device, split=split, seed=seed)\n"
+        "    env.__class__ = Mine\n    return env\n"
+    )
+    told = manifest.told_by(built(str(tmp_path / "mine.py")))
+    assert set(told["files"]) == {"target.py"} and told["source"] == checksum((tmp_path / "mine.py").read_bytes())
+
+
+def test_a_manifest_of_ones_own_does_not_hide_the_file_that_it_is_in():
+    env = built(str(TOYS / "point.py"))
+    env.manifest = lambda: {"surface": "ice"}
+    told = manifest.told_by(env)
+    assert told["surface"] == "ice" and told["source"] == checksum((TOYS / "point.py").read_bytes())
 
 
 def test_an_env_that_tells_no_plain_data_is_refused():
@@ -183,6 +260,7 @@ def test_two_stored_evaluations_of_one_simulator_are_compared(two, capsys):
     ("edit", "complaint"),
     [
         (lambda d: d["manifest"]["env"].update(packages={"mujoco": "3.3.3"}), "packages.mujoco is not told in A and 3.3.3 in B"),
+        (lambda d: d["manifest"]["env"].update(files={"target.py": "0" * 64}), "files are told by B alone"),
         (lambda d: d["manifest"]["env"].update(max_steps=99), "max_steps is [0-9a-z ]+ in A and 99 in B"),
         (lambda d: d["manifest"]["env"].update(protocol={"name": "openpi"}), "protocol.name is not told in A and openpi in B"),
         (
@@ -214,6 +292,13 @@ def test_many_differences_are_told_in_one_sentence():
     other = one | {"env": {f"k{i}": 1 for i in range(9)}}
     with pytest.raises(CapabilityError, match="k3 is 0 in A and 1 in B; and 5 more. Evaluate both again"):
         manifest.compare(one, other, ("a", "b"))
+
+
+def test_files_that_differ_are_one_difference():
+    one = {"engine": {}, "starts": {}, "env": {"files": dict.fromkeys("abcdef", "0")}, "frames": {}}
+    other = one | {"env": {"files": dict.fromkeys("acdefg", "1") | {"a": "0"}}}
+    assert manifest.differences(one, other) == ["files differ in b, c, d, e and 2 more"]
+    assert dict(manifest.lines(one))["files"] == "a 0, b 0, c 0, d 0, e 0, f 0"
 
 
 def test_a_task_that_only_one_of_them_played_is_a_difference():
