@@ -49,7 +49,7 @@ unit: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.ready-bench
-	for name in envs scaling ppo vla; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done
+	for name in envs scaling ppo vla rewards gpu; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done
 	test ! -e models/smollm2/config.json || $(BIN)/python scripts/bench_grpo.py --quick
 
 docs: $(VENV)/.ready-dev

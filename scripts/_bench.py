@@ -170,11 +170,11 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, load {load}"
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A command line with the options that every benchmark takes."""
+def parser(doc: str | None, rounds: int = 3) -> argparse.ArgumentParser:
+    """A command line with the options that every benchmark takes; `rounds` is how many it makes unless told."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="about a minute; numbers good for a smoke test only")
-    p.add_argument("--repeats", type=int, default=None, help="rounds of interleaved measurements (default 3, quick 1)")
+    p.add_argument("--repeats", type=int, default=None, help=f"rounds of interleaved measurements (default {rounds}, quick 1)")
     return p
 
 

@@ -60,7 +60,7 @@ def stepper(env: Any) -> Stepper:
     from embodied_rl.seeding import start_seeds
 
     spec, b = env.spec, env.spec.num_envs
-    actions = (torch.rand(16, b, *spec.action.shape) * 2 - 1).unbind()
+    actions = (torch.rand(16, b, *spec.action.shape) * 2 - 1).to(env.device).unbind()
     episodes = torch.zeros(b, dtype=torch.int64)
     copies = torch.arange(b)
     able = spec.playable()
@@ -70,13 +70,13 @@ def stepper(env: Any) -> Stepper:
 
     def reset(mask: torch.Tensor) -> None:
         tasks = (copies + episodes) % len(spec.tasks) if own is None else own
-        env.reset(mask, start_seeds(0, "train", copies, episodes), tasks)
+        env.reset(*(x.to(env.device) for x in (mask, start_seeds(0, "train", copies, episodes), tasks)))
         episodes[mask] += 1
 
     def step() -> int:
         result = env.step(actions[clock["t"] % len(actions)])
         clock["t"] += 1
-        done = result.terminated | result.truncated
+        done = (result.terminated | result.truncated).cpu()
         if bool(done.any()):
             reset(done)
         return b

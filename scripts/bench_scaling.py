@@ -72,7 +72,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print the table and the JSON line."""
-    args = parser(__doc__).parse_args()
+    args = parser(__doc__, rounds=2).parse_args()
     copies = (16, 256) if args.quick else COPIES
     jobs = [{"setting": env, "copies": n, "seconds": 2.0 if args.quick else 8.0} for env in ENVS for n in copies]
     print(f"one PPO iteration by number of copies, {machine()}")

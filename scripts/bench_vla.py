@@ -3,14 +3,15 @@
     python scripts/bench_vla.py              all tables, 3 interleaved rounds (about 25 minutes)
     python scripts/bench_vla.py --quick      small, one round, about a minute
 
-All tables are of the recipe `tabletop_vla` with untrained weights, for both kinds of policy:
+All tables are of untrained weights: `tiny_vla_flow` as the recipe `tabletop_vla` has it, `tiny_vla_tokens` as
+`tabletop_vla_tokens` (what `make demo` trains) has it:
 
     phases       milliseconds per decision of all copies, by what they are spent on
     pipeline     collecting with one part (simulate, then decide), with two (one simulates while the other decides) and
                  with four, taken in turns in one process; see below
     skipping     an update when a share of the decisions has no advantage, with those rows evaluated and left out
-    frozen       an update of the flow policy with likelihood: latent, whose trunk is frozen, on pictures that are encoded
-                 again and on the features that were kept while sampling
+    frozen       an update of the flow policy with likelihood: latent, whose trunk is frozen, and a critic that reads it,
+                 on pictures that are encoded again and on the features that were kept while sampling
     prefix       a decision with pictures and words encoded once, and encoded again for each denoising step or token
 
 Results of a GPU are added when there is one.
@@ -45,8 +46,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from _bench import Job, Parts, finish, machine, measure_all, median, parser, spread, table, worker_main
 
-RECIPE = "tabletop_vla"
-POLICIES = ("tiny_vla_flow", "tiny_vla_tokens")
+RECIPES = {"tiny_vla_flow": "tabletop_vla", "tiny_vla_tokens": "tabletop_vla_tokens"}
+"""Policy -> the recipe that it is measured in; changing the type over another's recipe would drop all its settings."""
+POLICIES = tuple(RECIPES)
 PHASES = ("physics", "camera", "inference", "update", "reset", "rest")
 PARTS = (1, 2, 4)
 SIMULATORS = (
@@ -63,16 +65,16 @@ WHOLE = {"copies": 128, "decisions": 10}
 
 
 def recipe(job: Job, **settings: Any) -> Any:
-    """The recipe with the job's policy, sizes and threads; `settings` as a__b=c for a.b=c."""
+    """The recipe of the job's policy, with its sizes and threads; `settings` as a__b=c for a.b=c."""
     from embodied_rl.config import load_recipe
 
     chosen = {
-        "start_from": "null", "policy__type": job["policy"], "device": job["device"], "threads": job["threads"],
+        "start_from": "null", "device": job["device"], "threads": job["threads"],
         "collect__copies": job["copies"], "collect__decisions": job["decisions"], "collect__pipeline": 1,
         # Untrained weights never succeed: paid by success alone, no decision had an advantage and no update anything to do.
         "env__threads": os.cpu_count(), "env__reward": "progress",
     } | settings  # fmt: skip
-    return load_recipe(RECIPE, [f"{name.replace('__', '.')}={value}" for name, value in chosen.items()]).recipe
+    return load_recipe(RECIPES[job["policy"]], [f"{name.replace('__', '.')}={value}" for name, value in chosen.items()]).recipe
 
 
 def session(job: Job, **settings: Any) -> Any:
@@ -261,8 +263,10 @@ def measure_frozen(job: Job) -> dict[str, Any]:
     """Seconds of an update with a frozen trunk, from pictures and from kept features."""
     from dataclasses import replace
 
-    s = session(job, policy__likelihood="latent", **EVERY_STEP)
+    # A critic that is told the state reads the observation, and then nothing is kept.
+    s = session(job, policy__likelihood="latent", policy__critic__reads="prefix", **EVERY_STEP)
     updater, rollout = s.updater, s.collector.collect()
+    assert rollout.features is not None
     updater.config = updater.config.model_copy(update={"target_kl": None})
     advantage = s.credit(rollout)
     pictures = replace(rollout, features=None)
@@ -384,7 +388,7 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=None, help="time measured per row and round (default 8, quick 0)")
     args = p.parse_args()
     jobs = plan(args.only, args.quick, (0.0 if args.quick else 8.0) if args.seconds is None else args.seconds)
-    print(f"{RECIPE} with {SIZES[args.quick]['copies']} copies, {machine()}")
+    print(f"{', '.join(RECIPES.values())} with {SIZES[args.quick]['copies']} copies, {machine()}")
     results = measure_all(__file__, jobs, args.repeats or (1 if args.quick else 3))
     out = report(jobs, results)
     finish({"name": "vla", "setting": SIZES[args.quick], **out})
