@@ -55,6 +55,9 @@ def spec_is_coherent(case: EnvCase) -> str:
     for name, o in s.observation.items():
         expect(isinstance(o.dtype, torch.dtype), f"dtype of '{name}' is {o.dtype}")
         expect(o.low is None or o.high is None or o.low <= o.high, f"'{name}' has low {o.low} above high {o.high}")
+        ids = [i for i, _ in o.texts]
+        expect(len(set(ids)) == len(ids), f"texts of '{name}' has an id twice")
+        expect(all(0 < i <= (o.high or 0) for i in ids), f"texts of '{name}' has an id that is not in 1 to {o.high}")
     return f"what an action means is {(a.convention or UNKNOWN).told()}" if a.kind == "continuous" else a.kind
 
 

@@ -1,4 +1,4 @@
-"""Whether two that meet (demonstrations, a checkpoint, an env) mean the same by actions and pictures.
+"""Whether two that meet (demonstrations, a checkpoint, an env) mean the same by actions and by what is seen.
 
 What differs is refused in one sentence, what nobody has said is no difference, and both are told.
 """
@@ -44,6 +44,12 @@ class Side:
     control_hz: float | None = None
     vocabularies: dict[str, str] | None = None
     """Entry of ids -> its vocabulary, where there is one with a name; None where it does not say."""
+    vectors: dict[str, tuple[int, str]] | None = None
+    """Entry -> how many numbers it has and what they mean ("" where nobody says); None where it does not say."""
+    numbers: int | None = None
+    """Of an action; None where it does not say, or where no numbers move a robot."""
+    bounds: tuple[float, float] | None = None
+    """Smallest and largest number of an action: of an env what it takes, of demonstrations what they hold."""
 
     @classmethod
     def of(cls, where: str, spec: EnvSpec) -> Side:
@@ -53,9 +59,10 @@ class Side:
             for name, entry in spec.seen.items()
             if entry.dtype == torch.uint8 and len(entry.shape) == 3
         }
-        moves = spec.action.kind == "continuous"
-        convention = (spec.action.convention or UNKNOWN) if moves else None
-        return cls(where, convention, pictures, spec.control_hz, vocabularies_of(spec.seen))
+        said = (pictures, spec.control_hz, vocabularies_of(spec.seen), vectors_of(spec.seen))
+        if spec.action.kind != "continuous":
+            return cls(where, None, *said)
+        return cls(where, spec.action.convention or UNKNOWN, *said, spec.action.size, (-1.0, 1.0))
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
@@ -64,6 +71,9 @@ class Side:
             "pictures": None if self.pictures is None else {name: list(size) for name, size in self.pictures.items()},
             "control_hz": self.control_hz,
             "vocabularies": self.vocabularies,
+            "vectors": None if self.vectors is None else {name: list(said) for name, said in self.vectors.items()},
+            "numbers": self.numbers,
+            "bounds": None if self.bounds is None else list(self.bounds),
         }
 
     @classmethod
@@ -78,12 +88,27 @@ class Side:
         pictures = state["pictures"]
         sizes = None if pictures is None else {name: (rows, columns) for name, (rows, columns) in pictures.items()}
         convention = None if state["convention"] is None else read_convention(where, state["convention"])
-        return cls(where, convention, sizes, state["control_hz"], state.get("vocabularies"))
+        # Older checkpoints lack the rest.
+        vectors, bounds = state.get("vectors"), state.get("bounds")
+        return cls(
+            where, convention, sizes, state["control_hz"], state.get("vocabularies"),
+            None if vectors is None else {name: (size, meaning) for name, (size, meaning) in vectors.items()},
+            state.get("numbers"), None if bounds is None else (bounds[0], bounds[1]),
+        )  # fmt: skip
 
 
 def vocabularies_of(observation: Mapping[str, TensorSpec]) -> dict[str, str]:
     """Entry -> vocabulary, of those whose ids have one with a name."""
     return {name: entry.vocabulary for name, entry in observation.items() if entry.vocabulary}
+
+
+def vectors_of(observation: Mapping[str, TensorSpec]) -> dict[str, tuple[int, str]]:
+    """Entry -> size and meaning, of those that are rows of real numbers."""
+    return {
+        name: (entry.shape[0], entry.meaning)
+        for name, entry in observation.items()
+        if entry.dtype.is_floating_point and len(entry.shape) == 1
+    }
 
 
 def read_convention(where: str, data: object, size: int | None = None) -> Convention:
@@ -122,10 +147,12 @@ def conform(found: Side, wanted: Side, advice: str, *, despite: Sequence[Item] =
         report: What is the same, unknown or different all the same, one sentence each.
 
     Raises:
-        CapabilityError: They mean different things by a number or an id, or a picture is not shown; says both sides.
+        CapabilityError: They mean different things by a number or an id, an action or a vector has another size, or a
+            picture or a vector is not shown; says both sides.
         ConfigError: `despite` names what does not differ.
     """
     report = [*_actions(found, wanted, advice, despite), *_pictures(found, wanted, advice), *_words(found, wanted)]
+    report += [*_vectors(found, wanted, advice), *_numbers(found, wanted, advice)]
     hz = (found.control_hz, wanted.control_hz)
     if hz[0] and hz[1] and hz[0] != hz[1]:
         report.append(f"{found.where} has {hz[0]:g} control steps per second, {wanted.where} {hz[1]:g}")
@@ -200,6 +227,47 @@ def _words(found: Side, wanted: Side) -> list[str]:
             )
     silent = [name for name in theirs if name not in (found.vocabularies or {})]
     return report + [f"what the ids of '{name}' mean is unknown in {found.where}" for name in silent]
+
+
+def _vectors(found: Side, wanted: Side, advice: str) -> list[str]:
+    if found.vectors is None or wanted.vectors is None:
+        return []
+    report, same = [], []
+    for name in {**found.vectors, **wanted.vectors}:
+        a, b = found.vectors.get(name), wanted.vectors.get(name)
+        if a is None or b is None:
+            has, lacks = (wanted, found) if a is None else (found, wanted)
+            known = ", ".join(lacks.vectors or ()) or "none"
+            raise CapabilityError(f"vector '{name}' of {has.where} is not one of {lacks.where} ({known}); {advice}")
+        if a[0] != b[0]:
+            raise CapabilityError(
+                f"vector '{name}' has {a[0]} numbers in {found.where} and {b[0]} in {wanted.where}; {advice}"
+            )
+        if a[1] and b[1] and a[1] != b[1]:
+            report.append(f"vector '{name}' is '{a[1]}' in {found.where} and '{b[1]}' in {wanted.where}")
+        else:
+            same.append(f"{name} ({a[0]})")
+    if same:
+        report.append(f"vectors of {found.where} and {wanted.where} are the same: {', '.join(same)}")
+    return report
+
+
+def _numbers(found: Side, wanted: Side, advice: str) -> list[str]:
+    if found.numbers is None or wanted.numbers is None:
+        return []
+    if found.numbers != wanted.numbers:
+        raise CapabilityError(
+            f"an action has {found.numbers} numbers in {found.where} and {wanted.numbers} in {wanted.where}; {advice}"
+        )
+    report = [f"actions of {found.where} and {wanted.where} have {found.numbers} numbers each"]
+    a, b = found.bounds, wanted.bounds
+    if a and b and a != b:
+        cut = "; what is beyond is cut" if a[0] < b[0] or a[1] > b[1] else ""
+        report.append(
+            f"the action's numbers run from {a[0]:.3g} to {a[1]:.3g} in {found.where}, from {b[0]:.3g} to {b[1]:.3g} "
+            f"in {wanted.where}{cut}"
+        )
+    return report
 
 
 def stated(where: str, own: Convention | None, said: Convention) -> Convention:

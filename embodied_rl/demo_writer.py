@@ -93,6 +93,8 @@ class DemoWriter:
         rate = fps if fps is not None else 1.0
         self._fps = int(rate) if rate == int(rate) else rate
         specs = {k: asdict(s) | {"dtype": str(s.dtype).removeprefix("torch.")} for k, s in observation.items()}
+        for one in specs.values():
+            del one["texts"]  # the policy is built for an env, which says them itself
         said = None if convention is None else convention.model_dump(mode="json")
         own = json.loads(json.dumps({"made": made, "observation": specs, "convention": said}))
         self._head = {"codebase_version": VERSION, "robot_type": robot}

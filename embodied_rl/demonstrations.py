@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rl.conformance import Side, conform, read_convention, vocabularies_of
+from embodied_rl.conformance import Side, conform, read_convention, vectors_of, vocabularies_of
 from embodied_rl.convention import UNKNOWN
 from embodied_rl.demo_batches import CACHE_BYTES, Batches
 from embodied_rl.demo_files import read_json, read_lines, read_table
@@ -182,6 +182,17 @@ class Demonstrations:
             out[name] = {k: torch.tensor(x, dtype=torch.float32).reshape(shape) for k, x in found.items()}
         return out
 
+    def bounds(self) -> tuple[float, float] | None:
+        """Smallest and largest number of the actions; None where there are no statistics.
+
+        Raises:
+            DemonstrationError: See `statistics`.
+        """
+        if not (self.folder / STATS).is_file():
+            return None
+        found = self.statistics()["action"]
+        return float(found["min"].min()), float(found["max"].max())
+
     def load(self, episodes: Sequence[int] | None = None, *, cameras: Sequence[str] | None = None) -> Iterator[Episode]:
         """Decode episodes one after another.
 
@@ -262,8 +273,10 @@ class Demonstrations:
                     f"{self.folder}: observation '{name}' has numbers up to {found.high:g}, the env knows them up to "
                     f"{wanted.high:g}; collect a set in this env, or set the env as it was then"
                 )
-        own = self._convention or UNKNOWN
-        kept = Side(f"demonstrations {self.folder}", own, vocabularies=vocabularies_of(have))
+        kept = Side(
+            f"demonstrations {self.folder}", self._convention or UNKNOWN, vocabularies=vocabularies_of(have),
+            vectors=vectors_of({n: have[n] for n in spec.seen}), numbers=self.action.size, bounds=self.bounds(),
+        )  # fmt: skip
         return conform(kept, Side.of("the env", spec), "collect a set in this env, or set the env as it was then")
 
     def _is_real(self, column: str) -> bool:

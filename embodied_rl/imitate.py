@@ -99,7 +99,7 @@ class ImitationSession(Saved):
         batches = demos.batches(order, config.batch_size, policy.chunk, cameras=_cameras(spec))
         batches.prefetch()
         generator = torch.Generator(device).manual_seed(recipe.seed)
-        meant = Side.of("the env", spec)
+        meant = replace(Side.of("the env", spec), bounds=demos.bounds())
         if meant.convention == UNKNOWN:
             meant = replace(meant, convention=demos.action.convention or UNKNOWN)
         return cls(

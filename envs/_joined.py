@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embodied_rl.envs._bridge import Bridge, bridge_parts
+from embodied_rl.envs._words import unambiguous
 from embodied_rl.errors import CapabilityError, ConfigError, nearest
 from embodied_rl.types import ActionSpec, EnvSpec, Obs, TensorSpec
 
@@ -218,6 +219,7 @@ def _observation(
             constant=all(s.constant for s in have.values()),
             meaning=" | ".join(dict.fromkeys(s.meaning for s in have.values() if s.meaning)),
             vocabulary=next(iter(vocabularies.values()), "") if len(vocabularies) == len(have) else "",
+            texts=unambiguous(pair for s in have.values() for pair in s.texts),
         )
     idle = [f"{k} ({getattr(config, k)})" for k in used if getattr(config, k) in ("zeros", True) and not used[k]]
     if idle:

@@ -1,13 +1,14 @@
 """Instructions as word ids: one vocabulary for every env that speaks.
 
-Ids are stable hashes: no download, and adding a sentence changes no other id. They cannot be turned back into text;
-an env that has it offers it beside them (`instructions()`).
+Ids are stable hashes: no download, and adding a sentence changes no other id. They cannot be turned back into text, so
+an env that has it offers it beside them: `instructions()`, and, of words known beforehand, `TensorSpec.texts`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -19,10 +20,27 @@ WORD_IDS = 1024
 """Ids are 1 to WORD_IDS - 1; 0 is padding."""
 
 
-def word_row(length: int) -> TensorSpec:
-    """The entry of an observation that holds the ids of at most `length` words."""
+def word_row(length: int, sentences: Iterable[str] = ()) -> TensorSpec:
+    """The entry of an observation that holds the ids of at most `length` words.
+
+    Args:
+        length: L.
+        sentences: What the env may ask for, as far as it is known beforehand.
+    """
     meaning, vocabulary = "ids of the instruction's words, then 0", f"blake2b of a word, {WORD_IDS} ids"
-    return TensorSpec((length,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning, vocabulary=vocabulary)
+    words = sorted({word for text in sentences for word in split_words(text)})
+    return TensorSpec(
+        (length,), torch.int64, 0, WORD_IDS - 1, constant=True, meaning=meaning, vocabulary=vocabulary,
+        texts=unambiguous((word_id(word), word) for word in words),
+    )  # fmt: skip
+
+
+def unambiguous(texts: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
+    """The pairs (id, word) in the order of ids, without the ids that stand for several words."""
+    words: dict[int, set[str]] = {}
+    for i, word in texts:
+        words.setdefault(i, set()).add(word)
+    return tuple((i, next(iter(words[i]))) for i in sorted(words) if len(words[i]) == 1)
 
 
 @lru_cache(maxsize=4096)
@@ -30,6 +48,12 @@ def word_id(word: str) -> int:
     """Stable id in [1, WORD_IDS) of a lower-case word."""
     digest = hashlib.blake2b(word.encode(), digest_size=4, person=b"word").digest()
     return 1 + int.from_bytes(digest, "little") % (WORD_IDS - 1)
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a sentence, lower case; see `encode_words`."""
+    whole = unicodedata.normalize("NFC", text).lower()
+    return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in whole).split()
 
 
 def encode_words(text: str, limit: int, reader: str, cure: str) -> tuple[int, ...]:
@@ -48,8 +72,7 @@ def encode_words(text: str, limit: int, reader: str, cure: str) -> tuple[int, ..
     Raises:
         CapabilityError: It has no word, or more than L: a sentence that is cut may mean something else.
     """
-    whole = unicodedata.normalize("NFC", text).lower()
-    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in whole).split()
+    words = split_words(text)
     if not 1 <= len(words) <= limit:
         shown = text if len(text) <= 60 else f"{text[:60]}..."
         raise CapabilityError(

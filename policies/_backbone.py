@@ -1,7 +1,7 @@
 r"""Vision-language models of transformers in front of a policy: opened, adapted, and shown an env's pictures and words.
 
     pictures -> the model's own vision tower and projector -> `see` --\
-    word ids -> learned embeddings -----------------------------------+-> `embed` -> language model -> `forward`
+    word ids -> the model's own tokens, or learned (`_reading.py`) ---+-> `embed` -> language model -> `forward`
 
 Where the vision part is frozen, what it made of a picture while sampling can be kept (`encode_once`): `once` encodes,
 `keep` turns the observation into bytes for the rollout, `recall` turns them back, bit for bit.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from embodied_rl.errors import CapabilityError, CheckpointError, MissingExtraError, NotFoundError
 from embodied_rl.policies._pretrained import from_folder
+from embodied_rl.policies._reading import Words
 from embodied_rl.policies._trunk import padded
 from embodied_rl.section import Section
 from embodied_rl.types import FEATURES, EnvSpec, Obs
@@ -60,8 +61,8 @@ class Pretrained(Section):
     """Folder with config.json and safetensors weights, as `save_pretrained` writes it; or tiny:paligemma, tiny:smolvlm
     or tiny:qwen3_vl, a very small model with random weights, for tests and for trying a recipe out."""
     freeze: Literal["none", "vision", "all"] = "none"
-    """Weights of the model that are not trained: none; what lies before the language model; all (the head, and the
-    embeddings of words, are always trained)."""
+    """Weights of the model that are not trained: none; what lies before the language model; all (the head, and learned
+    embeddings of words, are always trained, embeddings of tokens never)."""
     lora: int = Field(0, ge=0)
     """Rank of adapters at every linear layer that freeze leaves; the model's own weights then stay as they are and
     the adapters are scaled by 2. 0: the weights themselves are trained."""
@@ -70,7 +71,9 @@ class Pretrained(Section):
     image_size: int | None = Field(None, ge=8)
     """Pixels of a side that pictures are resized to; null: what the model was made for, or, where it takes any
     size, that of the env's pictures rounded up to whole patches."""
-
+    words: Literal["tokens", "learned"] = "tokens"
+    """tokens: an instruction's words enter as the model's own tokens, where its folder has a tokenizer and the env
+    tells its words beforehand; other words, and padding, have embeddings learned from nothing. learned: all have."""
     encode_once: bool = False
     """Keep, beside each decision, what the frozen vision part made of its pictures, so that no update encodes them
     again: time for memory, one number for each token of a picture and dimension of the language model."""
@@ -179,12 +182,11 @@ class Backbone(nn.Module):
             x = torch.tensor(found.get(f"image_{name}") or (0.5, 0.5, 0.5))
             self.register_buffer(name, x.view(3, 1, 1), persistent=False)
         if self.words_entry:
-            with torch.no_grad():  # new words as large as those that the language model knows
-                some = torch.arange(min(1000, vlm.config.get_text_config().vocab_size))
-                std_of_words = float(vlm.get_input_embeddings()(some).float().std())
-            self.words = nn.Embedding(int(env.observation[self.words_entry].high or 0) + 1, self.width)
-            nn.init.normal_(self.words.weight, std=std_of_words)
+            entry = env.observation[self.words_entry]
+            self.words = Words(entry, vlm.get_input_embeddings(), config.model, config.words)
         adapt(body, vlm, config)
+        # A task has few words: trained, they would drift away from all that it does not have.
+        vlm.get_input_embeddings().requires_grad_(False)
         self.left_out: list[str] = []
         self.layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.eval()
@@ -258,7 +260,8 @@ class Backbone(nn.Module):
             more: Further arguments of Qwen's language model.
         """
         seen = obs[SEEN] if SEEN in obs else self.see(obs)
-        words = [self.words(obs[self.words_entry])] if self.words_entry else []
+        own = self.vlm.get_input_embeddings()
+        words = [self.words.read(obs[self.words_entry], own)] if self.words_entry else []
         tokens = torch.cat([seen[:, 0], *words], dim=1)
         return tokens, self._places(seen, tokens.shape[1]) if self.kind in PATCHES else {}
 
@@ -345,7 +348,7 @@ class Backbone(nn.Module):
         if self.config.model.startswith("tiny:"):
             return
         self.left_out = [n for n, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad]
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.words.tongue.encode() if self.words_entry else b"")
         for name in self.left_out:
             p = self.model.get_parameter(name).detach().flatten()
             digest.update(f"{name}{p[:: 1 + len(p) // 64].tolist()}".encode())
@@ -364,7 +367,7 @@ def _put_back(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     if not torch.equal(state.get(f"{prefix}origin", backbone.origin).cpu(), backbone.origin.cpu()):
         raise CheckpointError(
             f"the frozen weights of policy.model '{backbone.config.model}' are not those that this checkpoint was "
-            "trained on: give the same folder and the same policy.dtype"
+            "trained on, or its tokenizer is not: give the same folder and the same policy.dtype"
         )
     for name in backbone.left_out:
         state.setdefault(f"{prefix}model.{name}", backbone.model.get_parameter(name).data)

@@ -1,7 +1,7 @@
 r"""Any vision-language model of transformers as the trunk of a token or flow policy.
 
     pictures -> the model's own vision tower and projector --\
-    word ids -> learned embeddings ---------------------------+-> language model -> last hidden states
+    word ids -> its own tokens, or learned embeddings --------+-> language model -> last hidden states
     last hidden states -> narrow tokens --\
     vectors -> one token each -------------+-> blocks of the small trunk -> action head (tokens or flow)
 
@@ -9,8 +9,8 @@ The model runs once per decision. Its last hidden states become the prefix of `_
 and the critic are those of tiny_vla_tokens and tiny_vla_flow, unchanged.
 
 Pictures are resized and normalised as the model's image processor does it, without padding or cutting into tiles.
-Instructions arrive as word ids, which are hashes and cannot be turned back into text: their embeddings are learned from
-nothing, the tokenizer is not used, and padding is a word like any other. docs/vla_models.md tells what follows.
+Instructions arrive as word ids, which are hashes. Those whose word the env tells enter as the model's own tokens, where
+its folder has a tokenizer; the others, and padding, have embeddings learned from nothing; see docs/vla_models.md.
 
 Source: last hidden states as the condition of a small action expert, as in Bjorck et al. 2025 (GR00T N1,
 arXiv:2503.14734); LoRA, Hu et al. 2021 (arXiv:2106.09685).

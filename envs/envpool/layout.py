@@ -120,8 +120,11 @@ INSTRUCTION = word_row(MAX_WORDS)
 def spec_of(layouts: Sequence[Layout], num_envs: int) -> EnvSpec:
     """The spec of an env whose tasks are these, all alike in what they show and take."""
     limits = [layout.max_steps for layout in layouts]
+    observation = layouts[0].observation
+    if "instruction" in observation:
+        observation |= {"instruction": word_row(MAX_WORDS, [layout.sentence or "" for layout in layouts])}
     return EnvSpec(
-        observation=layouts[0].observation,
+        observation=observation,
         action=layouts[0].action.spec,
         num_envs=num_envs,
         max_steps=None if None in limits else max(x for x in limits if x is not None),

@@ -23,7 +23,7 @@ def env_spec(native: dict[str, Any], num_envs: int, where: str) -> EnvSpec:
         for name, one in native["observation"].items()
     }
     if words := native["words"]:
-        observation[INSTRUCTION] = word_row(words)
+        observation[INSTRUCTION] = word_row(words, native["sentences"])
     action, said = native["action"], native["action"]["convention"]
     convention = None if said is None else read_convention(where, said, action["size"])
     return EnvSpec(

@@ -86,7 +86,7 @@ def complete(spec: dict[str, Any]) -> dict[str, Any]:
         ValueError: It has no observation or action, or keys that nobody reads.
     """
     plain = {"tasks": ["task"], "max_steps": None, "success": False, "cameras": [], "metrics": [], "control_hz": None,
-             "on_demand": False, "repeatable": True, "words": 0}  # fmt: skip
+             "on_demand": False, "repeatable": True, "words": 0, "sentences": []}  # fmt: skip
     entry = {"dtype": "float32", "low": None, "high": None, "constant": False, "meaning": ""}
     action: dict[str, Any] = {"names": [], "convention": None}
     unknown = sorted(set(spec) - set(plain) - {"observation", "action"})
@@ -167,6 +167,8 @@ class Copies:
         self.spec["max_steps"] = self.limit
         if self.spec["words"] and not hasattr(module.Simulator, "instruction"):
             raise ValueError("Simulator.spec has words, and there is no method instruction() that says them")
+        if self.spec["sentences"] and not self.spec["words"]:
+            raise ValueError("Simulator.spec has sentences that nobody reads: set words to the length of the longest")
         self.doing = ""
         """What fails if something fails now."""
         self.steps = [0] * len(self.simulators)

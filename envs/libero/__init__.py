@@ -9,6 +9,7 @@ Source: Liu et al. 2023 (LIBERO: Benchmarking Knowledge Transfer for Lifelong Ro
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +23,13 @@ from embodied_rl.errors import NotFoundError, nearest
 from embodied_rl.section import Section
 from embodied_rl.types import Split
 
+log = logging.getLogger(__name__)
+
 HERE = Path(__file__).parent
 ASSETS = "LIBERO_ASSETS"
 """Environment variable that names the folder of assets where the recipe does not."""
+DOWNLOADED = "~/.cache/libero/assets"
+"""Where hf-libero 0.1.4 puts the assets that it downloads."""
 FOLDERS = (
     "articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects",
 )  # fmt: skip
@@ -75,12 +80,13 @@ class Config(Hosted):
     states: Literal["heldout", "sampled", "published", "each"] = "heldout"
     """Where episodes start. heldout: training from the first 40 of a task's 50 published initial states, evaluation
     from the last 10; sampled: training from new placements, evaluation from all 50; published: both from all 50, as
-    most papers do; each: as published, with every pair of task and state a task of its own, so that an evaluation of
-    as many episodes plays each once."""
+    most papers do; each: as published, with every pair of task and state a task of its own, so that the first n
+    episodes of each task play its first n states, as the published protocols do."""
     max_steps: int | None = Field(None, ge=1)
     """Control steps (1/20 s) after which an episode is truncated, where that is sooner than the protocol's limit."""
     assets: str | None = None
-    """Folder of LIBERO's assets; null takes the one that the environment variable LIBERO_ASSETS names."""
+    """Folder of LIBERO's assets; null takes the one that the environment variable LIBERO_ASSETS names, or else
+    ~/.cache/libero/assets, where hf-libero puts its download."""
     isolated: bool = True
     """Run in the Python that `embodied-rl sim install libero` made; false runs the workers in this one, for those who
     have installed LIBERO beside the engine."""
@@ -109,8 +115,16 @@ class Config(Hosted):
 
     def in_force(self) -> dict[str, Any]:
         """The protocol with the recipe's changes laid over it."""
-        changes = {name: value for name, value in self.change.model_dump().items() if value is not None}
+        changes = {name: value for name, value in self.change.model_dump(mode="json").items() if value is not None}
         return PROTOCOLS[self.protocol] | changes
+
+    def departures(self) -> str:
+        """What differs from the published evaluation, however many episodes are played; empty when nothing does."""
+        published = PROTOCOLS[self.protocol]
+        changed: dict[str, Any] = {} if self.states == published["states"] else {"env.states": self.states}
+        changed |= {f"env.change.{k}": v for k, v in self.in_force().items() if v != published[k]}
+        changed |= {} if self.max_steps is None else {"env.max_steps": self.max_steps}
+        return ", ".join(f"{name}: {value}" for name, value in changed.items())
 
 
 def find_assets(given: str | None) -> Path:
@@ -120,15 +134,21 @@ def find_assets(given: str | None) -> Path:
         given: The recipe's `env.assets`.
 
     Raises:
-        NotFoundError: It is not named, not there, or not LIBERO's; says what to download and where to put it.
+        NotFoundError: It is neither named nor where hf-libero puts it, not there, or not LIBERO's; says what to
+            download and where to put it.
     """
     get = (
         "download the folder libero/libero/assets of the LIBERO repository (or the copy of it on the Hugging Face hub "
         f"that the package hf-libero names), and name its folder as env.assets or in the environment variable {ASSETS}"
     )
     named = given or os.environ.get(ASSETS)
+    if not named and Path(DOWNLOADED).expanduser().is_dir():
+        named = DOWNLOADED
     if not named:
-        raise NotFoundError(f"env libero needs the assets of LIBERO, which its package does not bring: {get}")
+        raise NotFoundError(
+            "env libero needs the assets of LIBERO, which its package does not bring and has not downloaded to "
+            f"{DOWNLOADED}: {get}"
+        )
     folder = Path(named).expanduser().resolve()
     if not folder.is_dir():
         raise NotFoundError(f"env libero: its assets '{folder}' are not there: {get}")
@@ -145,7 +165,7 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         config: The recipe's section.
         num_envs: Copies B.
         device: Where observations and rewards go.
-        split: Not needed: each start seed says which set it belongs to.
+        split: For evaluation it is told how that relates to the published one; each start seed says its own set.
         seed: Not needed: every episode is seeded by `reset`.
 
     Raises:
@@ -153,7 +173,7 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         SimulatorError: A task that does not exist, no EGL, or another version than the lock file's.
     """
     settings = {
-        "protocol": {"name": config.protocol, **config.in_force()},
+        "protocol": {"name": config.protocol, **config.in_force(), "departures": config.departures() or "none"},
         "states": config.states,
         "tasks": list(config.tasks),
         "assets": str(find_assets(config.assets)),
@@ -164,4 +184,20 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
         config, "env libero", HERE / "simulator.py", settings, sim="libero" if config.isolated else None,
         max_steps=config.max_steps, variables=variables,
     )  # fmt: skip
-    return host(config, foreign, num_envs=num_envs, device=device)
+    env = host(config, foreign, num_envs=num_envs, device=device)
+    if split == "eval":
+        _relate(config, len({name.split("#")[0] for name in env.spec.tasks}))
+    return env
+
+
+def _relate(config: Config, tasks: int) -> None:
+    """Log how an evaluation of so many tasks relates to the published one; the engine alone knows its episodes."""
+    trials, departures = PROTOCOLS[config.protocol]["trials"], config.departures()
+    published = (
+        f"env libero: protocol {config.protocol} plays {trials} episodes of each task, one from each of its first "
+        f"{trials} initial states (env.states: each, evaluate.episodes: {trials * tasks})"
+    )
+    if departures:
+        log.warning("%s; this evaluation departs from it in %s", published, departures)
+    else:
+        log.info("%s; this env keeps to it", published)

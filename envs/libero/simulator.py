@@ -52,7 +52,10 @@ def locate() -> str:
         folder = os.path.join(place, "libero", "libero")
         if os.path.isdir(os.path.join(folder, "bddl_files")):
             return folder
-    sys.exit("this Python has no LIBERO (hf-libero): run `embodied-rl sim install libero`")
+    sys.exit(
+        f"the Python {sys.executable} has no LIBERO (hf-libero): install it there, or leave env.isolated out and run "
+        "`embodied-rl sim install libero`"
+    )
 
 
 def prepare(assets: str) -> Any:
@@ -249,7 +252,6 @@ class Scene:
         self.context.data = types.SimpleNamespace(_data=data)
         return self.env.sim.render(camera_name=camera, height=height, width=width)
 
-
     def close(self) -> None:
         """Free what the scene holds; OpenGL frees objects by number, in whatever context is current."""
         self.context.gl_ctx.make_current()
@@ -312,7 +314,8 @@ class Simulator:
             seen["proprio"] = {"shape": [8], "meaning": meaning}
         names = self.tasks
         if self.states == "each":
-            names = [f"{task}#{state:02d}" for task in self.tasks for state in range(STATES)]
+            # All tasks take their turn before a second state does, so that fewer episodes are fewer trials of each.
+            names = [f"{task}#{state:02d}" for state in range(STATES) for task in self.tasks]
         self.spec = {
             "observation": seen,
             "action": {"kind": "continuous", "size": 7, "names": list(ACTION), "convention": convention(p["hand"])},
@@ -323,19 +326,20 @@ class Simulator:
             "control_hz": float(HZ),
             "on_demand": True,
             "words": WORDS,
+            "sentences": [language(task) for task in self.tasks],
         }
 
     def reset(self, seed: int, task: int) -> None:
         """Start an episode; nothing is shown until `observe`."""
-        each, state = divmod(task, STATES) if self.states == "each" else (task, None)
-        name = self.tasks[each]
+        turn, which = divmod(task, len(self.tasks))
+        name, state = self.tasks[which], turn if self.states == "each" else None
         if self.scene is None or self.scene.task != name:
             if self.scene is not None:
                 POOLS[0].take_back(self.scene, self.keep)
             self.scene = POOLS[0].lend(name)
         row, fixtures = choose_start(self.states, seed, self.p["seed"], state)
         self.scene.start(None if row is None else self.scene.states[row], fixtures)
-        self.left, self.over = self.limits[each], False
+        self.left = self.limits[which]
         idle = np.array([0.0] * 6 + [self.p["settle_hand"]])
         for _ in range(self.p["settle"]):
             self.scene.env.step(idle)
@@ -372,7 +376,7 @@ class Simulator:
         return self.scene.draw(CAMERAS[camera], height, width, self.scene.env.sim.data._data)[::-1, ::-1]
 
     def manifest(self) -> dict[str, Any]:
-        """What results depend on: the protocol in force, where episodes start, and every file of the assets."""
+        """What results depend on: the protocol in force, where episodes start, and the files of the assets."""
         return {"protocol": self.p, "states": self.states, "assets": checksum_of(self.assets)}
 
     def instruction(self) -> str:
@@ -381,9 +385,13 @@ class Simulator:
 
 
 def checksum_of(folder: str) -> str:
-    """SHA-256 of the names and contents of all files of a folder, in the order of their names."""
+    """SHA-256 of the names and contents of all files in the folders of a folder, in the order of their names.
+
+    Hidden folders, and what lies beside the folders, are left out: a download leaves its notes and times there.
+    """
     whole = hashlib.sha256()
-    names = sorted(os.path.join(at, name) for at, _, files in os.walk(folder) for name in files)
+    tops = [os.path.join(folder, name) for name in os.listdir(folder) if not name.startswith(".")]
+    names = sorted(os.path.join(at, name) for top in tops for at, _, files in os.walk(top) for name in files)
     for name in names:
         one = hashlib.sha256()
         with open(name, "rb") as file:

@@ -201,6 +201,12 @@ def describe(slot: int, colors: np.ndarray, names: Sequence[Name], u: float) -> 
     return {"color": f"{color} object", "shape": shape, "both": f"{color} {shape}"}[names[int(len(names) * u)]]
 
 
+def vocabulary() -> list[str]:
+    """Sentences that hold every word of every instruction."""
+    templates = [text for kind in TEMPLATES.values() for split in kind.values() for text in split]
+    return [*(text.format(a="object", b="object") for text in templates), *COLORS, *SHAPES]
+
+
 def write_instruction(wording: str, split: Split, a: str, b: str, u: float) -> str:
     """Choose a template and fill it.
 

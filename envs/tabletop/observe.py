@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embodied_rl.envs._words import word_row
 from embodied_rl.envs.tabletop.control import FINGER_CLOSED, LEASH, YAW_LEASH, PoseController
-from embodied_rl.envs.tabletop.instructions import COLORS, MAX_WORDS
+from embodied_rl.envs.tabletop.instructions import COLORS, MAX_WORDS, vocabulary
 from embodied_rl.envs.tabletop.kinematics import ArmKinematics, rotation_error
 from embodied_rl.envs.tabletop.scene import (
     CABINET_FRONT,
@@ -56,7 +56,7 @@ OBSERVATION: dict[str, TensorSpec] = {
         meaning="marked goal position (5/m) 3, relative to the TCP (10/m) 3 (both 0 without a marked goal), 1 if there "
         "is one, drawer opening 0..1, handle relative to the TCP (5/m) 3",
     ),
-    "instruction": word_row(MAX_WORDS),
+    "instruction": word_row(MAX_WORDS, vocabulary()),
 }
 
 

@@ -73,8 +73,9 @@ def overlong_cost(tokens: int, finished: bool, longest: int, margin: int) -> flo
 
 
 def _asked(question: Question, share: float) -> str:
-    """What the user says: the question, with a part of the worked answer as a hint."""
-    return question.text + (HINT + question.beginning(share) if share else "")
+    """What the user says: the question, with a part of the worked answer as a hint where there is one."""
+    beginning = question.beginning(share) if share else ""
+    return question.text + (HINT + beginning if beginning else "")
 
 
 def number_of(result: str | None) -> int:
@@ -165,10 +166,10 @@ class TextEnv:
         self._share = share
 
     def demonstrate(self) -> tuple[Tensor, Tensor]:
-        """The worked answers as replies; unknown where one is too long, or where the task answers a reply."""
+        """The worked answers as replies; unknown where there is none or it is too long, or the task answers a reply."""
         action = torch.full((self.spec.num_envs, self.config.max_reply), PAD)
         for row, c in enumerate(self._copies):
-            if c is None or self.tasks[c.task].speaks:
+            if c is None or self.tasks[c.task].speaks or not c.question.worked:
                 continue
             ids = self.speech.say(c.question.worked)
             if len(ids) <= self.config.max_reply:

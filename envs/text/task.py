@@ -30,7 +30,7 @@ class Question:
     text: str
     """What the user says."""
     answer: str
-    """The right answer, for the checker and the reader."""
+    """The right answer, for the checker and the reader; "" when nobody knows one, only how to check it."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else the checker needs; plain data (numbers, texts, lists, dicts)."""
     solution: str = ""

@@ -119,8 +119,6 @@ class Config(Section):
                 f"lora ({self.lora}) does not work with generator.kind (vllm), which takes whole weights: set lora: 0, "
                 "or generator.kind: builtin"
             )
-        if self.generator.kind == "vllm" and self.stop:
-            raise ValueError(f"stop ({self.stop}) is of the built-in generator: set generator.kind: builtin")
         if self.generator.kind == "vllm" and self.rows is not None:
             raise ValueError(f"rows ({self.rows}) is of the built-in generator: set generator.rows")
         return self

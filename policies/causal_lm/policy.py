@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from embodied_rl.errors import CapabilityError, UserError
+from embodied_rl.errors import CapabilityError
 from embodied_rl.policies.causal_lm.config import Config, Sampling
-from embodied_rl.policies.causal_lm.decode import Narrowing, Written, generate
+from embodied_rl.policies.causal_lm.decode import Narrowing, Written
+from embodied_rl.policies.causal_lm.generator import Decoder, Generator, Request, in_batches
 from embodied_rl.policies.causal_lm.head import token_logp
 from embodied_rl.policies.causal_lm.model import add_adapters, load, open_folder, prove, run, same_language
 from embodied_rl.policies.causal_lm.pack import distinct, pack
-from embodied_rl.policies.causal_lm.product import arranged, product
 from embodied_rl.policies.causal_lm.vllm_client import VllmGenerator
 from embodied_rl.types import PAD, EnvSpec, Evaluation, Obs, PolicyOutput
-
-log = logging.getLogger(__name__)
-Columns = TypeVar("Columns", bound=tuple[Any, ...])
 
 
 class CausalLM(nn.Module):
@@ -55,14 +49,14 @@ class CausalLM(nn.Module):
         self._annealed: Tensor | None = None
         self._evaluating = False
         self.samples_for_evaluation = config.evaluation != Sampling()
-        self._stops = [Stops(tokenizer, config.stop)] if config.stop else []
         if self.has_critic:
             self.critic = nn.Linear(self.model.get_output_embeddings().weight.shape[1], 1, device=device)
             nn.init.zeros_(self.critic.weight), nn.init.zeros_(self.critic.bias)
-        # In a list, because it is no module and must not become part of the weights.
-        self._vllm = []
+        self.generator: Generator = Decoder(tokenizer)
         if config.generator.kind == "vllm":
-            self._vllm.append(VllmGenerator(config.generator, path, dtype=config.dtype, longest=self.longest))
+            self.generator = VllmGenerator(
+                config.generator, path, dtype=config.dtype, longest=self.longest, texts=bool(config.stop)
+            )
         self.train(False)
 
     def _fit(self, env: EnvSpec) -> None:
@@ -99,48 +93,43 @@ class CausalLM(nn.Module):
 
     def act(self, obs: Obs, *, generator: torch.Generator | None, greedy: bool = False) -> PolicyOutput:
         """Write (or with `greedy` take the likeliest tokens of) one reply per copy, at most A tokens."""
-        context = obs[self.entry]
-        b, length = len(context), self.num_units
-        uniform = None
-        if self._vllm:
-            return self._act_elsewhere(obs, generator, greedy)
+        context, uniform = obs[self.entry], None
         if not greedy:
             # One number per token, drawn ahead: what a row says does not depend on how long the others talk.
-            uniform = torch.rand(b, length, generator=generator, dtype=torch.float64, device=context.device)
+            shape = len(context), self.num_units
+            uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=context.device)
         # Nobody reads what an evaluation would say of its own replies.
         exact = self.config.logp == "evaluate" and not self._evaluating
-        states = self.has_critic and not exact and not self._evaluating
+        valued = self.has_critic and not self._evaluating
         with torch.no_grad():
-            narrow = self._narrowing(b) if self._evaluating else None
-            written = self.write(context, uniform, states=states, narrow=narrow)
+            narrow = self._narrowing(len(context)) if self._evaluating else None
+            written = self.write(context, uniform, states=valued and not exact, narrow=narrow)
             units, logp, value = self._forced(written.units), written.logp, None
-            if exact:
-                logp, value = self._judged(context, units)
-            elif states:
+            if written.hidden is not None:
                 value = self._value(written.hidden, units)
+            elif exact or valued:
+                judged = self._judged(context, units)
+                logp, value = judged.logp if exact else logp, judged.value
         return PolicyOutput(units, logp, units.unsqueeze(1), value, self._chosen(units))
 
-    def _act_elsewhere(self, obs: Obs, generator: torch.Generator | None, greedy: bool) -> PolicyOutput:
-        """`act` by vLLM."""
-        context, (vllm,) = obs[self.entry], self._vllm
-        if self._annealed is not None:
-            raise CapabilityError("policy.generator.kind vllm has one temperature for all tokens: set it to builtin")
-        seeds = None
-        if not greedy:
-            seeds = torch.randint(2**31, (len(context),), generator=generator, device=context.device)
-        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
-        weights = {n: p for n, p in self.model.state_dict().items() if not (tied and n == "lm_head.weight")}
-        vllm.sync(weights)
-        e = self.config.evaluation if self._evaluating else Sampling()
-        written = vllm.write(
-            context, seeds, self.num_units, self.end, e.temperature or self.config.temperature, e.top_p, e.top_k
+    def write(
+        self, context: Tensor, uniform: Tensor | None, *, states: bool = False, narrow: Narrowing | None = None
+    ) -> Written:
+        """Let the generator write one reply per row.
+
+        Args:
+            context: [B, P] int64 with PAD.
+            uniform: [B, A] float64 in [0, 1), see `Request`; None takes the likeliest tokens.
+            states: Return the hidden states as well, if the generator has them.
+            narrow: How each row is sampled beside the policy's temperature; None as in training.
+
+        Raises:
+            UserError: There is not enough memory for one row, or the generator cannot write.
+        """
+        temperature = self._temperature()
+        return self.generator.write(
+            Request(context, uniform, temperature, self.end, narrow, self.config.stop, states), self
         )
-        units, logp, value = self._forced(written.units), written.logp, None
-        if not self._evaluating and (self.has_critic or self.config.logp == "evaluate"):
-            with torch.no_grad():
-                exact, value = self._judged(context, units)
-            logp = exact if self.config.logp == "evaluate" else logp
-        return PolicyOutput(units, logp, units.unsqueeze(1), value, self._chosen(units))
 
     def _judged(self, context: Tensor, units: Tensor) -> Judged:
         """What `evaluate` says of replies that were just written, in batches that fit into memory."""
@@ -149,8 +138,8 @@ class CausalLM(nn.Module):
             found = self.evaluate({self.entry: context[rows]}, units[rows], entropy=False)
             return Judged(found.logp, found.value)
 
-        own = self.config.rows, "policy.rows"
-        most, setting = (self.config.generator.rows, "policy.generator.rows") if self._vllm else own
+        own, theirs = (self.config.rows, "policy.rows"), (self.config.generator.rows, "policy.generator.rows")
+        most, setting = theirs if self.config.generator.kind == "vllm" else own
         return in_batches(some, len(context), most, "judge", setting)
 
     def _narrowing(self, rows: int) -> Narrowing:
@@ -180,7 +169,7 @@ class CausalLM(nn.Module):
         """Log-probabilities and entropies [N, A], 0 at PAD; values [N, A] or [N] (critic.level)."""
         contexts, group = distinct(obs[self.entry])
         packed = pack(contexts, group, units, self.config.attention)
-        hidden = self._hidden(packed.ids, packed.positions, packed)
+        hidden = self.hidden(packed.ids, packed.positions, packed)
         counts = units != PAD
         # Replies that begin alike go on from the same states, whose logits are made once.
         places, state = packed.source[counts].unique(return_inverse=True)
@@ -188,7 +177,7 @@ class CausalLM(nn.Module):
         with torch.autocast(seen.device.type, enabled=False):
             cold = self._temperature().expand(units.shape)[counts]
             cold = cold.new_empty(len(places)).index_copy_(0, state, cold).unsqueeze(-1)
-            logp, spread = token_logp(seen / cold, self._head(), state, units[counts], entropy=entropy)
+            logp, spread = token_logp(seen / cold, self.head(), state, units[counts], entropy=entropy)
 
         def lay(x: Tensor) -> Tensor:
             return x.new_zeros(units.shape).masked_scatter(counts, x)
@@ -209,7 +198,7 @@ class CausalLM(nn.Module):
         with torch.no_grad():
             contexts, group = distinct(obs[self.entry])
             packed = pack(contexts, group[:0], contexts.new_zeros(0, 0), self.config.attention)
-            return self._judge(self._hidden(packed.ids, packed.positions, packed)[packed.last])[group]
+            return self._judge(self.hidden(packed.ids, packed.positions, packed)[packed.last])[group]
 
     def observe(self, obs: Obs) -> None:
         """Nothing: a language model has no running statistics."""
@@ -222,20 +211,29 @@ class CausalLM(nn.Module):
         """Give every token of a reply a temperature [A] of its own, in place of the recipe's; None takes it back."""
         self._annealed = None if temperature is None else temperature.to(self.device, torch.float32)
 
-    # ---- inside -------------------------------------------------------------------------------------------------
+    # ---- what a generator reads --------------------------------------------------------------------------------
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """See `Speaker`."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
-    def _hidden(self, ids: Tensor, positions: Tensor, packing: Any) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor, packing: Any) -> Tensor:
+        """See `Speaker`."""
         packing.longest = self.longest
-        with self._autocast():
+        with self.autocast():
             return run(self.model, ids, positions, packing)
 
-    def _head(self) -> Tensor:
-        """[V, D] float32: the last product is the one whose rounding a log-probability shows directly."""
+    def head(self) -> Tensor:
+        """See `Speaker`; float32 because the rounding of the last product is what a log-probability shows directly."""
         weight: Tensor = self.model.get_output_embeddings().weight.float()
         return weight if len(weight) == self.vocabulary else weight[: self.vocabulary]
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Speaker`; of weights that are tied, one."""
+        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+        return {n: p for n, p in self.model.state_dict().items() if not (tied and n == "lm_head.weight")}
+
+    # ---- inside -------------------------------------------------------------------------------------------------
 
     def _temperature(self) -> Tensor:
         """[A] float32, of each token."""
@@ -249,48 +247,10 @@ class CausalLM(nn.Module):
         value: Tensor = self.critic(hidden.detach() if self.config.critic.detach else hidden).squeeze(-1)
         return value
 
-    def _value(self, states: Tensor | None, units: Tensor) -> Tensor:
-        assert states is not None
+    def _value(self, states: Tensor, units: Tensor) -> Tensor:
         if self.config.critic.level == "decision":
             return self._judge(states[:, 0])
         return self._judge(states).masked_fill(units == PAD, 0.0)
-
-    def write(
-        self, context: Tensor, uniform: Tensor | None, *, states: bool = False, narrow: Narrowing | None = None
-    ) -> Written:
-        """Generate for all rows, in batches that fit into memory.
-
-        Args:
-            context: [B, P] int64 with PAD.
-            uniform: [B, A] float64 in [0, 1), one number decides one token; None takes the likeliest.
-            states: Return the hidden states as well.
-            narrow: How each row is sampled beside the policy's temperature; None as in training.
-
-        Raises:
-            UserError: There is not enough memory for one row.
-        """
-        temperature, most = self._temperature(), min(len(context), self.config.rows or len(context))
-        head = product(self._head(), None, most)
-
-        def logits(h: Tensor, t: int) -> Tensor:
-            with torch.autocast(h.device.type, enabled=False):
-                return head(h.float() / temperature[t])
-
-        def some(rows: slice) -> Written:
-            contexts, group = distinct(context[rows])
-            packed = pack(contexts, group[:0], contexts.new_zeros(0, 0), self.config.attention)
-            drawn = None if uniform is None else uniform[rows]
-            here = None if narrow is None else Narrowing(*(x[rows] for x in narrow))
-            # One cast of every weight for all tokens: autocast forgets its casts when its outermost block ends.
-            with self._autocast():
-                return generate(
-                    self._hidden, logits, packed, contexts, group, self.num_units, self.end, drawn, states=states,
-                    narrow=here, stop=self._stops[0] if self._stops else None,
-                )  # fmt: skip
-
-        # Autocast multiplies by copies of its own.
-        with nullcontext() if self.config.dtype == "bfloat16" else arranged(self.model.base_model, most):
-            return in_batches(some, len(context), self.config.rows)
 
 
 class Judged(NamedTuple):
@@ -300,71 +260,6 @@ class Judged(NamedTuple):
     """[B, A]"""
     value: Tensor | None
     """[B, A] or [B]; None without a critic."""
-
-
-class Stops:
-    """Which rows of token ids have one of some texts in them."""
-
-    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        """Keep both."""
-        self.tokenizer, self.texts = tokenizer, texts
-
-    def __call__(self, units: Tensor) -> Tensor:
-        """[n] bool of rows [n, t], PAD left out."""
-        rows = [[i for i in row if i != PAD] for row in units.tolist()]
-        told = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return torch.tensor([any(s in text for s in self.texts) for text in told], device=units.device)
-
-
-def in_batches(
-    some: Callable[[slice], Columns], rows: int, most: int | None, what: str = "write", setting: str = "policy.rows"
-) -> Columns:
-    """Work on rows in batches; where memory runs out, in batches of half the size.
-
-    Args:
-        some: Works on some rows; columns [n, ...], or None.
-        rows: B.
-        most: Rows at once; None for all.
-        what: It does with replies, for messages.
-        setting: Of the recipe that gives `most`, for messages.
-
-    Returns:
-        columns: Of all rows.
-
-    Raises:
-        UserError: There is not enough memory for one row.
-    """
-    size, start = min(most or rows, rows), 0
-    parts: list[Columns] = []
-    while start < rows:
-        try:
-            parts.append(some(slice(start, min(start + size, rows))))
-            start += size
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            if size == 1:
-                raise UserError(
-                    f"not enough memory to {what} a single reply: lower the env's max_context or length, or take a "
-                    "smaller policy.model"
-                ) from error
-        else:
-            continue
-        size //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        log.warning(
-            "not enough memory to %s %d replies at once: going on with %d; set %s: %d to begin with that",
-            what, size * 2, size, setting, size,
-        )  # fmt: skip
-    columns: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)]
-    return type(parts[0])(*columns)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """An accelerator says it by a class of its own, a CPU by words: the first on Linux, the second on Windows."""
-    words = ("can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def _conversation(env: EnvSpec) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from embodied_rl.errors import CapabilityError, MissingExtraError, NotFoundError
 from embodied_rl.policies.causal_lm.config import Vllm
 from embodied_rl.policies.causal_lm.decode import Written
+from embodied_rl.policies.causal_lm.generator import Request, Speaker
 from embodied_rl.types import PAD
 
 OLDEST = (0, 32)
@@ -28,7 +29,7 @@ OLDEST = (0, 32)
 class VllmGenerator:
     """A vLLM engine with a copy of the policy's weights; started when it is first asked."""
 
-    def __init__(self, config: Vllm, model: Path, *, dtype: str, longest: int) -> None:
+    def __init__(self, config: Vllm, model: Path, *, dtype: str, longest: int, texts: bool = False) -> None:
         """Remember what to start.
 
         Args:
@@ -36,11 +37,12 @@ class VllmGenerator:
             model: The model's folder.
             dtype: "float32" or "bfloat16".
             longest: Tokens of the longest conversation.
+            texts: It will be asked to stop at texts, for which it needs the tokenizer.
 
         Raises:
             NotFoundError: There is no such interpreter.
         """
-        self.config, self.model, self.dtype, self.longest = config, model, dtype, longest
+        self.config, self.model, self.dtype, self.longest, self.texts = config, model, dtype, longest, texts
         python = Path(config.python).expanduser()
         if not python.is_file():
             raise NotFoundError(
@@ -53,7 +55,7 @@ class VllmGenerator:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VllmGenerator:
         """A copy has a process of its own, if it is ever asked to write."""
-        return VllmGenerator(self.config, self.model, dtype=self.dtype, longest=self.longest)
+        return VllmGenerator(self.config, self.model, dtype=self.dtype, longest=self.longest, texts=self.texts)
 
     def _ask(self, do: str, **request: Any) -> dict[str, Any]:
         assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
@@ -98,7 +100,7 @@ class VllmGenerator:
             raise CapabilityError(f"{where} has vLLM {version}, and {oldest} or newer is needed; upgrade it there")
         ready = self._ask(
             "open", model=str(self.model), dtype=self.dtype, longest=self.longest, rows=self.config.rows,
-            options=self.config.options,
+            texts=self.texts, options=self.config.options,
         )  # fmt: skip
         if "error" in ready:
             raise CapabilityError(f"vLLM {version} cannot load '{self.model}': {ready['error']}")
@@ -123,38 +125,37 @@ class VllmGenerator:
             raise CapabilityError(f"vLLM did not take the weights: {answer.get('error', answer)}")
         self._mark = mark
 
-    def write(
-        self, context: Tensor, seeds: Tensor | None, length: int, end: Tensor, temperature: float,
-        top_p: float = 1.0, top_k: int = 0,
-    ) -> Written:  # fmt: skip
-        """Continue contexts.
+    def write(self, request: Request, speaker: Speaker) -> Written:
+        """See `Generator`; log-probabilities are vLLM's own, and the first number of a row's `uniform` is its seed.
 
-        Args:
-            context: [B, P] int64 with PAD.
-            seeds: [B] int64, of each row's samples; None takes the likeliest tokens.
-            length: Tokens after which a row is cut.
-            end: [E] int64, ids that end a row.
-            temperature: Of the samples.
-            top_p: Sum of the probabilities of the likeliest tokens that may be drawn.
-            top_k: Likeliest tokens that may be drawn; 0 for all.
-
-        Returns:
-            written: With vLLM's own log-probabilities.
+        Raises:
+            CapabilityError: Tokens of a reply have temperatures of their own, or vLLM cannot write.
         """
-        b = len(context)
+        heat, b = request.temperature.tolist(), len(request.contexts)
+        if len(set(heat)) > 1:
+            raise CapabilityError("policy.generator.kind vllm has one temperature for all tokens: set it to builtin")
+        self.sync(speaker.weights())
+        told: dict[str, list[Any]] = {"temperature": [0.0] * b}
+        if request.uniform is not None:
+            told = {"temperature": heat[:1] * b, "seed": (request.uniform[:, 0] * 2**31).long().tolist()}
+            if request.narrow is not None:
+                by = request.narrow
+                told |= {"top_p": by.top_p.tolist(), "top_k": by.top_k.tolist()}
+                told["temperature"] = [heat[0] * x for x in by.temperature.tolist()]
         answer = self._ask(
-            "write", contexts=[[i for i in row if i != PAD] for row in context.tolist()], length=length,
-            seeds=[0] * b if seeds is None else seeds.tolist(), end=end.tolist(),
-            temperature=0.0 if seeds is None else temperature, top_p=top_p, top_k=top_k,
+            "write", contexts=[[i for i in row if i != PAD] for row in request.contexts.tolist()],
+            sampling=[dict(zip(told, row, strict=True)) for row in zip(*told.values(), strict=True)],
+            length=request.length, end=request.end.tolist(), stop=request.stop,
         )  # fmt: skip
         if "error" in answer:
             raise CapabilityError(f"vLLM could not write: {answer['error']}")
-        units = torch.full((b, length), PAD, dtype=torch.int64)
-        logp = torch.zeros(b, length)
+        units = torch.full((b, request.length), PAD, dtype=torch.int64)
+        logp = torch.zeros(b, request.length)
         for i, (ids, values) in enumerate(zip(answer["ids"], answer["logp"], strict=True)):
             units[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
             logp[i, : len(ids)] = torch.tensor(values)
-        return Written(units.to(context.device), logp.to(context.device), None)
+        device = request.contexts.device
+        return Written(units.to(device), logp.to(device), None)
 
     def close(self) -> None:
         """End the process."""

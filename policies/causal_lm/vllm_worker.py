@@ -54,8 +54,9 @@ def open_engine(request: dict[str, Any]) -> Any:
     utils.dispatch_cpu_unquantized_gemm = keep
     return LLM(
         model=request["model"], dtype=request["dtype"], max_model_len=request["longest"], enforce_eager=True,
-        enable_prefix_caching=True, logprobs_mode="processed_logprobs", skip_tokenizer_init=True, seed=0,
-        generation_config="vllm", disable_log_stats=True, max_num_seqs=request["rows"], **request["options"],
+        enable_prefix_caching=True, logprobs_mode="processed_logprobs", seed=0, generation_config="vllm",
+        disable_log_stats=True, skip_tokenizer_init=not request["texts"], max_num_seqs=request["rows"],
+        **request["options"],
     )  # fmt: skip
 
 
@@ -79,14 +80,14 @@ def load(engine: Any, file: str) -> int:
 
 
 def write(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Continue every context by its own seed."""
+    """Continue every context by settings of its own; a text that ends a reply leaves its tokens as they were drawn."""
     from vllm import SamplingParams
 
     common = {
         "max_tokens": request["length"], "stop_token_ids": request["end"], "ignore_eos": True, "logprobs": 0,
-        "detokenize": False, **{name: request[name] for name in ("temperature", "top_p", "top_k")},
+        "detokenize": bool(request["stop"]), "stop": request["stop"], "include_stop_str_in_output": True,
     }  # fmt: skip
-    settings = [SamplingParams(seed=seed, **common) for seed in request["seeds"]]
+    settings = [SamplingParams(**common, **row) for row in request["sampling"]]
     prompts = [{"prompt_token_ids": ids} for ids in request["contexts"]]
     outputs = [done.outputs[0] for done in engine.generate(prompts, settings, use_tqdm=False)]
     return {

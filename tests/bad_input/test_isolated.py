@@ -75,6 +75,7 @@ def test_a_file_without_a_simulator_is_told(tmp_path):
         ('{"action": {"kind": "discrete", "size": 2}}', "needs observation and action"),
         ('{"observation": {"x": {"shape": [1]}}, "action": {"kind": "discrete", "size": 2}, "color": 1}', "unknown: ['color']"),
         ('{"observation": {"x": {"shape": [1]}}, "action": {"kind": "discrete", "size": 2}, "words": 3}', "no method instruction()"),
+        ('{"observation": {"x": {"shape": [1]}}, "action": {"kind": "discrete", "size": 2}, "sentences": ["go"]}', "sentences that nobody reads"),
     ],
 )
 def test_a_spec_that_says_too_little_or_too_much_is_told(tmp_path, spec, complaint):

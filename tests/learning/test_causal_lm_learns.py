@@ -5,7 +5,10 @@ import statistics
 import pytest
 import torch
 
+from embodied_rl.config import load_recipe
+from embodied_rl.measure import Clock
 from embodied_rl.policies import causal_lm
+from embodied_rl.session import Session
 from tests.kit import algorithm, wire
 from tests.toys import echo
 from tests.toys.tiny_lm import tiny_lm
@@ -48,3 +51,20 @@ def test_two_digits_are_repeated_in_their_order(model, policy, update):
             last.append(float(rollout.finished["success_at_end"].double().mean()))
         scores.append(statistics.mean(last[-10:]))
     assert statistics.median(scores) >= 0.5, scores
+
+
+def test_overlong_completes_dapo_replies_become_short(model, tmp_path):
+    # No reply is right, so that only length is learned from. Observed tokens: 7.3 -> 3.2, 7.5 -> 2.0, 7.9 -> 2.6.
+    path, ratios = tmp_path / "recipe.yaml", []
+    for seed in (0, 1, 2):
+        path.write_text(
+            f"extends: [method/dapo.yaml]\nseed: {seed}\nthreads: 1\ndevice: cpu\n"
+            f"env: {{type: text, model: {model}, max_context: 120, max_reply: 10, overlong: 8, tasks: [arithmetic]}}\n"
+            f"policy: {{type: causal_lm, model: {model}}}\ncollect: {{copies: 32, decisions: 1}}\n"
+            "algorithm: {update: {epochs: 1, minibatches: 1, lr: 3.0e-3}}\nlog: {tensorboard: false, progress: false}\n"
+        )
+        session = Session.build(load_recipe(path, []).recipe)
+        tokens = [session.iterate(Clock()).value("rollout/reward_tokens_mean") for _ in range(8)]
+        ratios.append(tokens[-1] / tokens[0])
+        session.close()
+    assert statistics.median(ratios) < 0.6, ratios

@@ -1,8 +1,10 @@
 """LIBERO for real, in the environment that `embodied-rl sim install libero` makes; needs EGL and LIBERO_ASSETS."""
 
+import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from embodied_rl import registry, sims
+from embodied_rl.check import check_env
 from embodied_rl.envs._words import word_id
 from embodied_rl.errors import SimulatorError
 from tests.kit import CPU
@@ -89,7 +92,7 @@ def test_what_is_seen_is_libero_bit_for_bit(env, python, tmp_path, number, name)
     run(python, PLAIN, os.environ["LIBERO_ASSETS"], *name.split("/"), "3", "7", str(tmp_path / "plain.npz"))
     plain = np.load(tmp_path / "plain.npz")
     for attempt in range(2):  # a scene that is used again is as good as new
-        rng, seen = np.random.default_rng(0), start(env, [50 * number + 3] * 2, seeds=(1 + 2 * attempt, 5))
+        rng, seen = np.random.default_rng(0), start(env, [2 * 3 + number] * 2, seeds=(1 + 2 * attempt, 5))
         for t in range(5):
             for ours, theirs in (("agentview", "agentview_image"), ("wrist", "robot0_eye_in_hand_image")):
                 assert np.array_equal(seen[ours][attempt].numpy(), plain[theirs][t][::-1, ::-1]), (attempt, t, ours)
@@ -101,21 +104,47 @@ def test_what_is_seen_is_libero_bit_for_bit(env, python, tmp_path, number, name)
 
 
 def test_tasks_words_and_limits_are_those_of_the_suites(env):
-    obs = start(env, [7, 60])
-    assert env.spec.tasks[7] == f"{BOWL}#07" and env.spec.tasks[60] == f"{NEXT}#10" and len(env.spec.tasks) == 100
+    obs = start(env, [14, 21])
+    assert env.spec.tasks[14] == f"{BOWL}#07" and env.spec.tasks[21] == f"{NEXT}#10" and len(env.spec.tasks) == 100
     assert env.instructions() == ["put the bowl on the plate", "pick up the black bowl next to the plate and place it on the plate"]
     assert obs["instruction"][0, :7].tolist() == [*map(word_id, "put the bowl on the plate".split()), 0]
     assert env.spec.max_steps == 300 and env.spec.control_hz == 20
 
 
-def test_an_episode_of_a_suite_ends_at_its_own_limit(python):
-    changes = LIBERO.Changes(**SMALL, settle=0)
-    config = LIBERO.Config(tasks=(BOWL, NEXT), change=changes, workers=1, max_steps=6)
+def test_an_episode_of_a_suite_ends_at_its_own_limit(python, monkeypatch):
+    monkeypatch.setitem(LIBERO.PROTOCOLS["openvla-oft"], "steps", {"libero_goal": 5, "libero_spatial": 3})
+    config = LIBERO.Config(tasks=(BOWL, NEXT), change=LIBERO.Changes(**SMALL, settle=0), workers=1)
     env = LIBERO.build(config, num_envs=2, device=CPU, split="train", seed=0)
     try:
         start(env, [0, 1], seeds=(0, 2))
         ends = [env.step(torch.zeros(2, 7)).truncated.tolist() for _ in range(6)]
-        assert ends == [[False, False]] * 5 + [[True, True]] and env.spec.max_steps == 6
+        assert [[row[copy] for row in ends].index(True) + 1 for copy in (0, 1)] == [5, 3]
+        assert sum(map(sum, ends)) == 2 and env.spec.max_steps == 5
+    finally:
+        env.close()
+
+
+def test_it_keeps_the_contract(python):
+    small = [f"change.{name}={SIDE}" for name in SMALL]
+    settings = [f"tasks=[{BOWL}, {NEXT}]", *small, "change.settle=2", "max_steps=6", "workers=1"]
+    findings = check_env("libero", settings, copies=2, steps=12)
+    assert [f"{f.name}: {f.detail}" for f in findings if f.ok is False] == []
+    assert sum(f.ok is True for f in findings) >= 18
+
+
+def test_it_runs_in_this_python_where_libero_is_installed_beside_the_engine(python, monkeypatch, caplog):
+    """The published evaluation, but for the size of what is drawn, which is told."""
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(sims, "interpreter", None)  # that of `sim install` is not asked for
+    config = LIBERO.Config(tasks=(BOWL,), states="each", change=LIBERO.Changes(**SMALL), workers=1, isolated=False)
+    with caplog.at_level(logging.INFO):
+        env = LIBERO.build(config, num_envs=1, device=CPU, split="eval", seed=0)
+    try:
+        assert "50 initial states (env.states: each, evaluate.episodes: 50); this evaluation departs from it in" in caplog.text
+        assert env.reset(torch.ones(1, dtype=torch.bool), torch.ones(1).long(), torch.ones(1).long())["wrist"].shape[1:] == (SIDE, SIDE, 3)
+        told = env.manifest()["protocol"]
+        assert told["departures"] == f"env.change.render: {SIDE}, env.change.picture: {SIDE}" and told["trials"] == 50
+        assert env.foreign.python == python and env.foreign.versions == {}
     finally:
         env.close()
 
@@ -124,13 +153,13 @@ def test_a_start_depends_on_seed_and_task_alone_and_a_state_is_restored_bit_for_
     def differ(a, b):
         return [name for name in a if not torch.equal(a[name], b[name])]
 
-    first = start(env, [5, 55])
+    first = start(env, [10, 11])
     for _ in range(3):
         env.step(torch.full((2, 7), 0.5))
     seen, state = env.observe(), env.get_state()
     assert differ(seen, first)
     ahead = [env.step(torch.full((2, 7), -0.5)), env.observe()][1]
-    swapped = start(env, [55, 5])
+    swapped = start(env, [11, 10])
     assert all(torch.equal(swapped[name].flip(0), x) for name, x in first.items())
     assert not differ(env.set_state(state), seen)
     env.step(torch.full((2, 7), -0.5))

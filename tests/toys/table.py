@@ -19,6 +19,8 @@ class Config(Section):
     critic: Literal["none", "decision", "unit"] = "none"
     spread: float = 0.0
     """Deviation of the initial logits."""
+    reads_back: bool = True
+    """Logits depend on the id before; false: on context and position alone."""
     lean: float = 0.0
     """Added to the logits of the ids that words.py (one turn) pays for: a policy that knows a little."""
 
@@ -34,6 +36,7 @@ class Table(nn.Module):
         super().__init__()
         assert env.vocabulary is not None
         v, contexts = env.action.size, int(env.observation["context"].high or 0) + 1
+        self.reads_back = config.reads_back
         self.num_units, self.end = env.action.length, env.vocabulary.end[0]
         self.logits = nn.Parameter(config.spread * torch.randn(contexts, self.num_units, v + 1, v))
         for context in range(contexts if config.lean else 0):
@@ -53,6 +56,8 @@ class Table(nn.Module):
     def _before(self, units: Tensor) -> Tensor:
         """[N, A] the id before each unit."""
         start = torch.full_like(units[:, :1], self.logits.shape[-1])
+        if not self.reads_back:
+            return start.expand(units.shape)
         return torch.cat([start, units[:, :-1]], 1).clamp(min=0)
 
     def _log_softmax(self, context: Tensor, units: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 __version__ = os.environ.get("STAND_IN_VERSION", "0.32.0")
 
@@ -19,11 +19,23 @@ class SamplingParams(SimpleNamespace):
     """Whatever it is given."""
 
 
+def truncated(z, s):
+    """Logits [V] of the top_k likeliest, and of those the fewest whose probabilities reach top_p; -inf for the others."""
+    if k := getattr(s, "top_k", 0):
+        z = z.masked_fill(z < z.topk(k).values[-1], float("-inf"))
+    if (most := getattr(s, "top_p", 1.0)) < 1:
+        p = z.softmax(-1)
+        few = next(n for n in range(1, len(z) + 1) if float(p.topk(n).values.sum()) >= most)
+        z = z.masked_fill(p < p.topk(few).values[-1], float("-inf"))
+    return z
+
+
 class LLM:
     """One row after the other."""
 
     def __init__(self, model, dtype, **settings):
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        self.tokenizer = None if settings["skip_tokenizer_init"] else AutoTokenizer.from_pretrained(model)
         self.stale = False
         print(json.dumps({"vllm": "prints what it likes"}))
 
@@ -43,11 +55,21 @@ class LLM:
         assert not self.stale, "old keys and values"
         return [self._write(list(p["prompt_token_ids"]), s) for p, s in zip(prompts, settings, strict=True)]
 
+    def _stopped(self, written, s):
+        """A token or a text that ends the reply is there."""
+        if written and written[-1] in s.stop_token_ids:
+            return True
+        if not s.stop:
+            return False
+        assert s.detokenize and self.tokenizer is not None, "texts need the tokenizer"
+        text = self.tokenizer.decode(written, skip_special_tokens=True)
+        return any(x in text for x in s.stop)
+
     def _write(self, ids, s):
-        g, written, steps = torch.Generator().manual_seed(s.seed), [], []
-        while len(written) < s.max_tokens and not (written and written[-1] in s.stop_token_ids):
+        g, written, steps = torch.Generator().manual_seed(getattr(s, "seed", 0)), [], []
+        while len(written) < s.max_tokens and not self._stopped(written, s):
             z = self.model(torch.tensor([ids + written])).logits[0, -1].float()
-            p = (z / (s.temperature or 1.0)).log_softmax(-1)
+            p = truncated(z / (s.temperature or 1.0), s).log_softmax(-1)
             i = int(torch.multinomial(p.exp(), 1, generator=g)) if s.temperature else int(p.argmax())
             written.append(i)
             steps.append({i: SimpleNamespace(logprob=float(p[i]))})

@@ -26,6 +26,8 @@ class Config(Section):
     turns: int = Field(1, ge=1)
     partial: bool = False
     """Pay the share of right ids instead of all or nothing."""
+    told: bool = True
+    """The context says whether a hint was given, as if it were another task; false: what is learned under hints holds without."""
 
 
 def word(number: int, config: Config) -> list[int]:
@@ -36,7 +38,7 @@ def word(number: int, config: Config) -> list[int]:
 
 
 class Words:
-    """See the module docstring. Under a hint the first letters are given, and the context says that it is another task."""
+    """See the module docstring. Under a hint the first letters are given."""
 
     def __init__(self, config: Config, num_envs: int, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -58,7 +60,7 @@ class Words:
 
     def _obs(self) -> Obs:
         contexts = self.config.words * self.config.turns
-        return {"context": (self._context() + contexts * (self.shown > 0)).unsqueeze(-1)}
+        return {"context": (self._context() + contexts * ((self.shown > 0) & self.config.told)).unsqueeze(-1)}
 
     def hint(self, share: float) -> None:
         self.share = share

@@ -5,7 +5,7 @@ import torch
 
 from embodied_rl.errors import UserError
 from embodied_rl.policies.causal_lm import decode
-from embodied_rl.policies.causal_lm.policy import in_batches
+from embodied_rl.policies.causal_lm.generator import in_batches
 from tests.unit.test_causal_lm import contexts, llama, make
 
 __all__ = ["llama"]

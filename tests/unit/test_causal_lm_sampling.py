@@ -98,7 +98,7 @@ def test_a_reply_ends_with_a_stop_text_and_keeps_it(llama):
     plain, _ = make(llama, length=24)
     obs = contexts(env)
     units, whole = (p.act(obs, generator=torch.Generator().manual_seed(4)).units for p in (policy, plain))
-    tokenizer, stopped = policy._stops[0].tokenizer, 0
+    tokenizer, stopped = policy.generator.tokenizer, 0
     for row, reference in zip(units.tolist(), whole.tolist(), strict=True):
         ids = [i for i in row if i != PAD]
         assert ids == reference[: len(ids)], "nobody else's reply, nor what comes before, is changed"
@@ -137,5 +137,3 @@ def test_settings_that_nothing_uses_are_refused(llama):
     with pytest.raises(CapabilityError, match="set evaluate.greedy: false, or remove policy.evaluation"):
         Session.build(build_recipe(recipe))
     Session.build(build_recipe(recipe | {"evaluate": {"greedy": False}})).close()
-    with pytest.raises(ValueError, match=r"stop \(.*\) is of the built-in generator"):
-        Config(model="x", stop=("a",), generator={"kind": "vllm", "python": "y"})

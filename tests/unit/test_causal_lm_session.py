@@ -99,7 +99,7 @@ def test_a_critic_of_every_token_learns_in_a_run(model, tmp_path):
 def test_vllms_gap_is_logged_and_corrected_by_capped_weights(model, tmp_path, monkeypatch):
     python = interpreter(tmp_path / "env")
     package = tmp_path / "env" / "packages" / "vllm" / "__init__.py"
-    package.write_text(STAND_IN.read_text().replace("p = (z /", "p = (0.8 * z /"))  # its logits are a little off
+    package.write_text(STAND_IN.read_text().replace("truncated(z /", "truncated(0.8 * z /"))  # its logits are a little off
     batches, plain = [], LossFunction.__call__
     monkeypatch.setattr(LossFunction, "__call__", lambda loss, e, batch, **how: batches.append(batch) or plain(loss, e, batch, **how))
     changes = [
@@ -111,7 +111,7 @@ def test_vllms_gap_is_logged_and_corrected_by_capped_weights(model, tmp_path, mo
             for p in s.policy.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
         rollout, _, judged, row = update_seen(s)
-        s.policy._vllm[0].close()
+        s.policy.generator.close()
     mask, (batch,) = rollout.mask[0], batches
     log_ratio = (judged.logp - rollout.logp[0])[mask]
     assert row["sync/logp_gap_mean"] == pytest.approx(float(log_ratio.abs().mean()), rel=1e-3) and row["sync/logp_gap_mean"] > 0.01

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 from embodied_rl.errors import CapabilityError, MissingExtraError, NotFoundError
 from embodied_rl.policies import causal_lm
+from embodied_rl.policies.causal_lm.decode import Narrowing
+from embodied_rl.policies.causal_lm.model import open_folder
 from tests.toys import echo
 from tests.toys.tiny_lm import tiny_lm
 
@@ -40,7 +43,7 @@ def interpreter(folder: Path, *, vllm: bool = True, version: str = "0.32.0") -> 
 
 
 def make(model: Path, python: Path, **settings):
-    env = echo.Echo(echo.Config(model=str(model), length=6), 8, CPU)
+    env = echo.Echo(echo.Config(model=str(model), length=settings.pop("length", 6)), 8, CPU)
     generator = {"kind": "vllm", "python": str(python)} | settings.pop("generator", {})
     config = causal_lm.Config(model=str(model), logp="decoder", generator=generator, **settings)
     return causal_lm.build(config, env=env.spec, device=CPU), env
@@ -70,9 +73,89 @@ def check_talk(policy, env, most: float) -> None:
 def test_weights_go_there_and_tokens_come_back(llama, tmp_path):
     policy, env = make(llama, interpreter(tmp_path), temperature=0.8)
     check_talk(policy, env, most=2e-5)
-    (vllm,) = policy._vllm
-    vllm.close()
-    assert vllm.process.poll() == 0
+    policy.generator.close()
+    assert policy.generator.process.poll() == 0
+
+
+def check_rows(policy, env) -> None:
+    """Rows of one call have their own settings, and sampling and what is said of it are those of the built-in decoder."""
+    every = torch.ones(8, dtype=torch.bool)
+    context = env.reset(every, torch.arange(8) // 4 * 2, torch.zeros(8, dtype=torch.int64))["context"]
+    uniform = torch.rand(8, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    greedy, plain = policy.write(context, None).units, policy.write(context, uniform).units
+    settings = [(1.0, 0, 1.0)] * 2 + [(1.0, 1, 1.0)] * 2 + [(1.0, 0, 1e-6)] * 2 + [(1e-3, 0, 1.0)] * 2
+    t, k, p = (torch.tensor(x) for x in zip(*settings, strict=True))
+    mixed = policy.write(context, uniform, narrow=Narrowing(t, k, p)).units
+    assert torch.equal(mixed[:2], plain[:2]) and torch.equal(mixed[2:], greedy[2:])
+    assert all((plain[i : i + 2] != greedy[i : i + 2]).any() for i in (2, 4, 6))
+
+
+def check_truncation(policy, env, most: float) -> None:
+    """Nothing is drawn but what the built-in decoder would draw from, with its probabilities."""
+    every, n, model = torch.ones(8, dtype=torch.bool), 8, AutoModelForCausalLM.from_pretrained(policy.generator.model)
+    model.load_state_dict(policy.weights(), strict=False)  # it may have learned since
+    context = env.reset(every, torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))["context"]
+    uniform = torch.rand(n, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for top_k, top_p in ((3, 1.0), (0, 0.6), (4, 0.7)):
+        narrow = Narrowing(torch.full((n,), 0.9), torch.full((n,), top_k), torch.full((n,), top_p))
+        written = policy.write(context, uniform, narrow=narrow)
+        with torch.no_grad():
+            z = torch.stack([model(row[row != -1][None]).logits[0, -1] for row in context]) / policy.config.temperature
+        allowed = narrow(z, torch.arange(n)).log_softmax(-1)
+        first = allowed.gather(1, written.units[:, :1]).squeeze(1)
+        assert bool(first.isfinite().all()) and (first - written.logp[:, 0]).abs().max() < most
+        assert int(allowed[0].isfinite().sum()) < z.shape[1] and len(written.units[:, 0].unique()) > 1
+
+
+def test_rows_have_their_own_temperature_top_k_and_top_p(llama, tmp_path):
+    policy, env = make(llama, interpreter(tmp_path), temperature=1.3, evaluation={"top_k": 1, "temperature": 2.0})
+    check_rows(policy, env)
+    check_truncation(policy, env, most=2e-5)
+    check_evaluation(policy, env)
+    policy.anneal(torch.linspace(1.0, 2.0, 6))
+    with pytest.raises(CapabilityError, match="policy.generator.kind vllm has one temperature for all tokens"):
+        policy.write(torch.zeros(1, 1, dtype=torch.int64), None)
+    policy.generator.close()
+
+
+def check_evaluation(policy, env) -> None:
+    """Evaluation samples as it is told, here the likeliest token, and training as before."""
+    obs = env.reset(torch.ones(8, dtype=torch.bool), torch.arange(8) * 2, torch.zeros(8, dtype=torch.int64))
+
+    def written():
+        return policy.act(obs, generator=torch.Generator().manual_seed(1)).units
+
+    sampled, greedy = written(), policy.act(obs, generator=None, greedy=True).units
+    policy.evaluating(True)
+    assert torch.equal(written(), greedy) and not torch.equal(sampled, greedy)
+    policy.evaluating(False)
+    assert torch.equal(written(), sampled)
+
+
+def check_stops(model: Path, python: Path) -> None:
+    """A reply ends with a stop text and is until then what it would have been; `force_end` takes the last place."""
+    policy, env = make(model, python, stop=("7", "ab"), force_end=True, length=24)
+    obs = env.reset(torch.ones(8, dtype=torch.bool), torch.arange(8) * 2, torch.zeros(8, dtype=torch.int64))
+    found = policy.act(obs, generator=torch.Generator().manual_seed(4))
+    policy.config = policy.config.model_copy(update={"stop": (), "force_end": False})
+    whole = policy.act(obs, generator=torch.Generator().manual_seed(4))
+    decode, stopped = open_folder(str(model))[1].decode, 0
+    for row, reference in zip(found.units.tolist(), whole.units.tolist(), strict=True):
+        ids = [i for i in row if i != -1]
+        free = ids[:-1] if len(ids) == 24 else ids
+        assert free == reference[: len(free)]
+        assert not any(x in decode(ids[:-1], skip_special_tokens=True) for x in ("7", "ab"))
+        ended = any(x in decode(ids, skip_special_tokens=True) for x in ("7", "ab"))
+        stopped += ended
+        assert ended or len(ids) in (24, len([i for i in reference if i != -1]))
+    assert 2 <= stopped < 8
+    full = (found.units != -1).all(1)
+    assert bool((found.units[full, -1] == policy.end[0]).all()) and not bool(found.mask[:, -1].any())
+    policy.generator.close()
+
+
+def test_stop_texts_end_a_reply_and_ends_are_forced(llama, tmp_path):
+    check_stops(llama, interpreter(tmp_path))
 
 
 def test_a_vllm_that_is_missing_too_old_or_dies_is_told_in_one_sentence(llama, tmp_path):
@@ -85,13 +168,13 @@ def test_a_vllm_that_is_missing_too_old_or_dies_is_told_in_one_sentence(llama, t
         (tmp_path / name).mkdir()
         policy, env = make(llama, interpreter(tmp_path / name, **given))
         with pytest.raises(error, match=words):
-            policy._vllm[0].start()
+            policy.generator.start()
     dead = tmp_path / "dead"
     dead.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
     dead.chmod(0o755)
     policy, env = make(llama, dead)
     with pytest.raises(CapabilityError, match="vLLM ended with code 3 when asked for 'version'; its last line was: out of luck"):
-        policy._vllm[0].start()
+        policy.generator.start()
 
 
 def test_settings_that_would_do_nothing_are_refused():
@@ -114,3 +197,7 @@ def test_vllm_itself(tmp_path):
     wide = tiny_lm(tmp_path / "wide", hidden=256)  # vLLM's attention on a CPU has no heads of 16
     policy, env = make(wide, Path(python), temperature=0.8)
     check_talk(policy, env, most=1e-3)
+    check_rows(policy, env)
+    check_truncation(policy, env, most=1e-3)
+    policy.generator.close()
+    check_stops(wide, Path(python))

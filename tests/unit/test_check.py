@@ -76,6 +76,19 @@ class WrongNames(Sound):
         self.spec = dataclasses.replace(self.spec, action=dataclasses.replace(self.spec.action, names=("x",)))
 
 
+class TellsPadding(Sound):
+    told = ((0, "go"),)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        word = dataclasses.replace(self.spec.observation["word"], texts=self.told)
+        self.spec = dataclasses.replace(self.spec, observation=self.spec.observation | {"word": word})
+
+
+class TellsTwice(TellsPadding):
+    told = ((1, "go"), (1, "stop"))
+
+
 class DoubleStart(Sound):
     def reset(self, mask, seeds, tasks):
         obs = super().reset(mask, seeds, tasks)
@@ -315,6 +328,8 @@ class ClosesOnce(Sound):
 
 MISTAKES = [
     (WrongNames, "spec_is_coherent", "2 dimensions and 1 names"),
+    (TellsPadding, "spec_is_coherent", "texts of 'word' has an id that is not in 1 to 2"),
+    (TellsTwice, "spec_is_coherent", "texts of 'word' has an id twice"),
     (DoubleStart, "reset_keeps_the_spec", "'position' is torch.float64"),
     (OutOfBounds, "reset_keeps_the_spec", "'word' reaches 3, the spec's high is 2"),
     (NeedsTwo, "one_copy_works", "IndexError"),

@@ -118,6 +118,7 @@ def test_instructions_are_text_and_word_ids_of_the_running_episode(make):
     assert env.instructions() == ["go left", "go left"]
     assert obs["instruction"][0, 1] == word_id("right"), "an earlier observation keeps its words"
     assert torch.equal(later["instruction"][0], later["instruction"][1])
+    assert sorted(word for _, word in env.spec.observation["instruction"].texts) == ["go", "left", "right"]
     assert not hasattr(make(), "instructions")
 
 

@@ -1,6 +1,10 @@
 """The parts of the LIBERO adapter that need no LIBERO: starts, words, pictures, protocols."""
 
 import importlib.util
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +12,9 @@ from scipy.spatial.transform import Rotation
 
 from embodied_rl import registry
 from embodied_rl.convention import Convention
+from embodied_rl.errors import NotFoundError, SimulatorError
 from embodied_rl.seeding import start_seed
-from tests.kit import TOYS
+from tests.kit import CPU, TOYS
 
 PATH = TOYS.parents[1] / "envs" / "libero" / "simulator.py"
 LIBERO = registry.load("env", "libero")
@@ -109,8 +114,103 @@ def test_every_protocol_says_everything_and_a_change_lies_over_it():
         assert protocol.keys() == wanted, name
         assert protocol["steps"].keys() == {"libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"}
         LIBERO.Changes(**{key: value for key, value in protocol.items() if key in LIBERO.Changes.model_fields} | {"cameras": tuple(protocol["cameras"])})
-    assert wanted - {"steps", "settle_hand"} == LIBERO.Changes.model_fields.keys()
+    assert wanted - {"trials", "states", "steps", "settle_hand"} == LIBERO.Changes.model_fields.keys()
     config = LIBERO.Config(protocol="openpi", change=LIBERO.Changes(settle=3))
-    assert config.in_force() == LIBERO.PROTOCOLS["openpi"] | {"settle": 3}
-    # The published step limits, by suite (openvla's script; its longest demonstrations have 193 to 505 steps).
-    assert LIBERO.PROTOCOLS["openvla-oft"]["steps"]["libero_10"] == 520 and config.limit() == 220
+    assert config.in_force() == LIBERO.PROTOCOLS["openpi"] | {"settle": 3} and config.limit() == 220
+
+
+PUBLISHED = {
+    "openvla": (220, 280, 300, 520, 400, 50),
+    "openvla-oft": (220, 280, 300, 520, 400, 50),
+    "openpi": (220, 280, 300, 520, 400, 50),
+    "rlinf": (240, 320, 320, 480, 400, 50),
+    "simplevla-rl": (512, 512, 512, 512, 512, 50),
+    "lerobot": (280, 280, 300, 520, 400, 10),
+}
+"""Step limits of spatial, object, goal, 10 and 90, and trials of each task, as the scripts have them."""
+
+
+def test_step_limits_and_trials_are_the_published_ones():
+    suites = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+    found = {name: (*(p["steps"][suite] for suite in suites), p["trials"]) for name, p in LIBERO.PROTOCOLS.items()}
+    assert found == PUBLISHED and {p["states"] for p in LIBERO.PROTOCOLS.values()} == {"each"}
+
+
+# ---- how an evaluation relates to the published one, and what can be missing ------------------------------------------
+
+
+def told(monkeypatch, caplog, tmp_path, *, split="eval", tasks=("a", "b"), **config):
+    """What is logged when an env of these tasks is built, and its protocol as the worker gets it."""
+    built = {}
+
+    def host(config, foreign, **_):
+        built.update(foreign.settings)
+        return SimpleNamespace(spec=SimpleNamespace(tasks=tasks))
+
+    monkeypatch.setattr(LIBERO, "host", host)
+    config = LIBERO.Config(**{"isolated": False, "assets": str(assets_in(tmp_path / "named"))} | config)
+    with caplog.at_level(logging.INFO):
+        caplog.clear()
+        LIBERO.build(config, num_envs=1, device=CPU, split=split, seed=0)
+    return [(record.levelname, record.getMessage()) for record in caplog.records], built["protocol"]["departures"]
+
+
+def assets_in(folder):
+    for name in LIBERO.FOLDERS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_it_is_told_how_an_evaluation_departs_from_the_published_one(monkeypatch, caplog, tmp_path):
+    whole = (
+        "env libero: protocol openvla-oft plays 50 episodes of each task, one from each of its first 50 initial states "
+        "(env.states: each, evaluate.episodes: 100); "
+    )
+    said, kept = told(monkeypatch, caplog, tmp_path, max_steps=9, change=LIBERO.Changes(cameras=("wrist",), settle=10))
+    differs = "env.states: heldout, env.change.cameras: ['wrist'], env.max_steps: 9"
+    assert said == [("WARNING", whole + f"this evaluation departs from it in {differs}")] and kept == differs
+    assert told(monkeypatch, caplog, tmp_path, split="train")[0] == []
+    each = {"states": "each", "tasks": ("a#00", "b#00", "a#01", "b#01")}
+    assert told(monkeypatch, caplog, tmp_path, **each) == ([("INFO", whole + "this env keeps to it")], "none")
+    said, _ = told(monkeypatch, caplog, tmp_path, protocol="lerobot", **each)
+    assert "10 episodes of each task" in said[0][1] and "evaluate.episodes: 20)" in said[0][1]
+
+
+def test_assets_are_found_where_named_or_where_hf_libero_downloads_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(LIBERO.ASSETS, raising=False)
+    with pytest.raises(NotFoundError, match="has not downloaded to ~/.cache/libero/assets: download the folder"):
+        LIBERO.find_assets(None)
+    downloaded = assets_in(tmp_path / ".cache" / "libero" / "assets")
+    assert LIBERO.find_assets(None) == downloaded.resolve()
+    monkeypatch.setenv(LIBERO.ASSETS, str(assets_in(tmp_path / "variable")))
+    assert LIBERO.find_assets(None) == (tmp_path / "variable").resolve()
+    assert LIBERO.find_assets(str(assets_in(tmp_path / "named"))) == (tmp_path / "named").resolve()
+    monkeypatch.delenv(LIBERO.ASSETS)
+    (downloaded / "scenes").rmdir()
+    with pytest.raises(NotFoundError, match="libero/assets' lack scenes: download"):
+        LIBERO.find_assets(None)
+
+
+def test_the_checksum_of_assets_is_that_of_their_files_and_not_of_what_a_download_leaves_beside(simulator, tmp_path):
+    sums = []
+    for folder, text in (("a", "mesh"), ("b", "mesh"), ("c", "other")):
+        (assets_in(tmp_path / folder) / "scenes" / "wall.xml").write_text(text)
+        sums.append(simulator.checksum_of(str(tmp_path / folder)))
+    (tmp_path / "b" / ".cache").mkdir()
+    for name in (".cache/metadata", "README.md"):
+        (tmp_path / "b" / name).write_text("downloaded today")
+    assert sums[0] == sums[1] != sums[2] and simulator.checksum_of(str(tmp_path / "b")) == sums[0]
+
+
+def test_this_python_is_taken_when_it_is_not_isolated_and_says_that_it_has_no_libero(monkeypatch, tmp_path):
+    if importlib.util.find_spec("libero"):
+        pytest.skip("LIBERO is installed beside the engine")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = LIBERO.Config(isolated=False, workers=1, assets=str(assets_in(tmp_path / "assets")))
+    with pytest.raises(SimulatorError) as caught:
+        LIBERO.build(config, num_envs=1, device=CPU, split="train", seed=0)
+    assert str(caught.value) == (
+        f"env libero: the Python {Path(sys.executable)} has no LIBERO (hf-libero): install it there, or leave "
+        "env.isolated out and run `embodied-rl sim install libero`"
+    )

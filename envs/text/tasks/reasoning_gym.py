@@ -68,11 +68,15 @@ class ReasoningGym(Task):
         return Question(text, str(entry["answer"] if entry["answer"] is not None else ""), {"seed": seed})
 
     def score(self, question: Question, reply: str) -> float:
-        """The data set's own score in [0, 1]."""
+        """The data set's own score in [0, 1]; 0 where its checker fails on the reply, but not on its own answer."""
         seed = question.facts["seed"]
         data = self._create(self.config.dataset, seed=seed, size=1, **self.config.settings)
         told = reply.strip() if self.config.answer == "reply" else last_number(reply)
-        return float(data.score_answer(told, data[0]))
+        try:
+            return float(data.score_answer(told, data[0]))
+        except Exception:
+            data.score_answer(data[0]["answer"], data[0])
+            return 0.0
 
     def result(self, question: Question, reply: str) -> str | None:
         """The whole reply, or the last number in it."""

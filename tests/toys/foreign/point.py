@@ -42,7 +42,7 @@ class Simulator:
         if "uneven" in self.trouble:
             self.spec = {**self.spec, "max_steps": os.getpid()}
         if settings.get("speaks"):
-            self.spec = {**self.spec, "words": 4}
+            self.spec = {**self.spec, "words": 4, "sentences": ["go left", "go right"]}
         if settings.get("on_demand"):
             self.spec = {**self.spec, "on_demand": True}
         if "dice" in self.trouble:
