@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embodied_rl.cli import main
-from embodied_rl.policies.causal_lm import policy as lm
+from embodied_rl.policies.causal_lm import generator as lm
 from tests.toys.tiny_lm import tiny_lm
 
 QUESTION = '{"question": "What is 1 + 1?", "answer": "2"}\n'
