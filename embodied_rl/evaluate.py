@@ -21,6 +21,7 @@ from embodied_rl.collect import execute
 from embodied_rl.decide import decide
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.observation import check_finite, check_observation
+from embodied_rl.offers import Speaking
 from embodied_rl.results import EvaluationResult
 from embodied_rl.seeding import start_seeds
 from embodied_rl.types import Env, EnvSpec, Obs, Policy, Split, Step
@@ -204,8 +205,7 @@ class Recorder:
         if not len(copies):
             return
         pictures = env.render(copies.to(env.device), self.camera, self.height, self.width).cpu()
-        say = getattr(env, "instructions", None)
-        texts = say() if say is not None else None
+        texts = env.instructions() if isinstance(env, Speaking) else None
         for copy, number, picture in zip(copies.tolist(), episode[copies].tolist(), pictures, strict=True):
             self.frames.setdefault(number, []).append(picture)
             if texts is not None:

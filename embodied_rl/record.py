@@ -40,7 +40,7 @@ class Record:
         self.success: dict[str, Tensor] = {}
         self.shown: dict[str, Tensor] = {}
         self.deeds: list[tuple[Tensor, Tensor, Obs]] = []
-        told = collector.keep_final_obs and all(hasattr(part.env, "instructions") for part in collector.parts)
+        told = collector.keep_final_obs and all(isinstance(part.env, Speaking) for part in collector.parts)
         self.instructions: list[str] | None = [] if told else None
 
     def open(self) -> None:

@@ -42,6 +42,7 @@ from embodied_rl.demo_stats import episode_statistics, write_statistics
 from embodied_rl.demo_writer import DemoWriter, Packed
 from embodied_rl.errors import CapabilityError
 from embodied_rl.observation import check_observation
+from embodied_rl.offers import Speaking
 from embodied_rl.section import Section
 from embodied_rl.seeding import start_seed, start_seeds
 from embodied_rl.types import Env, Obs
@@ -342,7 +343,6 @@ class _Tape:
         """Control steps that are left out at the beginning."""
         for player in filter(None, (expert, clumsy)):
             player.reset(active.clone())
-        say = getattr(env, "instructions", None) or (lambda: [spec.tasks[i] for i in tasks.tolist()])
         self.length = np.zeros(b, np.int64)
         self.solved = np.zeros(b, bool)
         self._frames: list[dict[str, np.ndarray]] = []
@@ -355,7 +355,8 @@ class _Tape:
                 )
             seen = env.observe() if spec.on_demand else obs
             check_observation(seen, spec, start=not self._frames)
-            self._texts.append(say())
+            said = env.instructions() if isinstance(env, Speaking) else [spec.tasks[i] for i in tasks.tolist()]
+            self._texts.append(said)
             frame = _to_numpy({feature_of(entry, spec.observation[entry])[0]: x for entry, x in seen.items()})
             wanted = expert.act().clamp(-1, 1)
             played = wanted

@@ -64,9 +64,8 @@ def test_rows_of_one_call_have_their_own_settings(llama):
     assert torch.equal(hot.units, cold.write(obs["context"], uniform).units)
 
 
-def test_evaluation_samples_as_it_is_told_and_training_as_before(llama):
-    policy, env = make(llama, evaluation={"top_k": 1}, temperature=1.5)
-    obs = contexts(env)
+def evaluation_takes_the_likeliest(policy, obs) -> None:
+    """While it is evaluated, and only then, a policy with evaluation: {top_k: 1} writes what greedy play does."""
 
     def written():
         return policy.act(obs, generator=torch.Generator().manual_seed(1)).units
@@ -76,6 +75,11 @@ def test_evaluation_samples_as_it_is_told_and_training_as_before(llama):
     assert torch.equal(written(), greedy) and not torch.equal(sampled, greedy)
     policy.evaluating(False)
     assert torch.equal(written(), sampled)
+
+
+def test_evaluation_samples_as_it_is_told_and_training_as_before(llama):
+    policy, env = make(llama, evaluation={"top_k": 1}, temperature=1.5)
+    evaluation_takes_the_likeliest(policy, contexts(env))
     evaluate(policy, env, episodes=2, run_seed=0, greedy=False, generator=torch.Generator().manual_seed(0))
     assert policy._evaluating is False
 

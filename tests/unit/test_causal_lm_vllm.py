@@ -20,6 +20,7 @@ from embodied_rl.policies.causal_lm.decode import Narrowing
 from embodied_rl.policies.causal_lm.model import open_folder
 from tests.toys import echo
 from tests.toys.tiny_lm import tiny_lm
+from tests.unit.test_causal_lm_sampling import evaluation_takes_the_likeliest
 
 CPU = torch.device("cpu")
 STAND_IN = Path(echo.__file__).with_name("vllm_stand_in.py")
@@ -121,15 +122,7 @@ def test_rows_have_their_own_temperature_top_k_and_top_p(llama, tmp_path):
 def check_evaluation(policy, env) -> None:
     """Evaluation samples as it is told, here the likeliest token, and training as before."""
     obs = env.reset(torch.ones(8, dtype=torch.bool), torch.arange(8) * 2, torch.zeros(8, dtype=torch.int64))
-
-    def written():
-        return policy.act(obs, generator=torch.Generator().manual_seed(1)).units
-
-    sampled, greedy = written(), policy.act(obs, generator=None, greedy=True).units
-    policy.evaluating(True)
-    assert torch.equal(written(), greedy) and not torch.equal(sampled, greedy)
-    policy.evaluating(False)
-    assert torch.equal(written(), sampled)
+    evaluation_takes_the_likeliest(policy, obs)
 
 
 def check_stops(model: Path, python: Path) -> None:
