@@ -102,13 +102,8 @@ def ours(case: Case) -> Stepper:
 
 def bare_envpool(ids: tuple[str, ...], copies: int) -> Stepper:
     """Bare envpool, one pool for each id; all pools are told their actions before one is waited for."""
-    import envpool
-
     share = copies // len(ids)
-    pools = [envpool.make_gymnasium(id, num_envs=share, num_threads=THREADS, seed=0, **told(id)) for id in ids]
-    for pool in pools:
-        pool.async_reset()
-        pool.recv()
+    pools = envpools(ids, share)
     width = pools[0].action_space.shape[0]
     actions = np.random.default_rng(0).uniform(-1, 1, (16, share, width))
     rows, clock = np.arange(share, dtype=np.int32), {"t": 0}
@@ -120,6 +115,46 @@ def bare_envpool(ids: tuple[str, ...], copies: int) -> Stepper:
         return sum(int(np.count_nonzero(pool.recv()[4]["elapsed_step"])) for pool in pools)
 
     return step
+
+
+def envpool_tensors(ids: tuple[str, ...], copies: int) -> Stepper:
+    """Envpool as a learner in torch meets it: float32 tensors in, checked to be finite, and float32 tensors out."""
+    import torch
+
+    share = copies // len(ids)
+    pools = envpools(ids, share)
+    actions = (torch.rand(16, copies, pools[0].action_space.shape[0]) * 2 - 1).unbind()
+    rows, clock = np.arange(share, dtype=np.int32), {"t": 0}
+
+    def step() -> int:
+        action = actions[clock["t"] % len(actions)]
+        clock["t"] += 1
+        if not bool(torch.isfinite(action).all()):
+            raise ValueError("an action is not finite")
+        for pool, part in zip(pools, action.split(share), strict=True):
+            pool.send(part.numpy().astype(np.float64), rows)
+        given = [pool.recv() for pool in pools]
+        obs = torch.from_numpy(np.concatenate([one[0] for one in given]).astype(np.float32))
+        reward, terminated, truncated = (torch.from_numpy(np.concatenate([one[i] for one in given])) for i in (1, 2, 3))
+        assert len(obs) == len(reward) == len(terminated) == len(truncated) == copies
+        return sum(int(np.count_nonzero(one[4]["elapsed_step"])) for one in given)
+
+    return step
+
+
+def envpools(ids: tuple[str, ...], share: int) -> list[Any]:
+    """One started pool for each id."""
+    import envpool
+
+    pools = [envpool.make_gymnasium(id, num_envs=share, num_threads=THREADS, seed=0, **told(id)) for id in ids]
+    for pool in pools:
+        pool.async_reset()
+        pool.recv()
+    return pools
+
+
+def _envpool(ids: tuple[str, ...], copies: int) -> Peers:
+    return {"envpool": partial(bare_envpool, ids, copies), "envpool_tensors": partial(envpool_tensors, ids, copies)}
 
 
 def told(id: str) -> dict[str, Any]:
@@ -317,7 +352,7 @@ def cases() -> dict[str, Case]:
     return {
         "HalfCheetah-v4 (envpool)": Case(
             32, pool | {"id": "HalfCheetah-v4"},
-            {"envpool": partial(bare_envpool, ("HalfCheetah-v4",), 32)}
+            _envpool(("HalfCheetah-v4",), 32)
             | _gymnasium(partial(one_of, "HalfCheetah-v4"), 32) | _sb3("HalfCheetah-v4", 32),
         ),
         "HalfCheetah-v5 (gymnasium)": Case(
@@ -326,13 +361,13 @@ def cases() -> dict[str, Case]:
         ),
         "MetaWorld, one task (envpool)": Case(
             32, pool | {"id": TASKS[0]} | shown,
-            {"envpool": partial(bare_envpool, TASKS[:1], 32)} | _gymnasium(partial(one_of, TASKS[0]), 32),
+            _envpool(TASKS[:1], 32) | _gymnasium(partial(one_of, TASKS[0]), 32),
         ),
         "MetaWorld, four tasks (envpool)": Case(
-            32, pool | {"id": list(TASKS)} | shown, {"envpool": partial(bare_envpool, TASKS, 32)}
+            32, pool | {"id": list(TASKS)} | shown, _envpool(TASKS, 32)
         ),
         "MetaWorld, two tasks (mixture)": Case(
-            32, {"type": "mixture", "parts": mixed}, {"envpool": partial(bare_envpool, TASKS[:2], 32)}
+            32, {"type": "mixture", "parts": mixed}, _envpool(TASKS[:2], 32)
         ),
         "HalfCheetah-v5 (isolated)": Case(
             8, {"type": "isolated", "simulator": _simulator(), "workers": THREADS, "resumable": False},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,9 +64,7 @@ class Config(Hosted):
         return self
 
 
-def host(
-    config: Hosted, foreign: Foreign, *, num_envs: int, device: torch.device
-) -> IsolatedEnv:
+def host(config: Hosted, foreign: Foreign, *, num_envs: int, device: torch.device) -> IsolatedEnv:
     """Build the copies of a simulator in processes of another Python.
 
     Args:
@@ -77,7 +76,9 @@ def host(
     Raises:
         SimulatorError: A worker does not start, or has other versions.
     """
-    workers = config.workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [os.cpu_count()])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(config.workers or cores, num_envs)
+    foreign = replace(foreign, eager=workers < cores)
     return IsolatedEnv(foreign, num_envs=num_envs, workers=workers, resumable=config.resumable, device=device)
 
 

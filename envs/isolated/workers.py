@@ -51,6 +51,8 @@ class Foreign:
     """Longest time for a control step of all copies of a worker."""
     manifest: Callable[[], dict[str, Any]] | None = None
     """Says what results depend on, where that is known here; None asks a worker."""
+    eager: bool = False
+    """Whether both sides may wait actively, which wants a core for each worker and one for the engine."""
 
 
 def shared_memory(size: int) -> int:
@@ -110,7 +112,7 @@ class Worker:
         finally:
             theirs.close()
             os.close(lifeline)
-        self.line, self.ready, self.served = Line(ours), False, False
+        self.line, self.ready, self.served = Line(ours, eager=self.foreign.eager), False, False
         self._patience = 0.0
         self.line.say({"versions": list(self.foreign.versions)})
 
@@ -127,9 +129,8 @@ class Worker:
         try:
             about = self._hear(f.start_seconds)
             self._compare(about)
-            rows = [self.low, self.high]
-            simulator, settings = str(f.simulator), f.settings
-            self.line.say({"simulator": simulator, "settings": settings, "rows": rows, "max_steps": f.max_steps})
+            built = {"simulator": str(f.simulator), "settings": f.settings, "rows": [self.low, self.high]}
+            self.line.say({**built, "max_steps": f.max_steps, "eager": f.eager})
             answer = self._hear(f.start_seconds)
         except Lost as lost:
             raise SimulatorError(f"{f.where} does not start: its worker {lost}; {self.output()}") from None
