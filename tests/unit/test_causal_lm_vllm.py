@@ -23,6 +23,8 @@ from tests.toys.tiny_lm import tiny_lm
 from tests.unit.test_causal_lm_sampling import evaluation_takes_the_likeliest
 
 CPU = torch.device("cpu")
+STOPS = ("7", "ab", "a")
+"""Texts that end a reply in some of eight random replies of 24 tokens, whoever draws them."""
 STAND_IN = Path(echo.__file__).with_name("vllm_stand_in.py")
 
 
@@ -127,7 +129,7 @@ def check_evaluation(policy, env) -> None:
 
 def check_stops(model: Path, python: Path) -> None:
     """A reply ends with a stop text and is until then what it would have been; `force_end` takes the last place."""
-    policy, env = make(model, python, stop=("7", "ab"), force_end=True, length=24)
+    policy, env = make(model, python, stop=STOPS, force_end=True, length=24)
     obs = env.reset(torch.ones(8, dtype=torch.bool), torch.arange(8) * 2, torch.zeros(8, dtype=torch.int64))
     found = policy.act(obs, generator=torch.Generator().manual_seed(4))
     policy.config = policy.config.model_copy(update={"stop": (), "force_end": False})
@@ -137,8 +139,8 @@ def check_stops(model: Path, python: Path) -> None:
         ids = [i for i in row if i != -1]
         free = ids[:-1] if len(ids) == 24 else ids
         assert free == reference[: len(free)]
-        assert not any(x in decode(ids[:-1], skip_special_tokens=True) for x in ("7", "ab"))
-        ended = any(x in decode(ids, skip_special_tokens=True) for x in ("7", "ab"))
+        assert not any(x in decode(ids[:-1], skip_special_tokens=True) for x in STOPS)
+        ended = any(x in decode(ids, skip_special_tokens=True) for x in STOPS)
         stopped += ended
         assert ended or len(ids) in (24, len([i for i in reference if i != -1]))
     assert 2 <= stopped < 8
