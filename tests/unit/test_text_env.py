@@ -178,6 +178,15 @@ def test_countdown_has_a_solution_and_takes_any_other():
         assert task.score(q, text) == right, text
 
 
+def test_reasoning_gym_may_pay_full_scores_alone():
+    settings = {"task": "reasoning_gym/letter_counting", "answer": "last_number"}
+    kind, strict = build_task(settings), build_task(settings | {"partial": False})
+    question = strict.question(numpy_rng(0))
+    hedge = f"{question.answer}2"  # the right answer stands in it, for which the data set pays half
+    scores = [[task.score(question, reply) for reply in (question.answer, hedge, "nothing")] for task in (kind, strict)]
+    assert scores[0][:2] == [1.0, 0.5] and scores[1] == [1.0, 0.0, 0.0]
+
+
 def test_reasoning_gym_may_be_given_the_last_number_of_a_reply():
     settings = {"task": "reasoning_gym/chain_sum", "settings": {"min_terms": 2, "max_terms": 2}}
     strict, kind = build_task(settings), build_task(settings | {"answer": "last_number"})

@@ -30,6 +30,9 @@ class Config(Section):
     """Put after the question in a line of its own; "" for nothing."""
     answer: Literal["reply", "last_number"] = "reply"
     """What the data set is given to score. reply: all of it; last_number: its last number, whatever comes before."""
+    partial: bool = True
+    """Pay what the data set pays, also for nearly right answers; False pays full scores alone. Most data sets pay half
+    for "12" where "1" is right, because the right answer stands in it, and a policy finds that out."""
 
 
 class ReasoningGym(Task):
@@ -73,10 +76,11 @@ class ReasoningGym(Task):
         data = self._create(self.config.dataset, seed=seed, size=1, **self.config.settings)
         told = reply.strip() if self.config.answer == "reply" else last_number(reply)
         try:
-            return float(data.score_answer(told, data[0]))
+            score = float(data.score_answer(told, data[0]))
         except Exception:
             data.score_answer(data[0]["answer"], data[0])
             return 0.0
+        return score if self.config.partial else float(score >= 1.0)
 
     def result(self, question: Question, reply: str) -> str | None:
         """The whole reply, or the last number in it."""
