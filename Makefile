@@ -1,6 +1,6 @@
 # make demo        set up .venv; demonstrations, imitation, then PPO from pictures and words (some 25 minutes on 2 cores)
 # make demo-state  one policy learns three tabletop tasks from the simulator's state (under 15 minutes)
-# make demo-text   a real language model learns arithmetic and letter counting (under 30 minutes)
+# make demo-text   a real language model learns arithmetic and letter counting (some 21 minutes)
 # make test        set up .venv with the test tools; lint, types and the default test suite
 # make bench       the benchmarks of scripts/, in their quick form, beside the peers they install
 # make docs        rewrite the generated pages in docs/
