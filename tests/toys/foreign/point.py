@@ -84,9 +84,10 @@ class Simulator:
             return
         once = trouble.get("once")
         if once:
-            if os.path.exists(once):
+            try:
+                open(once, "x").close()  # in one go: two processes may come here at the same time
+            except FileExistsError:
                 return
-            open(once, "w").close()
         what = trouble.get("what")
         if what == "die":
             os.kill(os.getpid(), signal.SIGKILL)
