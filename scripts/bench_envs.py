@@ -9,8 +9,8 @@ one simulation each: the adapter of ours, then the simulator's own vectorisation
 Stable-Baselines3's. `ours / this` is the ratio of the medians. Two threads or worker processes simulate in ours, in
 envpool and in mujoco_rollout; gymnasium_async and sb3_subproc have a process for each copy, as they are made.
 envpool hands out what it has, mostly float64 arrays; envpool_tensors makes the float32 tensors of them that a learner
-needs, as ours does. mujoco_rollout is physics alone, without observation, reward and restarts: what is missing to 1 there is what these cost.
-ManiSkill and LIBERO are measured where they are installed (LIBERO_ASSETS says where its assets are; more in
+needs, as ours does. mujoco_rollout is physics alone, without observation, reward and restarts: what is missing to 1
+there is what these cost. ManiSkill and LIBERO are measured where they are installed (LIBERO_ASSETS says where its assets are; more in
 bench_libero.py), and left out with a line where they are not.
 """
 
