@@ -96,9 +96,10 @@ def count_products(s: Any) -> dict[str, float]:
         return int(2 * math.prod(x) * out_shape[-1])
 
     counted = {}
+    own = {torch.ops.mkldnn._linear_pointwise: arranged} if torch.backends.mkldnn.is_available() else {}
 
     def watched(part: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: arranged})
+        counter = FlopCounterMode(display=False, custom_mapping=own)
         with counter:
             result = inner(*args, **kwargs)
         counted[f"{part}_tflop"] = counter.get_total_flops() / 1e12

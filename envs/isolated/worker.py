@@ -109,7 +109,7 @@ class Line:
     def __init__(self, sock: socket.socket, *, eager: bool = False) -> None:
         """Take over a connected stream socket; an eager line waits actively for what comes soon."""
         self.sock, self.eager = sock, eager
-        self._misses, self._rest = 0, 0
+        self._pause, self._rest = 0, 0
 
     def patience(self, seconds: float) -> None:
         """Wait no longer than this in `hear`.
@@ -156,15 +156,16 @@ class Line:
             self._rest -= 1
             return b""
         until = perf_counter() + EAGER_SECONDS
-        while perf_counter() < until:
+        while True:  # once at least, however late it is by now
             try:
                 code = self.sock.recv(1, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                continue
-            self._misses = 0
+                if perf_counter() < until:
+                    continue
+                break
+            self._pause = 0
             return code
-        self._misses += 1
-        self._rest = min(2**self._misses, LONGEST_REST)
+        self._rest = self._pause = min(2 * max(self._pause, 1), LONGEST_REST)
         return b""
 
     def _exactly(self, size: int) -> bytes:

@@ -31,8 +31,8 @@ class Config(Section):
     answer: Literal["reply", "last_number"] = "reply"
     """What the data set is given to score. reply: all of it; last_number: its last number, whatever comes before."""
     partial: bool = True
-    """Pay what the data set pays, also for nearly right answers; False pays full scores alone. Most data sets pay half
-    for "12" where "1" is right, because the right answer stands in it, and a policy finds that out."""
+    """Pay what the data set pays, also for nearly right answers; False pays full scores alone. "12" is paid half
+    by the usual checker where "1" is right, because the right answer stands in it, and a policy may find that out."""
 
 
 class ReasoningGym(Task):
