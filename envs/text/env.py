@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embodied_rl.envs.text.judge import Case, Judges
 from embodied_rl.envs.text.speech import Speech
-from embodied_rl.envs.text.task import Question
+from embodied_rl.envs.text.task import Question, Task
 from embodied_rl.envs.text.tasks import build_task, read_entry
 from embodied_rl.errors import CapabilityError, CheckpointError, NotFoundError
 from embodied_rl.runfolder import installed
@@ -104,6 +104,8 @@ class TextEnv:
         self._examples = [a.examples for a in asked]
         self._check_use(config)
         self.speech = Speech(config.model, config.system)
+        for task, name, examples in zip(self.tasks, names, self._examples, strict=True):
+            self._check_lengths(task, name, examples)
         vocabulary, speaks = self.speech.vocabulary, any(task.speaks for task in self.tasks)
         context = TensorSpec(
             (config.max_context,), torch.int64, low=PAD, high=vocabulary.size - 1, constant=not speaks,
@@ -140,6 +142,20 @@ class TextEnv:
         for name, (why, so) in idle.items():
             if so and getattr(config, name) != type(config).model_fields[name].default:
                 raise CapabilityError(f"env.{name} ({getattr(config, name)}) does nothing, because {why}: remove it")
+
+    def _check_lengths(self, task: Task, name: str, examples: Sequence[tuple[str, str]]) -> None:
+        """Refuse questions that are known beforehand and too long, and not after hours when one of them is drawn."""
+        most = self.config.max_context
+        tokens = {where: len(self.speech.begin(text, examples)) for text, where in task.known().items()}
+        long = [where for where, n in tokens.items() if n > most]
+        if long:
+            worst = max(long, key=lambda where: tokens[where])
+            raise CapabilityError(
+                f"{len(long)} of the {len(tokens)} questions of task '{name}' are longer than env.max_context ({most} "
+                f"tokens with the chat template{' and the examples' if examples else ''}): {worst} has "
+                f"{tokens[worst]}; raise env.max_context to {tokens[worst]} or more, or take them out "
+                f"({', '.join(long[:3])}{', ...' if len(long) > 3 else ''})"
+            )
 
     def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
         """Draw questions for the masked copies; copies of one seed and task share theirs.
@@ -186,7 +202,8 @@ class TextEnv:
                 f"a question of task '{self.spec.tasks[task]}' has {len(context)} tokens with the chat template"
                 f"{' and its examples' if self._examples[task] else ''}"
                 f"{f' and {share:.0%} of its solution as a hint' if share else ''}, and "
-                f"env.max_context is {longest} (it begins: {start}); raise env.max_context to {len(context)} or more"
+                f"env.max_context is {longest} (it begins: {start}); raise env.max_context to {len(context)} or more "
+                "(a run that has begun keeps its own: begin another one with start_from)"
             )
         return context
 

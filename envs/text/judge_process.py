@@ -48,9 +48,18 @@ def outcome(task: Task, question: Question, replies: Sequence[str], *, last: boo
         value = float(score)
         if not math.isfinite(value):
             return {"failed": f"it gave {value}"}
-        return {"score": value, "result": task.result(question, replies[-1])}
     except (Exception, SystemExit) as error:
         return {"failed": f"{type(error).__name__}: {error}"}
+    return {"score": value, "result": _result(task, question, replies[-1])}
+
+
+def _result(task: Task, question: Question, reply: str) -> str | None:
+    """What a reply comes to; None where the task fails to say it, which takes nothing from the score."""
+    try:
+        result = task.result(question, reply)
+        return None if result is None else str(result)
+    except (Exception, SystemExit):
+        return None
 
 
 def main() -> None:

@@ -65,6 +65,10 @@ class Task:
     own_split: bool = False
     """Whether `draw` knows by itself which questions are for evaluation."""
 
+    def known(self) -> Mapping[str, str]:
+        """Texts of all questions that there are -> where each stands; empty for a task that makes them up."""
+        return {}
+
     def question(self, rng: np.random.Generator) -> Question:
         """Draw a question; equal generators give equal questions."""
         raise NotImplementedError
@@ -85,7 +89,8 @@ class Task:
     def result(self, question: Question, reply: str) -> str | None:
         """What the reply comes to, written so that equal answers are equal texts; None when it gives none.
 
-        It says nothing on whether that is right; a vote among replies (reward `majority`) goes by it.
+        It says nothing on whether that is right; a vote among replies (reward `majority`) goes by it. An exception here
+        means None and leaves the score as it is; the time that it takes counts for `env.judge_seconds`.
         """
         return reply.strip().removesuffix(".").rstrip() or None
 

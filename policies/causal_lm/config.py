@@ -39,6 +39,8 @@ class Vllm(Section):
     """vllm: interpreter of the environment that has vLLM, for example ~/vllm/bin/python."""
     rows: int = Field(256, ge=1)
     """vllm: replies written at once (max_num_seqs)."""
+    seconds: float = Field(1800, gt=0)
+    """vllm: how long loading the model, taking weights or writing may last before it is taken to hang."""
     options: dict[str, int | float | str | bool] = {}
     """vllm: further arguments of vllm.LLM, for example {gpu_memory_utilization: 0.4}."""
 
@@ -46,7 +48,7 @@ class Vllm(Section):
     def _nothing_idle(self) -> Vllm:
         if self.kind == "vllm" and not self.python:
             raise ValueError("kind (vllm) needs python (found nothing): the interpreter of an environment with vLLM")
-        for name in ("python", "rows", "options"):
+        for name in ("python", "rows", "seconds", "options"):
             value = getattr(self, name)
             if self.kind == "builtin" and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} ({value}) does nothing with kind (builtin): set kind: vllm, or remove it")

@@ -135,8 +135,16 @@ class Stops:
         return torch.tensor([any(s in text for s in self.texts) for text in told], device=units.device)
 
 
+SHORTER = "lower the env's max_context or length, or take a smaller policy.model"
+
+
 def in_batches(
-    some: Callable[[slice], Columns], rows: int, most: int | None, what: str = "write", setting: str = "policy.rows"
+    some: Callable[[slice], Columns],
+    rows: int,
+    most: int | None,
+    what: str = "write",
+    setting: str = "policy.rows",
+    advice: str = SHORTER,
 ) -> Columns:
     """Work on rows in batches; where memory runs out, in batches of half the size.
 
@@ -146,6 +154,7 @@ def in_batches(
         most: Rows at once; None for all.
         what: It does with replies, for messages.
         setting: Of the recipe that gives `most`, for messages.
+        advice: What to do where there is not enough memory for one row.
 
     Returns:
         columns: Of all rows.
@@ -163,10 +172,7 @@ def in_batches(
             if not _out_of_memory(error):
                 raise
             if size == 1:
-                raise UserError(
-                    f"not enough memory to {what} a single reply: lower the env's max_context or length, or take a "
-                    "smaller policy.model"
-                ) from error
+                raise UserError(f"not enough memory to {what} a single reply: {advice}") from error
         else:
             continue
         size //= 2

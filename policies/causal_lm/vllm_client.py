@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import select
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,11 +20,18 @@ from torch import Tensor
 from embodied_rl.errors import CapabilityError, MissingExtraError, NotFoundError
 from embodied_rl.policies.causal_lm.config import Vllm
 from embodied_rl.policies.causal_lm.decode import Written
-from embodied_rl.policies.causal_lm.generator import Request, Speaker
+from embodied_rl.policies.causal_lm.generator import Request, Speaker, in_batches
 from embodied_rl.types import PAD
 
 OLDEST = (0, 32)
 """First version of vLLM that this was tried with."""
+
+
+MEMORY = (
+    "lower policy.generator.options.gpu_memory_utilization (on a CPU the environment variable VLLM_CPU_KVCACHE_SPACE, "
+    "in GiB), or the env's max_context or length"
+)
+"""What to do where vLLM has not enough memory."""
 
 
 class VllmGenerator:
@@ -62,13 +70,26 @@ class VllmGenerator:
         try:
             self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
             self.process.stdin.flush()
+            # One answer per request, so nothing waits in the buffer that `select` does not see.
+            if not select.select([self.process.stdout], [], [], self.config.seconds)[0]:
+                self.process.kill()
+                raise CapabilityError(
+                    f"vLLM did not answer within {self.config.seconds:g} s when asked for '{do}' "
+                    f"(policy.generator.seconds), and was ended; {self._last_words()}"
+                )
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
             code = self.process.wait()
             raise CapabilityError(f"vLLM ended with code {code} when asked for '{do}'; {self._last_words()}")
-        return cast(dict[str, Any], json.loads(line))
+        try:
+            return cast(dict[str, Any], json.loads(line))
+        except ValueError:
+            raise CapabilityError(
+                f"policy.generator.python '{self.config.python}' answered '{line.strip()[:60]}' when asked for '{do}', "
+                "so it is no Python that has vLLM; give the interpreter of an environment that has it"
+            ) from None
 
     def _last_words(self) -> str:
         assert self._folder is not None
@@ -80,15 +101,19 @@ class VllmGenerator:
 
         Raises:
             MissingExtraError: That Python has no vLLM.
-            CapabilityError: It is too old, or it cannot load the model.
+            CapabilityError: It cannot be run, is too old, does not answer, or cannot load the model.
         """
         where = f"policy.generator.python '{self.config.python}'"
         self._folder = tempfile.TemporaryDirectory(prefix="vllm_")
+        program = [str(Path(self.config.python).expanduser()), str(Path(__file__).with_name("vllm_worker.py"))]
         with (Path(self._folder.name) / "log").open("w") as log:
-            self.process = subprocess.Popen(
-                [str(Path(self.config.python).expanduser()), str(Path(__file__).with_name("vllm_worker.py"))],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
+            try:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+                self.process = subprocess.Popen(program, text=True, **pipes)
+            except OSError as error:
+                raise CapabilityError(
+                    f"{where} cannot be run ({error.strerror}); give the interpreter of an environment that has vLLM"
+                ) from error
         atexit.register(self.close)
         found = self._ask("version")
         if "error" in found:
@@ -103,7 +128,8 @@ class VllmGenerator:
             texts=self.texts, options=self.config.options,
         )  # fmt: skip
         if "error" in ready:
-            raise CapabilityError(f"vLLM {version} cannot load '{self.model}': {ready['error']}")
+            advice = f"; {MEMORY}" if ready.get("memory") else ""
+            raise CapabilityError(f"vLLM {version} cannot load '{self.model}': {ready['error']}{advice}")
 
     def sync(self, weights: dict[str, Tensor]) -> None:
         """Send the weights if they are not those that it has.
@@ -130,6 +156,7 @@ class VllmGenerator:
 
         Raises:
             CapabilityError: Tokens of a reply have temperatures of their own, or vLLM cannot write.
+            UserError: It has not enough memory for one reply.
         """
         heat, b = request.temperature.tolist(), len(request.contexts)
         if len(set(heat)) > 1:
@@ -142,23 +169,30 @@ class VllmGenerator:
                 by = request.narrow
                 told |= {"top_p": by.top_p.tolist(), "top_k": by.top_k.tolist()}
                 told["temperature"] = [heat[0] * x for x in by.temperature.tolist()]
-        answer = self._ask(
-            "write", contexts=[[i for i in row if i != PAD] for row in request.contexts.tolist()],
-            sampling=[dict(zip(told, row, strict=True)) for row in zip(*told.values(), strict=True)],
-            length=request.length, end=request.end.tolist(), stop=request.stop,
-        )  # fmt: skip
-        if "error" in answer:
-            raise CapabilityError(f"vLLM could not write: {answer['error']}")
-        units = torch.full((b, request.length), PAD, dtype=torch.int64)
-        logp = torch.zeros(b, request.length)
-        for i, (ids, values) in enumerate(zip(answer["ids"], answer["logp"], strict=True)):
-            units[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-            logp[i, : len(ids)] = torch.tensor(values)
-        device = request.contexts.device
-        return Written(units.to(device), logp.to(device), None)
+        contexts = [[i for i in row if i != PAD] for row in request.contexts.tolist()]
+        sampling = [dict(zip(told, row, strict=True)) for row in zip(*told.values(), strict=True)]
+
+        def some(rows: slice) -> Written:
+            answer = self._ask(
+                "write", contexts=contexts[rows], sampling=sampling[rows], length=request.length,
+                end=request.end.tolist(), stop=request.stop,
+            )  # fmt: skip
+            if answer.get("memory"):
+                raise torch.OutOfMemoryError(answer["error"])
+            if "error" in answer:
+                raise CapabilityError(f"vLLM could not write: {answer['error']}")
+            units = torch.full((len(contexts[rows]), request.length), PAD, dtype=torch.int64)
+            logp = torch.zeros(units.shape)
+            for i, (ids, values) in enumerate(zip(answer["ids"], answer["logp"], strict=True)):
+                units[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+                logp[i, : len(ids)] = torch.tensor(values)
+            device = request.contexts.device
+            return Written(units.to(device), logp.to(device), None)
+
+        return in_batches(some, b, None, setting="policy.generator.rows", advice=MEMORY)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process and remove its folder."""
         if self.process is not None and self.process.poll() is None:
             assert self.process.stdin is not None
             self.process.stdin.close()
@@ -166,3 +200,5 @@ class VllmGenerator:
                 self.process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+        if self._folder is not None:
+            self._folder.cleanup()

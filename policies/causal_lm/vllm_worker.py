@@ -10,6 +10,9 @@ import os
 import sys
 from typing import Any
 
+OUT_OF_MEMORY = ("out of memory", "outofmemory", "not enough memory", "can't allocate memory", "memoryerror")
+"""How torch and Python say it, on a GPU and on a CPU."""
+
 
 def main() -> None:
     """Answer requests until the input ends."""
@@ -36,7 +39,8 @@ def main() -> None:
             else:
                 answer = write(engine, request)
         except BaseException as error:
-            answer = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+            told = f"{type(error).__name__}: {error}".strip()
+            answer = {"error": told.splitlines()[0], "memory": any(w in told.lower() for w in OUT_OF_MEMORY)}
         answers.write(json.dumps(answer) + "\n")
 
 

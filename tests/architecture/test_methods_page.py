@@ -23,6 +23,7 @@ def functions(file):
 def test_a_method_names_its_formula_and_tests_that_exist(method):
     cells = METHODS[method]
     assert len(cells) == 6 and cells[2], "no formula"
+    assert cells[1].startswith("["), "no paper"
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", cells[-1])
     assert named and len(named) == cells[-1].count("`") // 2, cells[-1]
     for file, name in named:

@@ -1,6 +1,7 @@
 """What can be wrong with a text env: one clear sentence each."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_a_question_longer_than_the_context(model):
         env.reset(torch.ones(2, dtype=torch.bool), torch.tensor([2, 4]), torch.zeros(2, dtype=torch.int64))
     assert "a question of task 'arithmetic' has 64 tokens with the chat template, and env.max_context is 40" in str(error.value)
     assert "raise env.max_context to 64 or more" in str(error.value)
+
+
+def test_questions_of_a_file_that_are_too_long_are_told_before_any_is_drawn(model, tmp_path):
+    path = tmp_path / "q.jsonl"
+    texts = ["1 + 1?", "What is one and one? " * 9, "2 + 2?", "What is two and two? " * 5]
+    path.write_text("".join(json.dumps({"question": text, "answer": "2"}) + "\n" for text in texts))
+    with pytest.raises(CapabilityError) as error:
+        make(model, str(path), max_context=100)
+    found = re.fullmatch(
+        rf"2 of the 4 questions of task 'q' are longer than env.max_context \(100 tokens with the chat template\): {path}:2 has (\d+); "
+        rf"raise env.max_context to (\d+) or more, or take them out \({path}:2, {path}:4\)",
+        str(error.value),
+    )
+    assert found and found[1] == found[2]
+    make(model, str(path), max_context=int(found[1]))
+    with pytest.raises(CapabilityError, match=f"1 of the 4 questions .* {path}:2 has {found[1]}"):
+        make(model, str(path), max_context=int(found[1]) - 1)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,19 @@ def test_a_judge_that_always_dies_ends_the_run(model, tmp_path, capsys, caplog):
     assert "its process died (exit code 3)" in caplog.text
 
 
+def test_judges_that_hang_die_raise_or_say_nothing_now_and_then_do_not_stall_a_run(model, tmp_path, capsys):
+    ways = "(lambda: time.sleep(60), lambda: os._exit(3), lambda: 1 / 0, lambda: None, *[lambda: 1.0] * 4)"
+    does = f"import time; return {ways}[sum(question.text.encode()) % 8]()"
+    (tmp_path / "wrong.py").write_text(JUDGE.format(does=does, builds="pass"))
+    env = {"tasks": [str(tmp_path / "wrong.py")], "judge_seconds": 0.5}
+    code, told = run(tmp_path, capsys, model, env=env, train={"env_steps": 64}, collect={"copies": 32})
+    assert code == 0, told
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["rollout/invalid_rate"] for row in rows if "rollout/invalid_rate" in row]
+    assert len(rates) >= 2 and all(0 < rate < 1 for rate in rates)
+    assert all(row["rollout/success_once_rate"] == 1 for row in rows if "rollout/invalid_rate" in row), "void is never wrong"
+
+
 def test_a_judge_that_cannot_be_built_in_its_process(model, tmp_path, capsys):
     (tmp_path / "wrong.py").write_text(JUDGE.format(does="return 1.0", builds="assert 'judge_process' not in os.sys.argv[0], 'no licence'"))
     code, told = run(tmp_path, capsys, model, env={"tasks": [str(tmp_path / "wrong.py")]})

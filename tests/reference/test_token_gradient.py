@@ -16,6 +16,7 @@ from torch import Tensor
 from embodied_rl.batch import as_batch, flatten
 from embodied_rl.credit import Credit, CreditChain
 from embodied_rl.loss import Kl, Loss, LossFunction, kl_estimate
+from embodied_rl.outcome import Outcome
 from embodied_rl.types import PAD
 from embodied_rl.value_loss import ValueLoss
 from tests.kit import rollout_of, toy
@@ -99,7 +100,7 @@ def group_of(replies: tuple[int, ...], policy: Table = POLICY, **given):
 def estimate(rollout, credit: Credit, loss: Loss, policy: Table = POLICY, penalty: Tensor | None = None) -> Tensor:
     """What the engine would add to the gradient ascent direction for this rollout, before the first step."""
     function = LossFunction(loss, chunk=1)
-    flat = flatten(rollout, CreditChain(credit)(rollout, penalty))
+    flat = flatten(rollout, CreditChain(credit)(rollout, penalty), groups=loss.objective == "outcome")
     if loss.kl.in_loss:
         with torch.no_grad():
             flat.rows["logp_ref"] = REFERENCE.evaluate(flat.full_obs(), flat.rows["units"], entropy=False).logp
@@ -181,6 +182,26 @@ def test_reinforce_is_unbiased(credit, trust):
 @pytest.mark.parametrize("size", [2, 3])
 def test_rloo_is_unbiased(size):
     close(expected(trajectory(baseline="leave_one_out"), loss(trust="none"), size), exact())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_pacs_is_unbiased_up_to_beta(size):
+    form = {"objective": "outcome", "ratio": "trajectory", "trust": "none"} | MEAN
+    close(expected(trajectory(), loss(outcome=Outcome(beta=0.7, balance=False), **form), size), 0.7 * exact())
+
+
+def test_pacs_balanced_weighs_right_and_wrong_replies_half_each():
+    form = {"objective": "outcome", "ratio": "trajectory", "trust": "none"} | MEAN
+
+    def coefficients(chosen):
+        label = REWARD[chosen]
+        good = label > 0.5
+        share = good.double().mean()
+        weight = torch.where(good, 0.5 / share, 0.5 / (1 - share)) if 0 < share < 1 else torch.ones(3, dtype=F64)
+        slope = weight * (label - 0.5)  # of a score before the first step, where every prediction is one half
+        return spread(slope - (slope.sum() - slope) / 2)
+
+    close(expected(trajectory(), loss(outcome=Outcome(), **form), 3), by_definition(3, coefficients))
 
 
 def test_dr_grpo_is_unbiased_up_to_one_part_in_g():

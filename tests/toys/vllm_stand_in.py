@@ -8,6 +8,8 @@ from types import ModuleType, SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+MOST = None
+"""Rows for which there is memory; None for any number."""
 __version__ = os.environ.get("STAND_IN_VERSION", "0.32.0")
 
 for name in ("model_executor", "model_executor.layers", "model_executor.layers.utils"):
@@ -53,6 +55,8 @@ class LLM:
     @torch.no_grad()
     def generate(self, prompts, settings, use_tqdm):
         assert not self.stale, "old keys and values"
+        if MOST is not None and len(prompts) > MOST:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return [self._write(list(p["prompt_token_ids"]), s) for p, s in zip(prompts, settings, strict=True)]
 
     def _stopped(self, written, s):

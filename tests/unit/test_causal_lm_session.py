@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import closing
 
 import pytest
@@ -94,6 +95,27 @@ def test_a_critic_of_every_token_learns_in_a_run(model, tmp_path):
         assert far[1] < 0.95 * far[0], far
         # Read by the next rollout, and found by its name in the table of metrics.
         assert row["critic/value_mean"] == 0 != s.iterate(Clock()).reduce()["critic/value_mean"]
+
+
+@pytest.mark.vllm
+def test_updates_with_vllm_itself_log_its_gap_and_correct_it(tmp_path):
+    """Its kernels round otherwise than torch's, and weights go there between the iterations."""
+    python = os.environ.get("EMBODIED_RL_VLLM_PYTHON")
+    if not python:
+        pytest.skip("set EMBODIED_RL_VLLM_PYTHON to the Python of an environment that has vLLM")
+    wide = str(tiny_lm(tmp_path / "wide", characters=FEW, hidden=256))  # vLLM's attention on a CPU has no heads of 16
+    changes = [
+        "algorithm.update={epochs: 1, minibatches: 1, lr: 1e-3, logp_gap: {do: correct, above: 0.0}}", "policy.logp=decoder",
+        f"policy.generator={{kind: vllm, python: {python}}}",
+    ]  # fmt: skip
+    with build(tmp_path, wide, "method/grpo", *changes) as s:
+        before = [p.detach().clone() for p in s.policy.parameters()]
+        rows = [s.iterate(Clock()).reduce() for _ in range(3)]
+        s.policy.generator.close()
+    assert any((p != q).any() for p, q in zip(s.policy.parameters(), before, strict=True))
+    gaps = [row["sync/logp_gap_mean"] for row in rows]
+    assert all(0 < gap < 1e-3 for gap in gaps), f"stale weights would be further off: {gaps}"
+    assert [row["sync/logp_mended_rate"] for row in rows] == [1, 1, 1]
 
 
 def test_vllms_gap_is_logged_and_corrected_by_capped_weights(model, tmp_path, monkeypatch):

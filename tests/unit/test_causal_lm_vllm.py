@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from embodied_rl.errors import CapabilityError, MissingExtraError, NotFoundError
+from embodied_rl.errors import CapabilityError, MissingExtraError, NotFoundError, UserError
 from embodied_rl.policies import causal_lm
 from embodied_rl.policies.causal_lm.decode import Narrowing
 from embodied_rl.policies.causal_lm.model import open_folder
@@ -164,12 +164,39 @@ def test_a_vllm_that_is_missing_too_old_or_dies_is_told_in_one_sentence(llama, t
         policy, env = make(llama, interpreter(tmp_path / name, **given))
         with pytest.raises(error, match=words):
             policy.generator.start()
-    dead = tmp_path / "dead"
-    dead.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
-    dead.chmod(0o755)
-    policy, env = make(llama, dead)
-    with pytest.raises(CapabilityError, match="vLLM ended with code 3 when asked for 'version'; its last line was: out of luck"):
-        policy.generator.start()
+        policy.generator.close()
+    for name, mode, script, words in (
+        ("dead", 0o755, "echo out of luck >&2\nexit 3", "vLLM ended with code 3 when asked for 'version'; its last line was: out of luck"),
+        ("text", 0o644, "", r"policy.generator.python '.*text' cannot be run \(Permission denied\); give the interpreter"),
+        ("other", 0o755, "echo Hello; cat", "answered 'Hello' when asked for 'version', so it is no Python that has vLLM"),
+        ("hangs", 0o755, "cat > /dev/null", r"did not answer within 0.5 s when asked for 'version' \(policy.generator.seconds\)"),
+    ):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(mode)
+        policy, env = make(llama, path, generator={"seconds": 0.5} if name == "hangs" else {})
+        with pytest.raises(CapabilityError, match=words):
+            policy.generator.start()
+        policy.generator.close()
+
+
+def test_where_vllm_has_no_memory_the_batch_is_halved_and_the_rest_is_told(llama, tmp_path, caplog):
+    policy, env = make(llama, interpreter(tmp_path))
+    obs = env.reset(torch.ones(8, dtype=torch.bool), torch.arange(8) * 2, torch.zeros(8, dtype=torch.int64))
+    whole = policy.act(obs, generator=torch.Generator().manual_seed(4))
+    policy.generator.close()
+    package = tmp_path / "packages" / "vllm" / "__init__.py"
+    package.write_text(STAND_IN.read_text().replace("MOST = None", "MOST = 3"))
+    small, _ = make(llama, tmp_path / "python")
+    small.load_state_dict(policy.state_dict())
+    assert torch.equal(small.act(obs, generator=torch.Generator().manual_seed(4)).units, whole.units)
+    assert "not enough memory to write 4 replies at once: going on with 2; set policy.generator.rows: 2" in caplog.text
+    small.generator.close()
+    package.write_text(STAND_IN.read_text().replace("MOST = None", "MOST = 0"))
+    none, _ = make(llama, tmp_path / "python")
+    with pytest.raises(UserError, match="to write a single reply: lower policy.generator.options.gpu_memory_utilization"):
+        none.act(obs, generator=torch.Generator().manual_seed(4))
+    none.generator.close()
 
 
 def test_settings_that_would_do_nothing_are_refused():

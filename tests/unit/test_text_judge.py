@@ -44,6 +44,9 @@ class Nasty(Task):
         odd = {"none": None, "nan": float("nan"), "inf": float("inf"), "half": 0.5, "yes": True, "pid": os.getpid()}
         return odd[reply] if reply in odd else super().score(question, reply)
 
+    def result(self, question, reply):
+        return {"half": lambda: 1 / 0, "yes": lambda: 7}.get(reply, lambda: super(Nasty, self).result(question, reply))()
+
 def build(config):
     if config.die_at_start and __import__("multiprocessing").current_process().pid != PARENT:
         raise RuntimeError("the licence has run out")
@@ -78,6 +81,8 @@ def test_every_way_to_fail_is_told_and_none_is_a_score(nasty, caplog):
         1.0, "it did not answer within 1 s (env.judge_seconds)", 0.0, "its process died (signal SIGSEGV)", 1.0,
         "SystemExit: 4", "ValueError: no idea", "it gave None", "it gave nan", "it gave inf", "MemoryError: ", 0.5, 1.0,
     ]  # fmt: skip
+    results = [a.get("result") for a in answers if "score" in a]
+    assert results == ["ok", "wrong", "ok", None, "7"], "a result that fails takes nothing from the score"
     told = [r.message for r in caplog.records]
     assert len(told) == 3 < sum("failed" in a for a in answers), "the first few are told, all are counted"
     assert told[0] == "the judge of task 'nasty' failed (it did not answer within 1 s (env.judge_seconds)): the episode is void"

@@ -47,10 +47,11 @@ class Questions(Task):
         self.own_split = self.path.is_dir()
         self.splits: list[list[Question]] | None = None
         """For training and for evaluation; made by the first `draw` where one file holds both."""
+        self._places: dict[str, str] = {}
         if not self.own_split:
-            self.questions = [q for q, _ in read(self.path).values()]
+            self.questions = [q for q, _ in self._read_file(self.path).values()]
             return
-        train, evaluation = (read(self.path / name) for name in FILES)
+        train, evaluation = (self._read_file(self.path / name) for name in FILES)
         both = next((text for text in evaluation if text in train), None)
         if both is not None:
             raise ConfigError(
@@ -59,6 +60,15 @@ class Questions(Task):
             )
         parts = (train, evaluation)
         self.splits = [[q for q, _ in part.values()] for part in parts]
+
+    def _read_file(self, path: Path) -> dict[str, tuple[Question, int]]:
+        lines = read(path)
+        self._places |= {text: f"{path}:{number}" for text, (_, number) in lines.items()}
+        return lines
+
+    def known(self) -> dict[str, str]:
+        """The text of every question of the file or folder -> its line."""
+        return self._places
 
     def draw(self, random: Random, evaluation: bool, heldout: float) -> Question:
         """A random question of the split's own file, or of the file's part.
