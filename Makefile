@@ -1,6 +1,6 @@
 # make demo        set up .venv; demonstrations, imitation, then PPO from pictures and words (some 25 minutes on 2 cores)
 # make demo-state  one policy learns three tabletop tasks from the simulator's state (under 15 minutes)
-# make demo-text   a real language model learns arithmetic and letter counting (some 21 minutes)
+# make demo-text   a real language model learns to add, to subtract and to multiply (some 25 minutes)
 # make test        set up .venv with the test tools; lint, types and the default test suite
 # make bench       the benchmarks of scripts/, in their quick form, beside the peers they install
 # make docs        rewrite the generated pages in docs/
@@ -49,7 +49,7 @@ unit: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.ready-bench
-	for name in envs scaling ppo vla rewards gpu; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done
+	for name in envs scaling isolation ppo vla rewards gpu; do $(BIN)/python scripts/bench_$$name.py --quick || exit; done
 	test ! -e models/smollm2/config.json || $(BIN)/python scripts/bench_grpo.py --quick
 
 docs: $(VENV)/.ready-dev

@@ -16,6 +16,7 @@ bench_libero.py), and left out with a line where they are not.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from time import perf_counter
@@ -26,7 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from _bench import Job, Parts, finish, machine, measure_all, median, parser, spread, table, worker_main
 
 PARTS = ("physics", "inverse kinematics", "forward kinematics", "reward", "observation", "reset", "rest")
-LIBERO = "LIBERO (libero)"
+LIBERO, CHUNKS = "LIBERO, every step seen (libero)", "LIBERO, every eighth step seen (libero)"
 
 
 def tabletop(copies: int, threads: int) -> tuple[Any, Parts]:
@@ -57,11 +58,11 @@ def measure(job: Job) -> dict[str, Any]:
     from _vector_envs import LIMIT, cases, ours, stepper
 
     torch.set_num_threads(1)
-    if job["setting"] == LIBERO:
+    if job["setting"] in (LIBERO, CHUNKS):
         import bench_libero
 
         return bench_libero.measure(
-            {"kind": job["env"], "chunk": 1, "copies": job["copies"], "steps": int(10 * job["seconds"]) + 6}
+            {"kind": job["env"], "chunk": job["chunk"], "copies": job["copies"], "steps": 16 * math.ceil(job["seconds"])}
         )
     parts = None
     if job["setting"].startswith("tabletop"):
@@ -102,9 +103,11 @@ def plan(seconds: float, quick: bool, only: str) -> tuple[list[Job], list[str]]:
         else:
             absent.append(name)
     if "LIBERO_ASSETS" in os.environ:
-        jobs += [{"env": e, "setting": LIBERO, "copies": 2, "seconds": seconds} for e in ("ours", "SubprocVectorEnv")]
+        # Looked at after every step, and after every eighth as by a policy that executes chunks of 8.
+        kinds = [(LIBERO, 1, "ours"), (LIBERO, 1, "SubprocVectorEnv"), (CHUNKS, 8, "ours"), (CHUNKS, 8, "SubprocVectorEnv")]
+        jobs += [{"env": e, "setting": s, "chunk": c, "copies": 2, "seconds": seconds} for s, c, e in kinds]
     else:
-        absent.append(LIBERO)
+        absent += [LIBERO, CHUNKS]
     return [job for job in jobs if only in job["setting"].lower()], [name for name in absent if only in name.lower()]
 
 
