@@ -39,7 +39,8 @@ class TensorSpec:
     privileged: bool = False
     """Known in simulation only: for critics and reward models. What chooses actions must work without it."""
     vocabulary: str = ""
-    """Ids: whoever names the same vocabulary means the same by an id; "" where the env does not say."""
+    """Ids: whoever names the same vocabulary means the same by an id, and no word by 0, which ends short rows; ""
+    where the env does not say."""
     texts: tuple[tuple[int, str], ...] = ()
     """Ids of words: (id, word) of those that the env can tell, as (412, "push"); 0 is then padding. Two words with one
     id are left out. A policy with a pretrained language model reads them as that model does."""

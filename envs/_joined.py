@@ -183,37 +183,26 @@ def _observation(
                 f"mixture: '{entry}' is shown by {', '.join(have)} and not by {', '.join(lacking)}: set env.missing: "
                 "zeros to fill it there, or rename an entry that means the same (rename)"
             )
-        shapes = {n: (spec.shape, spec.dtype) for n, spec in have.items()}
-        first = next(iter(have.values()))
-        if len(set(shapes.values())) > 1:
-            vectors = all(len(shape) == 1 and dtype == torch.float32 for shape, dtype in shapes.values())
-            if not (vectors and config.pad):
-                told = ", ".join(f"{n} {dtype} {list(shape)}" for n, (shape, dtype) in shapes.items())
-                raise CapabilityError(
-                    f"mixture: '{entry}' differs: {told.replace('torch.', '')}; "
-                    f"{'set env.pad: true, or ' if vectors else ''}give one of them another name (rename)"
-                )
-            longest = max(shape[0] for shape, _ in shapes.values())
-            for n, (shape, _) in shapes.items():
-                if shape[0] < longest:
-                    report.append(f"'{entry}' of {n} is padded with zeros from {shape[0]} to {longest} numbers")
-            first, used["pad"] = replace(first, shape=(longest,)), True
+        vocabularies = {n: spec.vocabulary for n, spec in have.items() if spec.vocabulary}
+        if len(set(vocabularies.values())) > 1:
+            told = ", ".join(f"{text} ({n})" for n, text in vocabularies.items())
+            raise CapabilityError(
+                f"mixture: the ids of '{entry}' are of different vocabularies: {told}; give one of them another name "
+                "(rename), which takes a policy that reads several rows of ids (mlp does)"
+            )
+        first, shape = next(iter(have.values())), _shape(config, entry, have, report)
+        padded = any(spec.shape != shape for spec in have.values())
+        used["pad"] |= padded and first.dtype == torch.float32
         if lacking:
             report.append(f"'{entry}' is filled with zeros in {', '.join(lacking)}")
             used["missing"] = True
         meanings = {n: spec.meaning for n, spec in have.items() if spec.meaning}
         if len(set(meanings.values())) > 1:
             report.append(f"'{entry}' is told as {'; '.join(f'{text} ({n})' for n, text in meanings.items())}")
-        vocabularies = {n: spec.vocabulary for n, spec in have.items() if spec.vocabulary}
-        if len(set(vocabularies.values())) > 1:
-            told = ", ".join(f"{text} ({n})" for n, text in vocabularies.items())
-            raise CapabilityError(
-                f"mixture: the ids of '{entry}' are of different vocabularies: {told}; give one of them another name "
-                "(rename)"
-            )
-        filled = bool(lacking) or used["pad"]
+        filled = bool(lacking) or padded
         union[entry] = replace(
             first,
+            shape=shape,
             low=_widest([s.low for s in have.values()], min, filled),
             high=_widest([s.high for s in have.values()], max, filled),
             constant=all(s.constant for s in have.values()),
@@ -225,6 +214,36 @@ def _observation(
     if idle:
         raise ConfigError(f"mixture: {', '.join(idle)} does nothing, because all parts agree there: remove it")
     return union
+
+
+def _shape(config: Config, entry: str, have: dict[str, TensorSpec], report: list[str]) -> tuple[int, ...]:
+    """The shape of an entry that some parts have: the longest, where zeros can fill the shorter ones at their end."""
+    shapes = {n: (spec.shape, spec.dtype) for n, spec in have.items()}
+    kinds = set(shapes.values())
+    if len(kinds) == 1:
+        return kinds.pop()[0]
+    rows, dtypes = all(len(shape) == 1 for shape, _ in kinds), {dtype for _, dtype in kinds}
+    vectors, words = rows and dtypes == {torch.float32}, rows and dtypes == {torch.int64}
+    nameless = [n for n, spec in have.items() if not spec.vocabulary]
+    # 0 is no word in any vocabulary: a short sentence in a longer row ends in it as well.
+    if not (config.pad if vectors else words and not nameless):
+        told = ", ".join(f"{n} {dtype} {list(shape)}" for n, (shape, dtype) in shapes.items())
+        cure = ""
+        if vectors:
+            cure = "set env.pad: true, or "
+        elif words:
+            cure = f"name the vocabulary of its ids in the spec of {' and of '.join(nameless)}, or "
+        elif dtypes == {torch.uint8}:
+            cure = "pictures are not resized: set one size in all of these envs, or "
+        raise CapabilityError(
+            f"mixture: '{entry}' differs: {told.replace('torch.', '')}; {cure}give one of them another name (rename)"
+        )
+    longest: int = max(shape[0] for shape, _ in kinds)
+    for n, (shape, _) in shapes.items():
+        if shape[0] < longest:
+            what = "word ids" if words else "numbers"
+            report.append(f"'{entry}' of {n} is padded with zeros from {shape[0]} to {longest} {what}")
+    return (longest,)
 
 
 def _widest(bounds: list[float | None], pick: Any, filled: bool) -> float | None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from embodied_rl.errors import CapabilityError, CheckpointError, MissingExtraError, NotFoundError
 from embodied_rl.policies._pretrained import from_folder
 from embodied_rl.policies._reading import Words
-from embodied_rl.policies._trunk import padded
+from embodied_rl.policies._trunk import padded, row_of_words
 from embodied_rl.section import Section
 from embodied_rl.types import FEATURES, EnvSpec, Obs
 
@@ -395,14 +395,12 @@ def readable(env: EnvSpec) -> tuple[list[str], str]:
     """Names of an env's pictures, and of its row of word ids ("" when it has none).
 
     Raises:
-        CapabilityError: There is no picture.
+        CapabilityError: There is no picture, or several rows of word ids.
     """
-    seen = env.seen.items()
-    pictures = [n for n, o in seen if o.dtype == torch.uint8 and len(o.shape) == 3 and o.shape[2] == 3]
-    words = [n for n, o in seen if o.dtype == torch.int64 and len(o.shape) == 1 and o.high is not None]
+    pictures = [n for n, o in env.seen.items() if o.dtype == torch.uint8 and len(o.shape) == 3 and o.shape[2] == 3]
     if not pictures:
         raise CapabilityError("a vision-language model needs a picture [H, W, 3] uint8; this env shows none")
-    return pictures, words[0] if words else ""
+    return pictures, row_of_words(env)
 
 
 def blank(env: EnvSpec, device: torch.device) -> Obs:

@@ -23,6 +23,8 @@ class Config(Section):
     """Name -> pixels of a side of a black picture."""
     vocabulary: str = ""
     """Of its word."""
+    words: int = Field(1, ge=1)
+    """Ids that there is room for; it says one."""
     tasks: tuple[str, ...] = ("easy", "hard")
     """Success comes at the first step, of `hard` never."""
     max_steps: int = Field(2, ge=1)
@@ -39,7 +41,7 @@ class Arm:
         self.spec = EnvSpec(
             observation={
                 "taken": TensorSpec((config.numbers,), low=-1, high=1),
-                "word": TensorSpec((1,), torch.int64, 0, 9, vocabulary=config.vocabulary),
+                "word": TensorSpec((config.words,), torch.int64, 0, 9, vocabulary=config.vocabulary),
             }
             | pictures,
             action=ActionSpec("continuous", config.numbers, convention=config.convention),
@@ -47,7 +49,7 @@ class Arm:
             has_success=True, control_hz=20.0,
         )  # fmt: skip
         self.taken = torch.zeros(num_envs, config.numbers, device=device)
-        self.word = torch.zeros(num_envs, 1, dtype=torch.int64, device=device)
+        self.word = torch.zeros(num_envs, config.words, dtype=torch.int64, device=device)
         self.t = torch.zeros(num_envs, dtype=torch.int64, device=device)
 
     def _obs(self) -> Obs:
