@@ -229,6 +229,10 @@ def values_agree(case: PolicyCase) -> None:
     check_tensor(value, (ROWS,), value.dtype, case.device, "value()")
     expect(not value.requires_grad, "value() must not record gradients")
     evaluated = p.evaluate(obs, out.units).value
+    if getattr(p, "privileged_critic", False):
+        told = {name: obs[name] for name, entry in case.spec.observation.items() if entry.privileged}
+        gap = _far(value, p.value(case.obs(seed=9) | told))
+        expect(gap < 1e-4, f"privileged_critic is True, but other entries move the value by {gap:.2g}")
     for name, other in (("act", out.value), ("evaluate", evaluated)):
         first = other[:, 0] if other is not None and other.ndim == 2 else other
         gap = float("inf") if first is None else _far(value, first.detach())

@@ -28,9 +28,12 @@ from embodied_rl.observation import check_finite, check_observation
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed
 from embodied_rl.selection import columns
-from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Relabelling, Rollout, State
+from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Relabelling, Rollout, Sparing, State
 
 log = logging.getLogger(__name__)
+
+Ends = Literal["all", "truncated", "none"]
+"""Whose last observation of an episode somebody reads, privileged entries apart."""
 
 
 @dataclass
@@ -54,13 +57,14 @@ class Executed:
     """[b] bool, see `Step.starting`: nothing was decided here; None when there is none."""
 
 
-def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
+def execute(env: Env, action: Tensor, active: Tensor | None, ends: Ends = "all") -> Executed:
     """Run one action chunk; a copy stops where its episode ends, and later actions of its chunk are dropped.
 
     Args:
         env: b copies.
         action: [b, C, ...].
         active: [b] bool, copies in an unfinished episode; None for all.
+        ends: See `Ends`; what nobody reads need not be drawn (`Sparing`).
 
     Returns:
         executed: Sums over the executed control steps; `obs` is where each copy really stopped.
@@ -119,6 +123,8 @@ def execute(env: Env, action: Tensor, active: Tensor | None) -> Executed:
         # Whatever the env paid there is not known to mean anything.
         total.reward = torch.where(total.invalid, torch.zeros_like(total.reward), total.reward)
     if env.spec.on_demand:
+        if ends != "all" and isinstance(env, Sparing):
+            env.spare(total.terminated if ends == "truncated" else total.terminated | total.truncated)
         total.obs = env.observe()
     check_observation(total.obs, env.spec)
     return total
@@ -134,18 +140,18 @@ class Part:
     pending: Callable[[], Executed] | None = None
     worker: ThreadPoolExecutor | None = None
 
-    def start(self, action: Tensor, active: Tensor | None) -> None:
+    def start(self, action: Tensor, active: Tensor | None, ends: Ends) -> None:
         """Begin executing a chunk, in the background when there are several parts."""
         send, recv = getattr(self.env, "send", None), getattr(self.env, "recv", None)
         if self.worker is None:
-            done = execute(self.env, action, active)
+            done = execute(self.env, action, active, ends)
             self.pending = lambda: done
         elif send is not None and recv is not None and action.shape[1] == 1:
             # The env has threads of its own: no need to cross one of ours.
             send(action[:, 0], active)
             self.pending = lambda: execute(_Received(self.env.spec, recv()), action, active)  # type: ignore[arg-type]
         else:
-            future: Future[Executed] = self.worker.submit(execute, self.env, action, active)
+            future: Future[Executed] = self.worker.submit(execute, self.env, action, active, ends)
             self.pending = future.result
 
     def finish(self) -> Executed:
@@ -245,6 +251,14 @@ class Collector:
         before = torch.cat([self.group_of.new_full((1,), -1), self.group_of[:-1]])
         return (self.group_of != before).to(self.device)
 
+    @property
+    def ends(self) -> Ends:
+        """Whose last observation the rollout needs, see `Record.final_obs`."""
+        if self.keep_final_obs:
+            return "all"
+        blind = not self.policy.has_critic or getattr(self.policy, "privileged_critic", False)
+        return "none" if blind else "truncated"
+
     def __iter__(self) -> Iterator[Rollout]:
         """Endless rollouts by the policy's weights of the moment."""
         while True:
@@ -310,7 +324,7 @@ class Collector:
             modes = self.greedy[part.columns]
             output = decide_mixed(self.policy, part.obs, here, modes, generator=self.generator)
         record.decision(t, part, output)
-        part.start(output.action, some)
+        part.start(output.action, some, self.ends)
 
     def _receive(self, part: Part, t: int, active: Tensor, record: Record) -> None:
         if part.pending is None:

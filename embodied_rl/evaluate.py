@@ -21,7 +21,7 @@ from embodied_rl.collect import execute
 from embodied_rl.decide import decide
 from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.observation import check_finite, check_observation
-from embodied_rl.offers import Speaking
+from embodied_rl.offers import Sparing, Speaking
 from embodied_rl.results import EvaluationResult
 from embodied_rl.seeding import start_seeds
 from embodied_rl.types import Env, EnvSpec, Obs, Policy, Split, Step
@@ -272,6 +272,8 @@ class _Watched:
     def __init__(self, env: Env, on_frame: OnFrame) -> None:
         self.env, self.on_frame = env, on_frame
         self.spec, self.observe = env.spec, getattr(env, "observe", None)
+        if isinstance(env, Sparing):
+            self.spare = env.spare
         self.playing = torch.full((env.spec.num_envs,), -1)
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
@@ -330,7 +332,7 @@ def _play(
             active = None if bool(playing.all()) else playing.to(device)
             action = decide(policy, obs, active, generator=generator, greedy=greedy).action
             stepper: Any = watched or env
-            executed = execute(stepper, action, active)
+            executed = execute(stepper, action, active, ends="none")
             obs = executed.obs
             over = executed.terminated | executed.truncated
             check_finite(obs, ~over if active is None else active & ~over, env)

@@ -23,6 +23,19 @@ class Speaking(Protocol):
 
 
 @runtime_checkable
+class Sparing(Protocol):
+    """What an env with `spec.on_demand` offers beside `Env` when it need not draw what nobody is going to look at."""
+
+    def spare(self, copies: Tensor) -> None:
+        """Until their next reset these copies may show anything, except in privileged entries, which stay true.
+
+        Args:
+            copies: [B] bool, copies whose episode has ended.
+        """
+        ...
+
+
+@runtime_checkable
 class Restarting(Protocol):
     """What an env offers beside `Env` when its simulators are processes that it replaces where it loses them."""
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from embodied_rl.offers import Annealed, Demonstrating, Encoding, Foreseeing, Hinting, Imitator, Relabelling
+from embodied_rl.offers import Annealed, Demonstrating, Encoding, Foreseeing, Hinting, Imitator, Relabelling, Sparing
 from embodied_rl.spec import PAD, ActionSpec, EnvSpec, Obs, TensorSpec, Vocabulary
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "PolicyOutput",
     "Relabelling",
     "Rollout",
+    "Sparing",
     "Split",
     "State",
     "Step",
@@ -226,6 +227,7 @@ class Policy(Protocol):
         ...
 
     # A policy may have:
+    #     privileged_critic: bool    True when `value` reads privileged entries alone: it then needs no last picture
     #     pretrained: bool    True when its first weights are worth measuring: a run then evaluates them as well
     #     evaluating(on: bool) -> None    from here on it is (no longer) played for evaluation, nobody learns from it
     #     samples_for_evaluation: bool    True when settings of it say how: evaluation must then not be greedy

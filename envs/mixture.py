@@ -26,7 +26,7 @@ from embodied_rl.envs._joined import Joined, join, share_copies
 from embodied_rl.errors import CapabilityError, CheckpointError, ConfigError, NotFoundError, UserError, nearest
 from embodied_rl.manifest import told_by
 from embodied_rl.measure import restarts_of
-from embodied_rl.offers import Speaking
+from embodied_rl.offers import Sparing, Speaking
 from embodied_rl.schema import Problems, resolve_component
 from embodied_rl.section import Section
 from embodied_rl.types import Env, Obs, Split, State, Step
@@ -67,7 +67,8 @@ class Config(Section):
     missing: Literal["refuse", "zeros"] = "refuse"
     """What becomes of an entry that only some parts show: zeros fills it in the others; refuse says which those are."""
     pad: bool = False
-    """Fill vectors of one name with zeros at their end, up to the longest; false refuses different lengths."""
+    """Fill vectors of one name with zeros at their end, up to the longest; false refuses different lengths. Rows of
+    word ids of one vocabulary are filled in any case, because 0 is no word."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> Config:
@@ -200,6 +201,12 @@ class MixtureEnv:
             if env.spec.on_demand:
                 self._take(p, env.observe(), (self._part == p)[self._rows[p]])
         return dict(self._obs)
+
+    def spare(self, copies: Tensor) -> None:
+        """See `embodied_rl.types.Sparing`; parts that cannot are drawn as ever."""
+        for p, (env, rows) in enumerate(zip(self.envs, self._rows, strict=True)):
+            if env.spec.on_demand and isinstance(env, Sparing):
+                env.spare((copies & (self._part == p))[rows])
 
     def get_state(self) -> State:
         """Each part's state, and where each copy plays.

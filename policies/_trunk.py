@@ -230,6 +230,21 @@ class Eye(nn.Module):
         return self.token(torch.cat([torch.bmm(weight, features), places], dim=-1)) + self.name
 
 
+def row_of_words(env: EnvSpec) -> str:
+    """Name of an env's row of word ids, "" when it has none.
+
+    Raises:
+        CapabilityError: It has several.
+    """
+    rows = [n for n, o in env.seen.items() if o.dtype == torch.int64 and len(o.shape) == 1 and o.high is not None]
+    if len(rows) > 1:
+        raise CapabilityError(
+            f"this env shows {len(rows)} rows of word ids ({', '.join(rows)}), and this policy reads one: show one "
+            "(parts of a mixture share it under one name where their ids are of one vocabulary), or use policy mlp"
+        )
+    return rows[0] if rows else ""
+
+
 class Trunk(nn.Module):
     """See the module docstring."""
 
@@ -247,7 +262,7 @@ class Trunk(nn.Module):
         self.pictures: list[str] = []
         self.vectors: list[str] = []
         self.eyes, self.joints = nn.ModuleDict(), nn.ModuleDict()
-        self.words_entry = ""
+        self.words_entry = row_of_words(env)
         for name, spec in env.seen.items():
             if spec.dtype == torch.uint8 and len(spec.shape) == 3 and spec.shape[2] == 3:
                 if spec.shape[0] % PATCH or spec.shape[1] % PATCH:
@@ -261,8 +276,7 @@ class Trunk(nn.Module):
             elif spec.dtype.is_floating_point and len(spec.shape) == 1:
                 self.vectors.append(name)
                 self.joints[name] = nn.Linear(spec.shape[0], config.width)
-            elif spec.dtype == torch.int64 and len(spec.shape) == 1 and spec.high is not None and not self.words_entry:
-                self.words_entry = name
+            elif name == self.words_entry:
                 self.words = Words(spec, word_width)
                 self.word_token = nn.Linear(word_width, config.width)
             else:

@@ -24,6 +24,7 @@ class VlaPolicy(nn.Module):
         self.scale = ActionScale(self.size)
         self.trunk = Trunk(env, config)
         self.critic = Critic(env, config.width, head, self.trunk.sight) if self.has_critic else None
+        self.privileged_critic = head.reads == "privileged"
 
     def value(self, obs: Obs) -> Tensor:
         """[N] critic's estimate, without gradients."""

@@ -117,6 +117,7 @@ class Pi0Policy(nn.Module):
         self.num_units = config.units_per_decision(self.chunk)
         self.entropy_learns = config.likelihood == "learned"
         self.has_critic = config.critic.kind != "none"
+        self.privileged_critic = config.critic.reads == "privileged"
         self.value_range = (config.critic.low, config.critic.high) if config.critic.kind == "hl_gauss" else None
         self.scale = ActionScale(self.size)
         length = sum(env.observation[name].shape[0] for name in self.vectors)

@@ -115,6 +115,8 @@ class IsolatedEnv:
         obs: Obs = {}
         if self.spec.on_demand:
             self._stale |= moving
+            # A step may show what is not finite before anybody looks, and ends its episode here.
+            self._doubt(moving, {name: self._shared[f"obs/{name}"] for name in self._seen})
         else:
             obs = self._read(moving)
         return self._judge(go, moving, obs)
@@ -128,6 +130,10 @@ class IsolatedEnv:
         self._command(OBSERVE, stale, self.foreign.start_seconds)
         self._stale[:] = False
         return self._read(stale & ~self._lost)
+
+    def spare(self, copies: Tensor) -> None:
+        """See `embodied_rl.types.Sparing`."""
+        self._stale &= ~copies.cpu().numpy()
 
     def get_state(self) -> State:
         """Seed, task and actions of each copy's episode, and its observation as a check.
@@ -163,16 +169,18 @@ class IsolatedEnv:
             )
         self._replay(state)
         self._running[...], self._lost[...] = state["running"].numpy(), state["lost"].numpy()
+        # What the others showed last may be older than where they stopped.
+        going = self._running & ~self._lost
         for name, x in state["obs"].items():
             kept, repeated = x.numpy(), self._seen[name]
-            for row in np.flatnonzero(~self._lost & (self._seeds >= 0)).tolist():
+            for row in np.flatnonzero(going).tolist():
                 if not np.array_equal(kept[row], repeated[row]):
                     raise CapabilityError(
                         f"{self.where} did not repeat its episode: after {len(self._actions[row])} replayed steps "
                         f"'{name}' of copy {row} differs from the saved one; set env.resumable: false, and a resumed "
                         "run begins new episodes instead"
                     )
-            repeated[self._lost] = kept[self._lost]
+            repeated[~going] = kept[~going]
         return self._show()
 
     def render(self, copies: Tensor, camera: str, height: int, width: int) -> Tensor:
@@ -330,16 +338,19 @@ class IsolatedEnv:
 
     def _read(self, rows: Array) -> Obs:
         """Take over what the copies show: rows that moved must be finite, lost ones stay as they were seen last."""
-        fresh: dict[str, Array] = {}
-        for name in self._seen:
-            shown = fresh[name] = self._shared[f"obs/{name}"].copy()
-            if shown.dtype.kind == "f" and not all_finite(shown):
-                self._give_up(rows & ~np.isfinite(shown).reshape(len(shown), -1).all(axis=1), f"'{name}'")
+        fresh: dict[str, Array] = {name: self._shared[f"obs/{name}"].copy() for name in self._seen}
+        self._doubt(rows, fresh)
         if np.count_nonzero(self._lost):
             for name, shown in fresh.items():
                 shown[self._lost] = self._seen[name][self._lost]
         self._seen = fresh
         return self._show()
+
+    def _doubt(self, rows: Array, seen: dict[str, Array]) -> None:
+        """Give up those of some rows that show a number that is not finite."""
+        for name, shown in seen.items():
+            if shown.dtype.kind == "f" and not all_finite(shown):
+                self._give_up(rows & ~np.isfinite(shown).reshape(len(shown), -1).all(axis=1), f"'{name}'")
 
     def _give_up(self, bad: Array, what: str) -> None:
         """Declare the episodes of copies lost that showed a number that is not finite."""

@@ -129,6 +129,11 @@ class MjcfEnv:
         """Observation of all copies as they are now; draws only those that have moved since the last call."""
         return self._shown(self._vector(self.view()))
 
+    def spare(self, copies: Tensor) -> None:
+        """See `embodied_rl.types.Sparing`."""
+        if self._pictures is not None:
+            self._pictures.spare(copies)
+
     def get_state(self) -> State:
         """Everything needed to continue; on the native engine bit for bit."""
         return {

@@ -167,6 +167,11 @@ class TabletopEnv:
             seen = shown
         return {name: value.to(self.device) for name, value in seen.items()}
 
+    def spare(self, copies: Tensor) -> None:
+        """See `embodied_rl.types.Sparing`."""
+        if self._pictures is not None:
+            self._pictures.spare(copies)
+
     def get_state(self) -> State:
         """Everything needed to continue; on the native engine bit for bit."""
         return {

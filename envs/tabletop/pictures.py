@@ -94,6 +94,10 @@ class Pictures:
         """The masked copies [B] bool (None: all) have moved: their pictures are to be drawn again."""
         self._stale |= True if copies is None else copies
 
+    def spare(self, copies: Tensor) -> None:
+        """Until they move again, let the masked copies [B] bool show what they showed last."""
+        self._stale &= ~copies.to(self._stale.device)
+
     def look(self, qpos: Tensor, paint: Paint) -> Obs:
         """Camera name -> [B, H, W, 3] uint8 of the state given, positions [B, nq]."""
         rows = self._stale.nonzero()[:, 0]

@@ -14,6 +14,7 @@ from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError
 from embodied_rl.registry import load
 from embodied_rl.session import Session
 from embodied_rl.train import run
+from embodied_rl.types import Sparing
 from tests.kit import mlp
 
 CPU = torch.device("cpu")
@@ -111,6 +112,11 @@ def test_a_policy_that_looks_sees_what_the_scene_has_become(physics):
     for copy, film in enumerate(env.render(torch.tensor([0, 1]), "above", 32, 32)):
         seen, filmed = (((x[..., 0].int() - x[..., 1]) > 60).nonzero().float().mean(0) for x in (now["above"][copy], film))
         assert (seen - filmed).norm() < 1.0
+    env.step(-torch.ones(2, 2))
+    assert isinstance(env, Sparing)
+    env.spare(torch.tensor([True, False]))
+    later = env.observe()
+    assert torch.equal(later["above"][0], now["above"][0]) and not torch.equal(later["above"][1], now["above"][1])
     other = make(copies=2, physics="warp" if physics == "native" else "native", observation="pictures", picture_size=32)
     apart = (begin(other)["above"].int() - first["above"].int()).abs().amax(-1) > 2
     assert apart.float().mean() < 0.01, "rounding may move an edge by a pixel"

@@ -511,6 +511,10 @@ class OtherValue(Linear):
         return super().value(obs) + 0.1
 
 
+class NotOnlyTold(Linear):
+    privileged_critic = True
+
+
 class GreedySamples(Linear):
     def act(self, obs, *, generator, greedy=False):
         return super().act(obs, generator=generator)
@@ -585,6 +589,7 @@ POLICY_MISTAKES = [
     (BatchNormalised, "rows_do_not_meet", "when only other rows change"),
     (TrainedFeatures, "features_stand_for_the_observation", "what makes the features must be frozen"),
     (OtherValue, "values_agree", "value and act differ by 0.1"),
+    (NotOnlyTold, "values_agree", "privileged_critic is True, but other entries move the value by"),
     (GreedySamples, "greedy_is_deterministic", "two greedy decisions"),
     (GlobalNoise, "samples_follow_the_generator", "moves torch's global generator"),
     (NoNoise, "samples_follow_the_generator", "another generator gives the same samples"),

@@ -102,6 +102,8 @@ def test_what_only_a_simulator_knows_is_kept_as_well(name):
             p.add_(0.1)
     value = policy.evaluate({FEATURES: out.features.clone()}, out.units.clone()).value
     assert torch.equal(value, policy.value(obs)) and len(value.unique()) == 5
+    assert policy.privileged_critic and torch.equal(value, policy.value(look(5, seed=1, told=obs["told"])))
+    assert not make(name, env).privileged_critic
     del obs["told"]
     assert policy.act(obs, generator=None).features is None, "outside of simulation nothing is learned"
 

@@ -132,6 +132,21 @@ def test_on_demand_only_what_moved_is_looked_at(make):
     assert torch.equal(env.observe()["state"], seen["state"])
 
 
+def test_a_spared_copy_is_not_looked_at_until_its_reset_and_costs_no_resumed_run(make):
+    env, other = (make(settings={"on_demand": True}, max_steps=2) for _ in range(2))
+    start(env)
+    push(env, active=[True, False])
+    seen = env.observe()
+    assert push(env).truncated.tolist() == [True, False]
+    env.spare(torch.tensor([True, False]))
+    after = env.observe()
+    assert torch.equal(after["state"][0], seen["state"][0]) and torch.allclose(after["state"][1, 1], torch.tensor(0.1))
+    again = other.set_state(env.get_state())
+    assert all(torch.equal(again[name], after[name]) for name in after)
+    for one in (env, other):
+        assert start(one, seeds=[5, 0], mask=[True, False])["state"][0].tolist() == [first_x(5), 0]
+
+
 def test_pictures_are_of_the_copies_asked_for(make):
     env = make(3, workers=2)
     start(env, seeds=[5, 6, 7])
@@ -201,6 +216,18 @@ def test_a_number_that_is_not_finite_costs_one_episode_and_names_the_copy(make, 
     assert caplog.messages == ["env isolated: 'point.py': 'state' is not finite in copies [1]: their episodes do not count"]
     assert (env.restarts, env.void) == (0, 1)
     start(env, seeds=[6, 9, 8], mask=[False, True, False])
+    assert not push(env).invalid.any()
+
+
+def test_what_is_not_finite_may_be_shown_before_anybody_looks(make, caplog):
+    env = make(settings={"on_demand": True}, trouble={"what": "nan", "at": 2, "seed": 7})
+    start(env, seeds=[6, 7])
+    before = push(env) and env.observe()
+    assert push(env).invalid.tolist() == [False, True]
+    # The reward was not a number either, because of the state.
+    assert caplog.messages == ["env isolated: 'point.py': 'state' is not finite in copies [1]: their episodes do not count"]
+    assert torch.equal(env.observe()["state"][1], before["state"][1])
+    assert torch.isfinite(start(env, seeds=[6, 9], mask=[False, True])["state"]).all()
     assert not push(env).invalid.any()
 
 

@@ -11,7 +11,7 @@ from embodied_rl.collect import Collector, execute
 from embodied_rl.config import build_recipe
 from embodied_rl.envs.mixture import Config, build
 from embodied_rl.measure import rollout_metrics
-from embodied_rl.offers import Restarting, Speaking
+from embodied_rl.offers import Restarting, Sparing, Speaking
 from embodied_rl.train import run
 from tests.kit import CPU, TOYS, Scripted
 
@@ -73,6 +73,18 @@ def test_copies_are_told_what_their_part_tells_and_elsewhere_their_task(make):
     start(own, [RIGHT, TARGET, TARGET, TARGET])
     assert own.instructions() == ["go right", *["target.target"] * 3]
     assert not isinstance(make(), Speaking)
+
+
+@pytest.mark.parametrize(("copies", "tasks", "spared"), [((None, None), [LEFT, TARGET, LEFT, TARGET], 2), ((2, 2), [LEFT, LEFT, TARGET, TARGET], 1)])
+def test_what_is_spared_is_passed_on_to_the_part_that_plays_it(make, copies, tasks, spared):
+    env = make(copies=copies, on_demand=True)
+    start(env, tasks)
+    before = env.observe()["state"][:, 1]
+    push(env)
+    assert isinstance(env, Sparing)
+    env.spare(torch.arange(4) == spared)
+    after = env.observe()["state"][:, 1]
+    assert before.tolist() == [0] * 4 and after.tolist() == pytest.approx([0.05 * (t == LEFT and i != spared) for i, t in enumerate(tasks)])
 
 
 @pytest.mark.parametrize("on_demand", [False, True])

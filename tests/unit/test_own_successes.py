@@ -66,6 +66,8 @@ def test_what_only_the_simulator_knows_moves_the_value_and_never_the_action(name
     changed, same = decide(p, seen)
     assert not torch.equal(action, changed) and torch.equal(value, same), "and pictures never the value"
     torch.testing.assert_close(p.value(obs), value)
+    assert torch.equal(p.value(seen), p.value(obs))
+    assert p.privileged_critic and not policy(name, reads="prefix").privileged_critic
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -72,7 +72,7 @@ class Simulator:
         self.x += self.v
         self.misbehave("step")
         distance = abs(self.x - (2 * self.task - 1))
-        obs = None if self.spec.get("on_demand") else self.observe()
+        obs = None if self.spec.get("on_demand") and np.isfinite(self.x) else self.observe()
         return obs, -distance, abs(self.x) > 5, False, {"success": distance < 0.1, "distance": distance}
 
     def misbehave(self, when):
