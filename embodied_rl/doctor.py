@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embodied_rl import sims, vulkan
 from embodied_rl.registry import EXTRAS
 
 SECONDS = 300
@@ -140,8 +142,6 @@ def check_video() -> str:
 
 def check_egl() -> str:
     """Draw one picture with OpenGL over EGL, as some simulators do."""
-    import os
-
     os.environ["MUJOCO_GL"] = "egl"
     import mujoco
 
@@ -156,24 +156,17 @@ def check_egl() -> str:
 
 
 def check_vulkan() -> str:
-    """Count Vulkan devices through the loader library, as SAPIEN (ManiSkill) will."""
-    import ctypes
-
-    class InstanceInfo(ctypes.Structure):
-        _fields_ = [
-            ("sType", ctypes.c_int), ("pNext", ctypes.c_void_p), ("flags", ctypes.c_uint32), ("app", ctypes.c_void_p),
-            ("layers", ctypes.c_uint32), ("layer_names", ctypes.c_void_p), ("extensions", ctypes.c_uint32),
-            ("extension_names", ctypes.c_void_p),
-        ]  # fmt: skip
-
-    vulkan = ctypes.CDLL("libvulkan.so.1")
-    instance, count = ctypes.c_void_p(), ctypes.c_uint32()
-    code = vulkan.vkCreateInstance(ctypes.byref(InstanceInfo(sType=1)), None, ctypes.byref(instance))
-    if code == 0:
-        code = vulkan.vkEnumeratePhysicalDevices(instance, ctypes.byref(count), None)
-    if code or not count.value:
-        raise RuntimeError("the Vulkan loader is there, but it finds no driver")
-    return f"{count.value} Vulkan device(s)"
+    """Find a Vulkan device that SAPIEN (ManiSkill) draws with, with the driver that the env would choose."""
+    vulkan.draw_in_software()
+    found = vulkan.devices()
+    usable = [name for name in found if vulkan.REFUSED not in name]
+    if usable:
+        return f"for ManiSkill: {', '.join(usable)}"
+    drivers = os.environ.get(vulkan.DRIVERS)
+    chosen = f" ({vulkan.DRIVERS} is {drivers}: unset it, or name another driver)" if drivers else ""
+    if found:
+        raise RuntimeError(f"only Mesa's software driver is there, which SAPIEN (ManiSkill) refuses{chosen}")
+    raise RuntimeError(f"the Vulkan loader is there, but it finds no driver{chosen}")
 
 
 def _warp_scene() -> tuple[str, Any, Any]:
@@ -214,7 +207,7 @@ CHECKS: dict[str, Check] = {
     "cameras": Check(check_cameras, _pip("mujoco-warp")),
     "video": Check(check_video, _pip("imageio-ffmpeg")),
     "EGL": Check(check_egl, _apt("libegl1 libgl1 libgles2 libgl1-mesa-dri"), core=False),
-    "Vulkan": Check(check_vulkan, _apt("libvulkan1 mesa-vulkan-drivers"), core=False),
+    "Vulkan": Check(check_vulkan, _apt("libvulkan1 chromium libgl1") + "  # or an NVIDIA GPU's own driver", core=False),
 }
 
 
@@ -234,6 +227,9 @@ def examine(runs: Path) -> Iterator[Finding]:
     for module, extra in sorted(EXTRAS.items()):
         if extra in (importlib.metadata.metadata("embodied-rl").get_all("Provides-Extra") or ()):
             yield _package(module, extra)
+    own = (lock.parent.name for lock in sorted(sims.home().glob("*/lock.txt")))
+    for name in dict.fromkeys([*sims.names(), *own]):
+        yield _simulator(name)
 
 
 def print_findings(findings: Iterable[Finding]) -> int:
@@ -283,6 +279,16 @@ def _package(module: str, extra: str) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return Finding(module, False, "optional, not installed", f"pip install 'embodied-rl[{extra}]'", core=False)
     return Finding(module, True, f"{module} {version}", core=False)
+
+
+def _simulator(name: str) -> Finding:
+    """One that runs in a Python of its own."""
+    sim = sims.find(name)
+    if sim.state == "ready":
+        return Finding(name, True, f"simulator in a Python of its own, in {sim.folder}", core=False)
+    state = "not installed" if sim.state == "absent" else f"{sim.state} in {sim.folder}"
+    detail = f"optional simulator in a Python of its own, {state}"
+    return Finding(name, False, detail, f"embodied-rl sim install {name}", core=False)
 
 
 def _disk(runs: Path) -> Finding:

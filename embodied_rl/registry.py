@@ -34,6 +34,7 @@ PACKAGES: dict[Kind, str] = {
 PLURAL: dict[Kind, str] = {"env": "envs", "policy": "policies", "algorithm": "algorithms", "reward": "rewards"}
 EXTRAS = {
     "envpool": "envpool",
+    "mani_skill": "maniskill",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "transformers": "vla",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -22,6 +23,8 @@ from embodied_rl.metrics import Partials
 from embodied_rl.optimizer import FlatParameters, Muon, Optimizer
 from embodied_rl.section import Section
 from embodied_rl.types import Advantage, Batch, Policy, Rollout, State
+
+log = logging.getLogger(__name__)
 
 OF_EVERY_EPOCH = ("actor/skipped_updates", "sync/logp_gap_mean", "sync/logp_mended_rate")
 """Metrics that are added up over the epochs of an update; the others are those of its last epoch."""
@@ -127,6 +130,7 @@ class Updater:
         self._stepped = False
         self._moved = False
         self._problem = ""
+        self._warned = False
 
     def update(self, rollout: Rollout, advantage: Advantage, *, progress: float) -> Partials:
         """Improve the policy with one rollout.
@@ -167,7 +171,7 @@ class Updater:
             metrics.merge(self._mend(flat))
         for extra in self.extras:
             metrics.merge(extra.begin(rollout, partial(self._logp, self.policy), self.version))
-        self._stepped = self._moved = False
+        self._stepped, self._moved, self._problem = False, False, ""
         for epoch in range(c.epochs):
             diagnose = epoch == c.epochs - 1 or c.target_kl is not None
             epoch_metrics, kl = self._epoch(flat, diagnose)
@@ -326,10 +330,14 @@ class Updater:
             )
 
     def _count_bad(self, rollout: Rollout) -> None:
-        """Count updates in a row that changed nothing; one finite step begins the count anew."""
+        """Count updates in a row that changed nothing; one finite step begins the count anew.
+
+        The first of a row of updates that skipped steps says why, with the copies whose rewards are not finite.
+        """
         self.bad_in_a_row = 0 if self._stepped else self.bad_in_a_row + 1
+        bad = ~torch.isfinite(rollout.reward) & rollout.valid
+        paid = bad.any(0).nonzero().flatten().tolist() if self._problem else []
         if self.bad_in_a_row >= self.max_bad_updates:
-            paid = (~torch.isfinite(rollout.reward) & rollout.valid).any(0).nonzero().flatten().tolist()
             if paid:
                 raise DivergenceError(
                     f"the env pays rewards that are not finite, in the last update in copies {paid[:8]}, so not one "
@@ -340,6 +348,10 @@ class Updater:
                 f"not one optimizer step of the last {self.bad_in_a_row} updates was finite ({self._problem}). "
                 "The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named"
             )
+        if self._problem and not self._warned:
+            cause = f"the env pays rewards that are not finite in copies {paid[:8]}" if paid else self._problem
+            log.warning("update %d skips optimizer steps that are not finite: %s", self.version + 1, cause)
+        self._warned = bool(self._problem)
 
     def _adapt(self, kl: float) -> None:
         """Raise or lower the step size so that an update moves the policy by about target_kl.

@@ -38,8 +38,9 @@ class Config(Section):
     """rgb, rgbd: rows and columns of every camera's picture; null keeps the task's own."""
     control: str = "pd_ee_delta_pose"
     """A controller of the robot; pd_ee_delta_pose takes changes of the hand's position and rotation, and the grip."""
-    reward: Literal["normalized_dense", "dense", "sparse"] = "normalized_dense"
-    """Which of the task's rewards; normalized_dense is dense over its largest value."""
+    reward: Literal["normalized_dense", "dense", "sparse", "none"] = "normalized_dense"
+    """Which of the task's rewards; normalized_dense is dense over its largest value. none: the task has no reward, and
+    is paid as sparse pays, 1 in every step in which it is solved."""
     max_steps: int | None = Field(None, ge=1)
     """Control steps after which an episode is truncated; null keeps the task's own limit."""
     end_on_success: bool = True
@@ -81,7 +82,8 @@ def build(
     Raises:
         MissingExtraError: ManiSkill, or a system library that it loads, is not installed.
         NotFoundError: No such task or controller; names the nearest.
-        CapabilityError: No Vulkan device, assets that are not on the disk, or a setting that cannot act here.
+        CapabilityError: No Vulkan device, assets that are not on the disk, several robots, or a setting that cannot
+            act here.
         ConfigError: ManiSkill refused a setting.
         SimulatorError: The same, where a worker process found it.
     """

@@ -7,19 +7,16 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import sapien
 import torch
 
 from embodied_rl.errors import CapabilityError
+from embodied_rl.vulkan import DRIVERS, SOFTWARE, draw_in_software
 
 log = logging.getLogger(__name__)
 
-SOFTWARE = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
-"""SwiftShader's driver, as Debian's package `chromium` brings it; Mesa's lavapipe is refused by SAPIEN."""
-DRIVERS = "VK_ICD_FILENAMES"
 _handing_in = threading.Lock()
 
 
@@ -33,9 +30,7 @@ def drawing_device(device: torch.device, where: str) -> Any:
     Raises:
         CapabilityError: There is no Vulkan device; says what to install.
     """
-    if device.type != "cuda" and DRIVERS not in os.environ and not torch.cuda.is_available() and SOFTWARE.is_file():
-        # Vulkan reads it when it is first used; an explicit choice of the user's is never touched.
-        os.environ[DRIVERS] = str(SOFTWARE)
+    if device.type != "cuda" and draw_in_software():
         log.info("%s draws in software: %s=%s", where, DRIVERS, SOFTWARE)
     name = f"cuda:{device.index or 0}" if device.type == "cuda" else "pci:0"
     try:

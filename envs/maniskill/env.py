@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from embodied_rl.types import ActionSpec, EnvSpec, Obs, State, Step
 
 if TYPE_CHECKING:
     from embodied_rl.envs.maniskill import Config
+
+log = logging.getLogger(__name__)
 
 
 class ManiSkillEnv:
@@ -75,17 +78,21 @@ class ManiSkillEnv:
         """Advance one control step; on a CPU copies that are not active stay where they are, with reward 0."""
         self.spec.action.check(action, self._b, self.device, self.where)
         go = torch.ones(self._b, dtype=torch.bool, device=self.device) if active is None else active
+        bad: dict[str, Tensor] = {}
         for i, scene in enumerate(self._scenes):
             if self._alone and not bool(go[i]):
                 continue
             part = slice(i, i + 1) if self._alone else slice(None)
-            self._keep(i, scene.step(action[part], draw=not self.spec.on_demand))
+            moment = scene.step(action[part], draw=not self.spec.on_demand)
+            for name, which in moment.broken.items():
+                bad.setdefault(name, torch.zeros_like(go))[part] = which
+            self._keep(i, moment)
             if self._alone:
                 self._actions[i].append(action[i].detach().clone())
         self._steps = self._steps + go
         now = [m for m in self._now if m is not None]
         assert len(now) == len(self._scenes), "step before the first reset"
-        broken = torch.cat([m.broken for m in now]) & go
+        broken = self._told({name: which & go for name, which in bad.items()})
         ended = torch.cat([m.ended for m in now]) & go if self.config.end_on_success else torch.zeros_like(broken)
         limit = self.spec.max_steps
         late = self._steps >= limit if limit is not None else torch.zeros_like(broken)
@@ -197,10 +204,21 @@ class ManiSkillEnv:
             self._stale.add(i)
         self._now[i] = moment
 
+    def _told(self, bad: dict[str, Tensor]) -> Tensor:
+        """[B] bool, simulations that have blown up; each copy is told once, by the first thing that is not finite."""
+        broken = torch.zeros(self._b, dtype=torch.bool, device=self.device)
+        for name, which in bad.items():
+            copies = (which & ~broken).nonzero().flatten().tolist()
+            if copies:
+                log.warning("%s: %s is not finite in copies %s: their episodes do not count", self.where, name, copies)
+            broken |= which
+        return broken
+
     def _observe(self) -> Obs:
         now = [m for m in self._now if m is not None]
         assert len(now) == len(self._scenes), "the first reset has to begin an episode in every copy"
-        return {name: torch.cat([m.obs[name] for m in now]) for name in self.spec.observation}
+        seen = {name: torch.cat([m.obs[name] for m in now]) for name in self.spec.observation}
+        return {name: torch.nan_to_num(x) if x.is_floating_point() else x for name, x in seen.items()}
 
     def _needs_state(self) -> None:
         if not self.spec.has_state:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mani_skill.envs  # noqa: F401  registers the tasks
+import mani_skill.envs  # registers the tasks
 import torch
-from mani_skill.utils import assets
+from mani_skill.utils import assets, download_asset
 from mani_skill.utils.registration import REGISTERED_ENVS
 from torch import Tensor
 
 from embodied_rl.envs._spaces import ActionMap
 from embodied_rl.envs.maniskill.convention import convention_of
 from embodied_rl.envs.maniskill.device import drawing_device, handed_in
-from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, nearest
+from embodied_rl.errors import CapabilityError, ConfigError, MissingExtraError, NotFoundError, UserError, nearest
 from embodied_rl.manifest import FILES, checksum_of, files_of, source
 from embodied_rl.runfolder import installed
 from embodied_rl.types import Obs, TensorSpec
@@ -29,6 +31,14 @@ RESERVED = {
     "control_mode": "env.control", "render_mode": "env.film", "sim_backend": "device", "render_backend": "device",
 }  # fmt: skip
 """Setting of ManiSkill -> the setting of a recipe that says it."""
+REWARDS = ("normalized_dense", "dense", "sparse")
+"""Rewards of a task's own."""
+OBS_MODES = {
+    "state": ("state",),
+    "rgb": ("rgb", "rgb+segmentation"),
+    "rgbd": ("rgb+depth", "rgbd", "rgb+depth+segmentation"),
+}
+"""`env.observation` -> what ManiSkill calls it, the best first; what it shows beyond that is left out."""
 
 
 @dataclass
@@ -36,13 +46,13 @@ class Moment:
     """What came of a start or a control step; tensors [n, ...] that nobody else writes to."""
 
     obs: Obs
-    """Empty after a step where pictures are asked for with `Scene.look`."""
+    """Without pictures after a step where those are asked for with `Scene.look`."""
     reward: Tensor
     success: Tensor | None
     ended: Tensor
     """[n] bool, solved or failed."""
-    broken: Tensor
-    """[n] bool, something that is not finite: the simulation has blown up."""
+    broken: dict[str, Tensor]
+    """Entry of the observation, or reward -> [n] bool, it is not finite: the simulation has blown up."""
 
 
 def check_task(config: Config, device: torch.device) -> None:
@@ -50,7 +60,8 @@ def check_task(config: Config, device: torch.device) -> None:
 
     Raises:
         NotFoundError: No such task.
-        CapabilityError: Its assets are not on the disk, or `starts: batch` without a GPU.
+        CapabilityError: It has no such reward or observation, its assets are not on the disk, or `starts: batch`
+            without a GPU.
         ConfigError: `kwargs` holds what a recipe says elsewhere.
     """
     where = f"env maniskill: '{config.task}'"
@@ -65,28 +76,72 @@ def check_task(config: Config, device: torch.device) -> None:
             f"{where}: starts (batch) does nothing on device {device}, where every copy has a scene of its own: remove "
             "it, or set device: cuda"
         )
-    missing = [name for name in _needed(config.task) if not assets.is_data_source_downloaded(name)]
+    task = REGISTERED_ENVS[config.task].cls
+    modes = task.SUPPORTED_REWARD_MODES
+    paid = [name for name in REWARDS if name in modes] or ["none"] * ("none" in modes)
+    _check_offered(where, "reward", config.reward, paid, modes)
+    seen = [name for name in OBS_MODES if obs_mode(task, name)]
+    _check_offered(where, "observation", config.observation, seen, task.SUPPORTED_OBS_MODES)
+    asked = {name: _sources(name) for name in REGISTERED_ENVS[config.task].asset_download_ids}
+    absent = {name: [x for x in found if not assets.is_data_source_downloaded(x)] for name, found in asked.items()}
+    missing = [name for name, sources in absent.items() if sources]
     if missing:
-        place = assets.DATA_SOURCES[missing[0]].output_dir
-        raise CapabilityError(
-            f"{where} needs the assets {', '.join(missing)}, which are not under {place}: run `python -m "
-            f"mani_skill.utils.download_asset {missing[0]}` where the internet can be reached, or set MS_ASSET_DIR"
-        )
+        place = assets.DATA_SOURCES[absent[missing[0]][0]].output_dir
+        raise _lacking(where, missing, missing[0], place)
 
 
-def _needed(task: str) -> list[str]:
-    """Every data source of a task, with groups taken apart."""
-    found: list[str] = []
-    for name in REGISTERED_ENVS[task].asset_download_ids:
-        group = name in assets.DATA_GROUPS
-        found += assets.expand_data_group_into_individual_data_source_ids(name) if group else [name]
+def _check_offered(where: str, setting: str, value: str, usable: Sequence[str], offered: Sequence[str]) -> None:
+    """CapabilityError where a task does not take a value; names no value that a recipe would not take."""
+    if value in usable:
+        return
+    hint = f"set env.{setting} to one of {list(usable)}"
+    if not usable:
+        hint = f"it offers only {list(offered)}, which env.{setting} cannot say, so this task does not run here"
+    raise CapabilityError(f"{where} does not take {setting} {value}: {hint}")
+
+
+def obs_mode(task: Any, observation: str) -> str | None:
+    """What a task's class calls an `env.observation`; None where it offers nothing of the kind."""
+    modes, names = task.SUPPORTED_OBS_MODES, OBS_MODES[observation]
+    # "any_textures" lets ManiSkill combine them as it is asked to.
+    return names[0] if "any_textures" in modes else next((name for name in names if name in modes), None)
+
+
+def _lacking(where: str, names: Sequence[str], group: str, place: object) -> CapabilityError:
+    return CapabilityError(
+        f"{where} needs the assets {', '.join(names)}, which are not under {place}: run `python -m "
+        f"mani_skill.utils.download_asset {group}` where the internet can be reached, or set MS_ASSET_DIR"
+    )
+
+
+@contextmanager
+def _nothing_asked(where: str) -> Iterator[None]:
+    """Refuse in one sentence where ManiSkill would ask on standard input whether to download its robot."""
+    ask = download_asset.prompt_yes_no
+
+    def refuse(question: str) -> bool:
+        robot = question.split()[1]  # "Robot anymal_c has assets available for download. ..."
+        raise _lacking(f"{where}: its robot {robot}", _sources(robot) or [robot], robot, mani_skill.ASSET_DIR)
+
+    download_asset.prompt_yes_no = refuse
+    try:
+        yield
+    finally:
+        download_asset.prompt_yes_no = ask
+
+
+def _sources(name: str) -> list[str]:
+    """Every data source of something that can be downloaded, with groups taken apart."""
+    group = name in assets.DATA_GROUPS
+    found: list[str] = assets.expand_data_group_into_individual_data_source_ids(name) if group else [name]
     return found
 
 
 def manifest_of(config: Config, device: torch.device, num_envs: int) -> dict[str, Any]:
     """What results depend on, also where the copies are simulated in processes of their own."""
     settings = ("task", "observation", "pixels", "control", "reward", "end_on_success", "kwargs")
-    sources = {name: assets.DATA_SOURCES[name] for name in _needed(config.task)}
+    needed = [x for name in REGISTERED_ENVS[config.task].asset_download_ids for x in _sources(name)]
+    sources = {name: assets.DATA_SOURCES[name] for name in needed}
     return {
         **{name: getattr(config, name) for name in settings},
         **source(REGISTERED_ENVS[config.task].cls),
@@ -107,7 +162,8 @@ class Scene:
 
         Raises:
             NotFoundError: No such controller.
-            CapabilityError: No Vulkan device, or an observation that the task does not offer.
+            CapabilityError: No Vulkan device, assets that are not on the disk, or several robots.
+            MissingExtraError: A package that the task alone needs is not installed.
             ConfigError: ManiSkill refused a setting.
         """
         self.where, self.device, self.copies = f"env maniskill: '{config.task}'", device, copies
@@ -137,7 +193,7 @@ class Scene:
         settings: dict[str, Any] = task.default_kwargs | config.kwargs
         settings |= {
             "num_envs": self.copies,
-            "obs_mode": {"state": "state", "rgb": "rgb", "rgbd": "rgb+depth"}[config.observation],
+            "obs_mode": obs_mode(task.cls, config.observation),
             "reward_mode": config.reward,
             "control_mode": config.control,
             "render_mode": "rgb_array",
@@ -146,12 +202,18 @@ class Scene:
         }
         if config.pixels is not None:
             settings["sensor_configs"] = {"width": config.pixels, "height": config.pixels}
-        modes = task.cls.SUPPORTED_REWARD_MODES
-        if config.reward not in modes:
-            raise CapabilityError(f"{self.where} has no reward {config.reward}: set env.reward to one of {list(modes)}")
-        with handed_in(drawing_device(self.device, self.where)):
+        with handed_in(drawing_device(self.device, self.where)), _nothing_asked(self.where):
             try:
-                return task.cls(**settings)
+                env = task.cls(**settings)
+            except UserError:
+                raise
+            except ImportError as error:
+                raise MissingExtraError(f"{self.where} cannot be made: {error}") from error
+            except OSError as error:
+                raise CapabilityError(
+                    f"{self.where} cannot be made: {error}; where that is an asset, `python -m "
+                    "mani_skill.utils.download_asset` names everything that can be downloaded"
+                ) from error
             except (TypeError, ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
                 # How ManiSkill says which controllers the robot has.
                 known = re.search(r"not in supported modes: \[(.*)\]", str(error))
@@ -161,6 +223,10 @@ class Scene:
                     raise NotFoundError(message) from None
                 hint = "look at env.control and env.kwargs"
                 raise ConfigError(f"{self.where} cannot be made: {error}; {hint}") from error
+        if config.reward == "none":
+            # The class refuses to be asked for it, but ManiSkill can tell every task's success as a sparse reward.
+            env._reward_mode = "sparse"
+        return env
 
     def start(self, rows: list[int], seeds: list[int]) -> None:
         """Begin new episodes in some copies; with one row the start depends on its seed alone."""
@@ -199,9 +265,7 @@ class Scene:
         known = self.env._get_obs_state_dict(info)
         reward = self.env.get_reward(obs=known, action=taken, info=info)
         no = torch.zeros(self.copies, dtype=torch.bool, device=self.device)
-        moment = self._moment(self._read(known), info, reward, info.get("success", no) | info.get("fail", no))
-        moment.obs = {}
-        return moment
+        return self._moment(self._read(known), info, reward, info.get("success", no) | info.get("fail", no))
 
     def look(self, info: dict[str, Any] | None = None) -> Moment:
         """What the scene shows now; reward 0, and success as it is."""
@@ -224,14 +288,10 @@ class Scene:
         return action.clamp(-1, 1) * self._half + self._middle
 
     def _moment(self, obs: Obs, info: dict[str, Any], reward: Tensor, ended: Tensor) -> Moment:
-        broken = ~torch.isfinite(reward)
-        for name, x in obs.items():
-            if x.is_floating_point():
-                broken |= ~torch.isfinite(x.reshape(self.copies, -1)).all(1)
-                obs[name] = torch.nan_to_num(x)
+        numbers = {f"'{name}'": x for name, x in obs.items() if x.is_floating_point()} | {"reward": reward}
+        broken = {name: ~torch.isfinite(x.reshape(self.copies, -1)).all(1) for name, x in numbers.items()}
         success = info["success"].bool().clone() if "success" in info else None
-        reward = torch.nan_to_num(reward.to(torch.float32))
-        return Moment(obs, reward.clone(), success, ended.bool().clone(), broken)
+        return Moment(obs, reward.to(torch.float32).clone(), success, ended.bool().clone(), broken)
 
     def _read(self, raw: Any) -> Obs:
         """ManiSkill's observation as flat entries: `state`, a picture per camera, and its depth in metres."""

@@ -59,11 +59,15 @@ class Simulator:
         return None if self._draws else self.observe()
 
     def step(self, action: NDArray[np.float32]) -> tuple[Shown | None, float, bool, bool, dict[str, Any]]:
-        """Simulate one control step; a simulation that has blown up shows a reward that is not a number."""
+        """Simulate one control step."""
         moment = self.scene.step(torch.from_numpy(action)[None], draw=False)
-        reward = float("nan") if bool(moment.broken) else float(moment.reward)
+        shown: Shown | None = _shown(moment)
+        if self._draws:
+            # Pictures wait until they are asked for, unless there is something to see that ends the episode.
+            whole = not any(bool(bad) for name, bad in moment.broken.items() if name != "reward")
+            shown = None if whole else self.observe() | _shown(moment)
         info = {} if moment.success is None else {"success": bool(moment.success)}
-        return None if self._draws else _shown(moment), reward, self._ends and bool(moment.ended), False, info
+        return shown, float(moment.reward), self._ends and bool(moment.ended), False, info
 
     def observe(self) -> Shown:
         """What the scene shows now."""

@@ -80,7 +80,7 @@ def test_the_reward_scale_and_the_normaliser_are_those_of_the_sound_numbers(tmp_
     session.close()
 
 
-def test_a_nan_loss_is_skipped_whatever_it_comes_from(tmp_path, monkeypatch):
+def test_a_nan_loss_is_skipped_whatever_it_comes_from(monkeypatch, caplog):
     session = Session.build(lab.recipe(updates=1))
     rollout = session.collector.collect()
     before = [p.detach().clone() for p in session.policy.parameters()]
@@ -96,9 +96,25 @@ def test_a_nan_loss_is_skipped_whatever_it_comes_from(tmp_path, monkeypatch):
     metrics = session.updater.update(rollout, session.credit(rollout), progress=0.0).reduce()
     assert len(calls) == 4 and metrics["actor/skipped_updates"] == 3
     assert session.updater.bad_in_a_row == 0, "one of the four steps was finite"
+    assert caplog.messages[0].startswith("update 1 skips optimizer steps that are not finite: loss nan; non-finite inputs: none;")
     assert any(not torch.equal(a, b) for a, b in zip(before, session.policy.parameters(), strict=True))
     assert all(bool(torch.isfinite(p).all()) for p in session.policy.parameters())
     session.close()
+
+
+def test_the_first_update_of_a_streak_tells_the_copies_that_paid_what_is_not_finite(caplog):
+    session = Session.build(lab.recipe(updates=1))
+
+    def update(bad):
+        rollout = session.collector.collect()
+        rollout.reward[0, bad] = math.nan
+        session.updater.update(rollout, session.credit(rollout), progress=0.0)
+
+    for bad in ([], [2, 5], [1], [], [3]):
+        update(bad)
+    session.close()
+    told = "skips optimizer steps that are not finite: the env pays rewards that are not finite in copies"
+    assert caplog.messages == [f"update 2 {told} [2, 5]", f"update 5 {told} [3]"]
 
 
 def test_a_streak_of_bad_updates_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):

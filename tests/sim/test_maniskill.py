@@ -1,10 +1,14 @@
 """ManiSkill tasks for real: with a software driver of Vulkan where there is no GPU."""
 
+import builtins
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
@@ -12,8 +16,9 @@ from scipy.spatial.transform import Rotation
 pytest.importorskip("mani_skill")
 from embodied_rl.check import check_env  # noqa: E402
 from embodied_rl.envs.maniskill import Config, build  # noqa: E402
-from embodied_rl.envs.maniskill.scene import manifest_of  # noqa: E402
-from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, SimulatorError  # noqa: E402
+from embodied_rl.envs.maniskill.scene import check_task, manifest_of  # noqa: E402
+from embodied_rl.envs.maniskill.simulator import Simulator  # noqa: E402
+from embodied_rl.errors import CapabilityError, ConfigError, MissingExtraError, NotFoundError, SimulatorError  # noqa: E402
 from embodied_rl.evaluate import evaluate  # noqa: E402
 from embodied_rl.manifest import checksum_of  # noqa: E402
 from tests.kit import Scripted  # noqa: E402
@@ -151,12 +156,187 @@ def test_a_success_that_does_not_last_is_one_at_the_end_only_where_it_ends_the_e
     assert result.length.tolist() == [length]
 
 
-def test_a_simulation_that_blows_up_is_an_invalid_episode_and_not_a_failure(push, monkeypatch):
+def spoil(monkeypatch, scene, *what):
+    """Let one scene show or pay what is not a number."""
+    nan = float("nan")
+    if "state" in what:
+        sense = scene.env._get_obs_extra
+        monkeypatch.setattr(scene.env, "_get_obs_extra", lambda info: {name: x * nan for name, x in sense(info).items()})
+    if "reward" in what:
+        monkeypatch.setattr(scene.env, "get_reward", lambda **_: torch.tensor([nan]))
+
+
+@pytest.mark.parametrize(("what", "told"), [(("reward",), "reward"), (("state",), "'state'"), (("state", "reward"), "'state'")])
+def test_a_simulation_that_blows_up_is_an_invalid_episode_and_no_failure_and_is_told_once(push, monkeypatch, caplog, what, told):
     start(push, [10, 12])
-    monkeypatch.setattr(push._scenes[1].env, "get_reward", lambda **_: torch.tensor([float("nan")]))
-    step = push.step(torch.zeros(2, 7))
+    spoil(monkeypatch, push._scenes[1], *what)
+    with caplog.at_level(logging.WARNING):
+        step = push.step(torch.zeros(2, 7))
+        push.step(torch.zeros(2, 7), torch.tensor([True, False]))  # the copy waits, and is not told again
     assert step.invalid.tolist() == step.terminated.tolist() == [False, True]
-    assert torch.isfinite(step.reward).all()
+    assert torch.isfinite(step.reward).all() and torch.isfinite(step.obs["state"]).all()
+    sentence = f"{told} is not finite in copies [1]: their episodes do not count"
+    assert [m for m in caplog.messages if "finite" in m] == [f"env maniskill: 'PushCube-v1': {sentence}"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"observation": "rgb", "pixels": 32, "film": 32}], ids=["state", "rgb"])
+def test_a_worker_shows_what_is_not_finite_where_it_is(settings, monkeypatch):
+    """The engine names what it was shown: an observation, although the pictures wait, or the reward."""
+    there, still = Simulator({"task": "PushCube-v1", **settings}), np.zeros(7, np.float32)
+    try:
+        there.reset(10, 0)
+        shown, reward, *_ = there.step(still)
+        assert (shown is None) == bool(settings) and np.isfinite(reward)
+        with monkeypatch.context() as bad:
+            spoil(bad, there.scene, "reward")
+            shown, reward, *_ = there.step(still)
+        assert np.isnan(reward) and (shown is None if settings else np.isfinite(shown["state"]).all())
+        spoil(monkeypatch, there.scene, "state")
+        shown, reward, *_ = there.step(still)
+        assert np.isfinite(reward) and np.isnan(shown["state"]).any() and shown.keys() == there.spec["observation"].keys()
+    finally:
+        there.close()
+
+
+# ---- what tasks offer -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(monkeypatch):
+    """Register PushCube with other modes, as "Mine-v1"."""
+    from mani_skill.envs.tasks.tabletop.push_cube import PushCubeEnv
+    from mani_skill.utils.registration import REGISTERED_ENVS, EnvSpec
+
+    def register(**modes):
+        cls = type("Mine", (PushCubeEnv,), {f"SUPPORTED_{name}_MODES": found for name, found in modes.items()})
+        monkeypatch.setitem(REGISTERED_ENVS, "Mine-v1", EnvSpec("Mine-v1", cls, max_episode_steps=50))
+        return cls
+
+    return register
+
+
+def paid(env, steps=2):
+    """Rewards [steps, 2] once copy 0 is solved, after one step before."""
+    start(env, [10, 12])
+    still = torch.zeros(2, 7)
+    rewards = [env.step(still).reward]
+    solve(env)
+    rewards += [env.step(still).reward for _ in range(steps)]
+    return torch.stack(rewards)
+
+
+def test_a_task_without_a_reward_is_paid_its_success(task):
+    task(REWARD=["none"])
+    mine, sparse = make("Mine-v1", reward="none", end_on_success=False), make(reward="sparse", end_on_success=False)
+    assert paid(mine).tolist() == paid(sparse).tolist() == [[0, 0], [1, 0], [1, 0]]
+    assert mine.manifest()["reward"] == "none"
+    mine.close()
+    sparse.close()
+
+
+def test_of_pictures_that_come_with_segmentation_only_the_colours_are_kept(task):
+    """And where nobody looks the reward of a task without one is paid as well."""
+    task(REWARD=["none"], OBS=["rgb+segmentation"])
+    mine = make("Mine-v1", reward="none", observation="rgb", pixels=32, film=32)
+    plain = make(observation="rgb", pixels=32, film=32)
+    seen, wanted = start(mine, [10, 12]), start(plain, [10, 12])
+    assert seen.keys() == wanted.keys() == {"state", "base_camera"}
+    assert all(torch.equal(seen[name], wanted[name]) for name in wanted) and seen["base_camera"].float().std() > 5
+    assert paid(mine, steps=1).tolist() == [[0, 0], [1, 0]]
+    mine.close()
+    plain.close()
+
+
+def test_what_a_task_does_not_offer_is_told_with_what_a_recipe_can_ask_for(task):
+    task(REWARD=["none"], OBS=["none", "state_dict", "rgb+segmentation"])
+    with pytest.raises(CapabilityError, match=r"'Mine-v1' does not take reward normalized_dense: set env.reward to one of \['none'\]$"):
+        make("Mine-v1")
+    with pytest.raises(CapabilityError, match=r"does not take observation rgbd: set env.observation to one of \['rgb'\]$"):
+        make("Mine-v1", reward="none", observation="rgbd")
+    task(OBS=["pointcloud"])
+    with pytest.raises(CapabilityError, match=r"offers only \['pointcloud'\], which env.observation cannot say, so this task does"):
+        make("Mine-v1")
+    task(REWARD=["mine"])
+    with pytest.raises(CapabilityError, match=r"offers only \['mine'\], which env.reward cannot say"):
+        make("Mine-v1")
+    with pytest.raises(CapabilityError, match=r"take reward none: set env.reward to one of \['normalized_dense', 'dense', 'sparse'\]"):
+        make(reward="none")
+
+
+def test_no_task_sends_a_recipe_in_a_circle():
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    followed = set()
+    for name in REGISTERED_ENVS:
+        settings = {}
+        while True:
+            try:
+                check_task(Config(task=name, **settings), CPU)
+            except CapabilityError as error:
+                refused = str(error)
+                if advice := re.search(r"set env\.(\w+) to one of \['(\w+)'", refused):
+                    assert advice[1] not in settings, refused
+                    settings[advice[1]] = advice[2]
+                    followed.add(advice[2])
+                    continue
+                assert "needs the assets" in refused
+            break
+    assert followed == {"sparse", "none", "rgb"}
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "told"),
+    [
+        (FileNotFoundError("[Errno 2] apt_5.json"), CapabilityError, r"apt_5.json; where that is an asset, `python -m mani_skill"),
+        (ImportError("svgpathtools not installed"), MissingExtraError, "cannot be made: svgpathtools not installed$"),
+    ],
+)
+def test_what_a_task_lacks_when_it_is_built_is_one_sentence(task, monkeypatch, found, error, told):
+    def load(self, options):
+        raise found
+
+    monkeypatch.setattr(task(), "_load_scene", load)
+    with pytest.raises(error, match=told):
+        make("Mine-v1")
+
+
+def test_a_group_of_assets_is_told_by_its_name(tmp_path, monkeypatch):
+    from mani_skill.utils.assets import DATA_GROUPS, DATA_SOURCES, DataSource
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    for name in ("can/1", "can/2"):
+        monkeypatch.setitem(DATA_SOURCES, name, DataSource("objects", target_path=name, output_dir=tmp_path))
+    monkeypatch.setitem(DATA_GROUPS, "cans", ["can/1", "can/2"])
+    monkeypatch.setattr(REGISTERED_ENVS["PushCube-v1"], "asset_download_ids", ["cans"])
+    (tmp_path / "can" / "1").mkdir(parents=True)
+    with pytest.raises(CapabilityError, match=r"needs the assets cans, which are not under .*download_asset cans`"):
+        make()
+    (tmp_path / "can" / "2").mkdir()
+    check_task(Config(task="PushCube-v1"), CPU)
+    assert manifest_of(Config(task="PushCube-v1"), CPU, 2)["assets"].keys() == {"can/1", "can/2"}
+
+
+@pytest.mark.parametrize("name", ["TwoRobotPickCube-v1", "TwoRobotStackCube-v1"])
+def test_tasks_of_several_robots_are_refused(name):
+    with pytest.raises(CapabilityError, match="its action is Dict.* only a Box of floats or a Discrete is understood"):
+        make(name, copies=1)
+
+
+def test_a_robot_whose_assets_are_not_on_the_disk_is_told_and_nobody_is_asked(tmp_path, monkeypatch):
+    from mani_skill import ASSET_DIR
+    from mani_skill.agents.robots import ANYmalC
+    from mani_skill.utils import download_asset
+
+    ask = download_asset.prompt_yes_no
+    monkeypatch.setattr(ANYmalC, "urdf_path", str(tmp_path / "anymal.urdf"))
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(CapabilityError) as refused:
+        make("AnymalC-Reach-v1", copies=1, control="pd_joint_delta_pos")
+    assert str(refused.value) == (
+        f"env maniskill: 'AnymalC-Reach-v1': its robot anymal_c needs the assets anymal_c, which are not under {ASSET_DIR}: run "
+        "`python -m mani_skill.utils.download_asset anymal_c` where the internet can be reached, or set MS_ASSET_DIR"
+    )
+    assert download_asset.prompt_yes_no is ask
 
 
 @pytest.fixture(scope="module", params=["PickCube-v1", "PushCube-v1"])
