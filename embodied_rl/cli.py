@@ -110,6 +110,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     target = "a run folder, one of its checkpoints, or a stored evaluation (evaluation.json), which is not made again"
     parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help=target)
     parser.add_argument("other", metavar="OTHER", nargs="?", help="a second one, evaluated on the same starts")
+    elsewhere = "settings of the env to evaluate in, where it is not the run's own, as in env.max_steps=50"
+    parser.add_argument("overrides", metavar="env.a=b", nargs="*", default=[], help=elsewhere)
     parser.add_argument("--episodes", type=_count, help="number of episodes (default: the recipe's evaluate.episodes)")
     parser.add_argument("--copies", type=_count, help="copies of the env (default: the recipe's evaluate.copies)")
     parser.add_argument("--sampled", action="store_true", help="sample as in training instead of taking the mode")
@@ -196,9 +198,11 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    targets = [args.target] if args.other is None else [args.target, args.other]
+    more = [text for text in (args.other, *args.overrides) if text is not None]
+    settings = [text for text in more if "=" in text and not os.path.exists(text)]
+    targets = [args.target, *(text for text in more if text not in settings)]
     stored = [target for target in targets if target.endswith(".json")]
-    _check_evaluate(args, targets, stored)
+    _check_evaluate(args, targets, stored, settings)
     from embodied_rl import checkpoint
     from embodied_rl.compare import evaluate_targets, print_targets
     from embodied_rl.stored import check_out, store, stored_results
@@ -213,17 +217,28 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_out(out, checkpoints[0])
     greedy = False if args.sampled else None
     given = {"episodes": args.episodes, "copies": args.copies, "greedy": greedy, "device": args.device}
-    results = evaluate_targets(checkpoints, **given)
+    results = evaluate_targets(checkpoints, **given, overrides=settings)
     try:
-        print_targets(targets, results, _console(), anyway=args.compare_anyway)
+        titles = [" ".join([target, *settings]) for target in targets]
+        print_targets(titles, results, _console(), anyway=args.compare_anyway)
     finally:  # what was measured is kept, also where the two cannot be compared
         for path, suites in zip(checkpoints, results, strict=True):
             for file in store(suites, path, out):
                 print(f"stored: {file}")
 
 
-def _check_evaluate(args: argparse.Namespace, targets: Sequence[str], stored: Sequence[str]) -> None:
+def _check_evaluate(
+    args: argparse.Namespace, targets: Sequence[str], stored: Sequence[str], settings: Sequence[str]
+) -> None:
     """Refuse options of `evaluate` that could do nothing."""
+    if len(targets) > 2:
+        raise CapabilityError(f"evaluate takes one or two runs, got {len(targets)} ({', '.join(targets)})")
+    other = next((text for text in settings if not text.startswith("env.")), None)
+    if other is not None:
+        raise CapabilityError(
+            f"evaluate changes settings of env alone, as in env.max_steps=50, got '{other}'; how much is played, and "
+            "where, say its options"
+        )
     if args.compare_anyway and len(targets) < 2:
         raise CapabilityError("--compare-anyway compares two results, and one was given: name a second one")
     if stored and len(stored) < len(targets):
@@ -237,6 +252,7 @@ def _check_evaluate(args: argparse.Namespace, targets: Sequence[str], stored: Se
             "folder"
         )
     idle = [f"--{name}" for name in ("episodes", "copies", "sampled", "device", "out") if getattr(args, name)]
+    idle += settings
     if stored and idle:
         raise CapabilityError(f"{', '.join(idle)} does nothing to {stored[0]}, which has been made: remove it")
 
@@ -352,6 +368,7 @@ COMMANDS: dict[str, tuple[Fill, Run, str, tuple[str, ...]]] = {
             "runs/tabletop_demo",
             "runs/a runs/b --episodes 1000         paired comparison (McNemar)",
             "runs/a/checkpoints/update_000040 --sampled --out sampled.json",
+            "runs/a env.max_steps=50               in an env with another setting than it was trained in",
             "runs/a/evaluation.json runs/b/evaluation.json   compare what was measured before",
         ),
     ),

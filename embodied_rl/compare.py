@@ -15,14 +15,15 @@ from rich.text import Text
 from torch import Tensor
 
 from embodied_rl import checkpoint, host, manifest
+from embodied_rl.config import load_recipe
 from embodied_rl.conformance import Side, conform
 from embodied_rl.errors import CapabilityError
 from embodied_rl.recipe import HELDOUT, Recipe
 from embodied_rl.results import EvaluationResult
-from embodied_rl.runfolder import Difference, SuiteResult
+from embodied_rl.runfolder import Difference, Result, SuiteResult
 from embodied_rl.saved import load_weights, stored_policy
 from embodied_rl.session import build_env, build_policy, choose_device
-from embodied_rl.stats import Interval, bootstrap, mcnemar, paired_difference, wilson
+from embodied_rl.stats import Interval, bootstrap, independent_difference, mcnemar, paired_difference, wilson
 from embodied_rl.stored import run_of
 from embodied_rl.suites import suites_of
 from embodied_rl.types import Env, Policy
@@ -194,7 +195,12 @@ class Loaded:
 
 
 def load_policy(
-    target: str | Path, *, env: Env | None = None, copies: int | None = None, device: str | None = None
+    target: str | Path,
+    *,
+    env: Env | None = None,
+    copies: int | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Loaded:
     """Load a trained policy with an env to evaluate it in.
 
@@ -203,6 +209,7 @@ def load_policy(
         env: Use this env, on whose device the policy is then put; None builds the recipe's own.
         copies: Copies of the env to build; None takes the recipe's evaluate.copies.
         device: As in a recipe; None takes the recipe's.
+        overrides: Settings of its recipe to change, for example env.max_steps=50.
 
     Returns:
         loaded: Policy, env, recipe and the checkpoint that was read.
@@ -210,10 +217,13 @@ def load_policy(
     Raises:
         NotFoundError: There is no run or checkpoint, or it lies outside a run folder.
         CheckpointError: It is damaged, or holds the weights of another policy.
+        ConfigError: The overrides do not fit its recipe.
         CapabilityError: The env means something else by the numbers of an action than the one it was trained in.
     """
     path = checkpoint.resolve(Path(target))
-    recipe = run_of(path)[1]
+    folder, recipe = run_of(path)
+    if overrides:
+        recipe = load_recipe(folder, overrides).recipe
     host.prepare(recipe.threads)
     weights, then = stored_policy(path)
     own = env is None
@@ -239,6 +249,7 @@ def evaluate_targets(
     copies: int | None = None,
     greedy: bool | None = None,
     device: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> list[dict[str, EvaluationResult]]:
     """Evaluate runs or checkpoints on the same held-out starts, all in the env and the suites of the first.
 
@@ -248,6 +259,7 @@ def evaluate_targets(
         copies: None takes the first recipe's evaluate.copies.
         greedy: None takes the first recipe's evaluate.greedy.
         device: None takes the first recipe's device.
+        overrides: Settings of the first recipe to change, for example env.max_steps=50.
 
     Returns:
         results: One per target: suite -> evaluation.
@@ -255,7 +267,7 @@ def evaluate_targets(
     Raises:
         UserError: See `load_policy` and `evaluate`.
     """
-    first = load_policy(targets[0], copies=copies, device=device)
+    first = load_policy(targets[0], copies=copies, device=device, overrides=overrides)
     suites = suites_of(first.recipe, copies=copies)
     suites[0].env = first.env
     results: list[dict[str, EvaluationResult]] = [{} for _ in targets]
@@ -281,7 +293,9 @@ def print_targets(
     *,
     anyway: bool = False,
 ) -> None:
-    """Print what `evaluate_targets` found: each evaluation, each suite beside `heldout`, and two targets in pairs.
+    """Print what `evaluate_targets` found: each evaluation, each suite beside `heldout`, and how two targets differ.
+
+    They are compared in pairs, or where the env cannot repeat a start as independent samples.
 
     Args:
         targets: One or two names.
@@ -302,9 +316,12 @@ def print_targets(
             of = "" if suite == HELDOUT else f", {suite}"
             names = (f"{targets[0]}{of}", f"{targets[1]}{of}")
             a, b = results[0][suite], results[1][suite]
-            comparison = compare(a, b)
+            comparison = compare(a, b) if a.seedable and b.seedable else None
             remark = manifest.compare(a.manifest, b.manifest, names, anyway=anyway)
-            print_comparison(comparison, names, console)
+            if comparison is None:
+                print_apart(a, b, names, console)
+            else:
+                print_comparison(comparison, names, console)
             if remark:
                 (console or Console()).print(f"note: {remark}", markup=False, soft_wrap=True)
 
@@ -368,6 +385,52 @@ def print_comparison(comparison: PairedComparison, names: tuple[str, str], conso
         table.add_row(Text(task), *cells, style="bold" if task == "all" else None)
     out.print(table)
     out.print(f"{verdict(comparison.overall)}; {returns}", markup=False, soft_wrap=True)
+
+
+def print_apart(
+    a: EvaluationResult, b: EvaluationResult, names: tuple[str, str], console: Console | None = None
+) -> None:
+    """Print how far two evaluations are apart that have no starts in common, because their env cannot repeat one.
+
+    Args:
+        a: Of the first policy.
+        b: Of the second.
+        names: Of the two.
+        console: Where to print; standard output when None.
+
+    Raises:
+        CapabilityError: They are of different tasks.
+    """
+    if a.tasks != b.tasks:
+        raise CapabilityError(
+            f"the two evaluations are of different tasks ({', '.join(a.tasks)}; {', '.join(b.tasks)}); evaluate both "
+            "with the same env"
+        )
+    out = console or Console()
+    table = Table(
+        title=Text(f"A = {names[0]}, B = {names[1]}, on starts of their own (this env cannot repeat one)"),
+        title_justify="left",
+    )
+    table.add_column("task")
+    for column in ("A", "B", "A - B", "95 % interval", "episodes of A", "of B"):
+        table.add_column(column, justify="right")
+    suites = [r.to_dict() for r in (a, b)]
+    x, y = ({**suite["tasks"], "all": suite["overall"]} for suite in suites)
+    for task in [name for name in x if name in y and "success_once" in x[name] and "success_once" in y[name]]:
+        of_a, of_b = _rate_of(x[task]), _rate_of(y[task])
+        d = independent_difference(of_a, of_b)
+        cells = (f"{of_a.value:.3f}", f"{of_b.value:.3f}", f"{d.value:+.3f}", f"{d.low:+.3f} to {d.high:+.3f}")
+        counts = (str(x[task]["episodes"]), str(y[task]["episodes"]))
+        table.add_row(Text(task), *cells, *counts, style="bold" if task == "all" else None)
+    if table.rows:
+        out.print(table)
+    r = independent_difference(*(bootstrap(e.returns[e.valid].numpy()) for e in (a, b)))
+    out.print(f"mean difference of returns {r.value:+.3f} [{r.low:+.3f}, {r.high:+.3f}]", markup=False, soft_wrap=True)
+
+
+def _rate_of(result: Result) -> Interval:
+    rate = result["success_once"]
+    return Interval(rate["rate"], rate["low95"], rate["high95"])
 
 
 def verdict(paired: Paired) -> str:

@@ -12,7 +12,9 @@ envpool seeds its copies once, when they are made, and cannot save their state: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib.metadata
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from embodied_rl.envs.envpool.metaworld import sentence_of
 from embodied_rl.envs.envpool.pool import EnvpoolEnv
 from embodied_rl.envs.envpool.several import EnvpoolTasks
 from embodied_rl.errors import CapabilityError, ConfigError, NotFoundError, nearest
+from embodied_rl.manifest import frame
 from embodied_rl.runfolder import installed
 from embodied_rl.section import Section
 from embodied_rl.types import Split
@@ -77,16 +80,31 @@ def build(config: Config, *, num_envs: int, device: torch.device, split: Split, 
     layouts = [_layout(config, id) for id in ids]
 
     def make(layout: Layout, copies: int, first: int) -> Any:
-        size = {"num_envs": copies, "num_threads": config.threads, "seed": (seed + first) % 2**31}
-        return _refused(_where(layout.id), envpool.make_gymnasium, layout.id, _settings(config) | size)
+        return _pool(config, layout.id, copies, config.threads, (seed + first) % 2**31)
 
-    told = {"ids": list(ids), "settings": _settings(config), "packages": installed(["envpool"])}
     if len(layouts) == 1:
         env: EnvpoolEnv | EnvpoolTasks = EnvpoolEnv(layouts[0], make(layouts[0], num_envs, 0), device)
     else:
         env = EnvpoolTasks(_agreed(layouts), make, num_envs, device)
-    env.told = told
+    env.told = functools.cache(functools.partial(_manifest, config, layouts))
     return env
+
+
+def _manifest(config: Config, layouts: Sequence[Layout]) -> dict[str, Any]:
+    """What results depend on.
+
+    No episode can be started again, so what each id shows is told of one more pool: it is seeded when it is made, and
+    its first observation is the same wherever the simulator and its assets are.
+    """
+    frames, one, zero = {}, torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
+    for layout in layouts:
+        env = EnvpoolEnv(layout, _pool(config, layout.id, copies=1, threads=1, seed=0), zero.device)
+        frames[layout.id] = frame(env.reset(one, zero, zero), 0, seed=0)
+        env.close()
+    # The assets are distributions of their own, with versions of their own.
+    names = {found.name for found in importlib.metadata.distributions() if str(found.name).startswith("envpool")}
+    packages = installed(sorted(names))
+    return {"ids": list(frames), "settings": _settings(config), "packages": packages, "frames": frames}
 
 
 def _where(id: str) -> str:
@@ -108,6 +126,11 @@ def _ids(config: Config) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _pool(config: Config, id: str, copies: int, threads: int, seed: int) -> Any:
+    size = {"num_envs": copies, "num_threads": threads, "seed": seed}
+    return _refused(_where(id), envpool.make_gymnasium, id, _settings(config) | size)
+
+
 def _settings(config: Config) -> dict[str, Any]:
     limit = {} if config.max_steps is None else {"max_episode_steps": config.max_steps}
     return dict(config.kwargs) | limit
@@ -120,7 +143,8 @@ def _layout(config: Config, id: str) -> Layout:
         if key not in allowed:
             raise ConfigError(f"{where} has no setting '{key}' in kwargs{nearest(key, allowed)}")
     spec = _refused(where, envpool.make_spec, id, _settings(config))
-    return layout_of(spec, id, config.instructions.get(id) or sentence_of(id), config.reward_terms, where)
+    sentence = config.instructions[id] if id in config.instructions else sentence_of(id)
+    return layout_of(spec, id, sentence, config.reward_terms, where)
 
 
 def _refused(where: str, make: Callable[..., Any], id: str, settings: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class Pooled:
         self.where, self.device, self._b = where, device, num_envs
         self._on_cpu = device.type == "cpu"
         self.spec = spec_of(layouts, num_envs)
-        self.told: dict[str, Any] = {}
+        self.told: Callable[[], dict[str, Any]] = dict
         self._terms = tuple(layouts[0].terms)
         self._seen: dict[str, Array] = {}
         """What all copies saw last, without the instruction; no array is written to once it was handed out."""
@@ -66,8 +66,8 @@ class Pooled:
         raise no_camera(self.where, camera)
 
     def manifest(self) -> dict[str, Any]:
-        """What results depend on."""
-        return self.told
+        """What results depend on, with what each id shows first in a pool of seed 0."""
+        return self.told()
 
     # ---- inside -------------------------------------------------------------------------------------------------
 

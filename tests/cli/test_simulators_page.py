@@ -50,6 +50,9 @@ def test_the_libero_section_loads():
     settings = [part.strip().replace(": ", "=", 1) for part in re.split(r", (?=\w+: )", env) if not part.startswith("type")]
     config = load_component("env", "libero", settings)
     assert config.tasks == ("libero_spatial", "libero_goal/put_the_bowl_on_the_plate") and config.protocol == "openvla-oft"
+    # tests/sim/test_libero.py plays it.
+    (elsewhere,) = re.findall(r"^embodied-rl evaluate runs/a env\.(\S+) --episodes 500", PAGE, re.MULTILINE)
+    assert load_component("env", "libero", [elsewhere]).departures() == ""
 
 
 def test_every_protocol_is_named():

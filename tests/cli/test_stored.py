@@ -43,6 +43,38 @@ def test_out_names_the_file_and_two_runs_are_stored_in_their_own_folders(own_run
     assert stored_by(capsys) == [run / "evaluations" / "update_000003.json" for run in (own_run, other)]
 
 
+def test_settings_of_env_are_those_of_the_env_that_is_evaluated_in(own_run, tmp_path, capsys):
+    files = []
+    for order in (["env.max_steps=3", "--episodes", "8"], ["--episodes", "8", "env.max_steps=3"]):
+        assert main(["evaluate", str(own_run), *order]) == 0
+        shown = capsys.readouterr().out
+        assert "env.max_steps=3: 8 held-out episodes" in unwrapped(shown)
+        files.append(Path(shown.splitlines()[-1].removeprefix("stored: ")))
+    kept = [json.loads(file.read_text()) for file in files]
+    assert kept[0] == kept[1] and kept[0]["manifest"]["env"]["max_steps"] == 3
+    assert {episode["length"] for episode in kept[0]["episodes"]} == {3}
+    assert main(["evaluate", str(own_run), str(own_run), "env.max_steps=3", "--episodes", "4"]) == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("stored: ")]) == 2
+    assert main(["evaluate", str(own_run / "evaluation.json"), str(files[0])]) == 2
+    assert "not made with the same simulator: max_steps is 10 in A and 3 in B" in capsys.readouterr().err
+    folder = Path(shutil.copytree(own_run, tmp_path / "a=b"))
+    assert main(["evaluate", str(own_run), str(folder), "--episodes", "2"]) == 0, "a folder may have such a name"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["RUN", "policy.hidden=[4]"], "evaluate changes settings of env alone, as in env.max_steps=50, got 'policy.hidden=[4]'"),
+        (["RUN", "env.max_stepz=3"], "command line: env.max_stepz=3: env.max_stepz: unknown key; did you mean 'max_steps'?"),
+        (["RUN", "RUN", "RUN"], "evaluate takes one or two runs, got 3 ("),
+        (["RUN/evaluation.json", "env.max_steps=3"], "env.max_steps=3 does nothing to "),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(own_run, arguments, complaint, capsys):
+    assert main(["evaluate", *(text.replace("RUN", str(own_run)) for text in arguments)]) == 2
+    assert complaint in capsys.readouterr().err
+
+
 def test_what_cannot_be_compared_is_stored_all_the_same(own_run, capsys, monkeypatch):
     def refuse(*_, **__):
         raise CapabilityError("different starts")

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from embodied_rl.stats import bootstrap, interquartile_mean, mcnemar, paired_difference, wilson
+from embodied_rl.stats import (
+    Interval,
+    bootstrap,
+    independent_difference,
+    interquartile_mean,
+    mcnemar,
+    paired_difference,
+    wilson,
+)
 
 
 def test_wilson_by_hand():
@@ -77,6 +85,27 @@ def test_the_paired_interval_covers_the_truth_about_as_often_as_it_says():
     tables = rng.multinomial(80, probabilities, size=1000)
     hits = [(i := paired_difference(*map(int, t))).low <= 0.1 <= i.high for t in tables]
     assert 0.93 <= np.mean(hits) <= 0.975
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "low", "high"),
+    [
+        # Newcombe (Statistics in Medicine 17, 1998), table II, method 10.
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+    ],
+)
+def test_the_difference_of_independent_rates_equals_published_intervals(a, b, low, high):
+    got = independent_difference(wilson(*a), wilson(*b))
+    assert got.value == pytest.approx(a[0] / a[1] - b[0] / b[1])
+    assert (round(got.low, 4), round(got.high, 4)) == (low, high)
+    back = independent_difference(wilson(*b), wilson(*a))
+    assert (back.value, back.low, back.high) == (-got.value, -got.high, -got.low)
+
+
+def test_the_difference_of_independent_means_has_the_ends_of_both_by_hand():
+    assert independent_difference(Interval(5, 2, 6), Interval(1, 0, 5)) == Interval(4, -1, 4 + math.sqrt(2))
 
 
 def test_the_interquartile_mean_by_hand_and_by_scipy():

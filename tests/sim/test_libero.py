@@ -1,7 +1,9 @@
 """LIBERO for real, in the environment that `embodied-rl sim install libero` makes; needs EGL and LIBERO_ASSETS."""
 
+import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +16,11 @@ import torch
 
 from embodied_rl import registry, sims
 from embodied_rl.check import check_env
+from embodied_rl.cli import main
+from embodied_rl.config import build_recipe
 from embodied_rl.envs._words import word_id
 from embodied_rl.errors import SimulatorError
+from embodied_rl.train import run as train
 from tests.kit import CPU
 
 pytestmark = [
@@ -203,8 +208,6 @@ print(copy.step(np.zeros(7, np.float32))[1:])
 copy.scene.env.sim.data.set_joint_qpos("wooden_cabinet_1_middle_level", -0.16)
 print(copy.step(np.zeros(7, np.float32))[1:])
 """
-    import json
-
     protocol = LIBERO.Config(change=LIBERO.Changes(**SMALL)).in_force()
     settings = {"protocol": protocol, "states": "published", "tasks": [DRAWER], "assets": os.environ["LIBERO_ASSETS"]}
     said = run(python, code, json.dumps(settings)).splitlines()
@@ -225,6 +228,50 @@ for name in names:
 print(len(names), sum(len(module.language(name).split()) > module.WORDS for name in names))
 """
     assert run(python, code).split() == ["130", "0"]
+
+
+# ---- a policy from its first update to the published evaluation ----------------------------------------------------
+
+RECIPE = {
+    "name": "looks",
+    "env": {"type": "libero", "tasks": [BOWL, NEXT], "protocol": "openpi", "change": SMALL, "max_steps": 6, "workers": 1},
+    "policy": {
+        "type": "tiny_vla_tokens", "bins": 5, "width": 16, "heads": 2, "layers": 1, "channels": 8, "glances": 2, "chunk": 3,
+        "foresight": 0,
+    },
+    "algorithm": {"type": "ppo", "update": {"epochs": 1, "minibatches": 1}},
+    "collect": {"copies": 2, "decisions": 2},
+    "train": {"env_steps": 24},
+    "evaluate": {"episodes": 2, "copies": 2, "videos": 0},
+    "log": {"tensorboard": False, "progress": False},
+}  # fmt: skip
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "simulators.md"
+
+
+def test_a_policy_is_trained_and_evaluated_and_then_as_published(python, tmp_path):
+    finished = train(build_recipe(RECIPE), folder=tmp_path / "looks")
+    rows = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["progress/env_steps"] for row in rows] == [12, 24] and finished.reason == "finished"
+    own = finished.result
+    assert own.length.tolist() == [6, 6] and own.tasks == (BOWL, NEXT) and own.valid.all()
+    told, frames = own.manifest["env"], own.manifest["frames"]
+    assert told["protocol"]["name"] == "openpi" and told["states"] == "heldout"
+    assert told["protocol"]["departures"].startswith("env.states: heldout, env.change.render: 64")
+    assert told["packages"]["mujoco"] == "3.3.2" and told["packages"]["robosuite"] == "1.4.0"
+    assert re.fullmatch("[0-9a-f]{64}", told["assets"])
+    assert set(frames) == {BOWL, NEXT} and frames[BOWL].keys() == {"seed", "agentview", "wrist", "proprio", "instruction"}
+
+    (line,) = re.findall(r"^embodied-rl (evaluate runs/a .*)$", PAGE.read_text().split("## LIBERO")[1], re.MULTILINE)
+    command = line.replace("runs/a", str(finished.folder)).replace("--episodes 500 --copies 10", "--episodes 2 --copies 2")
+    assert command != line and main(command.split()) == 0
+    (file,) = (finished.folder / "evaluations").iterdir()
+    stored = json.loads(file.read_text())
+    assert [episode["task"] for episode in stored["episodes"]] == [f"{BOWL}#00", f"{NEXT}#00"]
+    published, frames_then = stored["manifest"]["env"], stored["manifest"]["frames"]
+    assert published["states"] == "each" and published["assets"] == told["assets"]
+    assert published["protocol"]["departures"] == "env.change.render: 64, env.change.picture: 64, env.max_steps: 6"
+    assert frames_then[f"{BOWL}#00"]["instruction"] == frames[BOWL]["instruction"]
+    assert frames_then[f"{BOWL}#00"]["proprio"] != frames[BOWL]["proprio"], "it starts where training may, the other does not"
 
 
 # ---- what can be missing ------------------------------------------------------------------------------------------

@@ -96,6 +96,18 @@ finish({{job["env"]: median(found[i], "steps_per_s") for i, job in enumerate(job
     assert ("the peer broke" in done.stderr) == ("broke" in (wrong or ""))
 
 
+@pytest.mark.parametrize("kind", ["isolated", "gymnasium_async"])
+def test_a_step_behind_a_process_is_measured_beside_one_in_this_process(monkeypatch, kind):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    spec = importlib.util.spec_from_file_location("bench_isolation", SCRIPTS / "bench_isolation.py")
+    isolation = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(isolation)
+    monkeypatch.setattr(isolation, "clock", lambda step, steps: ([step() for _ in range(steps)], (3e-6 * steps, 2e-6 * steps))[1])
+    monkeypatch.setattr(isolation, "direct", lambda job, steps: (1e-6, 1e-6))
+    job = {"kind": kind, "copies": 2, "workers": 1, "shape": [10], "dtype": "float32", "steps": 5}
+    assert isolation.measure(job) == {"overhead_us": pytest.approx(14), "quiet_us": pytest.approx(9)}
+
+
 @pytest.fixture
 def vla(monkeypatch):
     """scripts/bench_vla.py."""

@@ -213,6 +213,9 @@ def test_wrong_actions_are_refused_with_the_copies_named():
         ({"id": ("CartPole-v1", "Pendulum-v1"), "instructions": {"CartPole-v1": "balance", "Pendulum-v1": "swing"}}, CapabilityError, r"'CartPole-v1' shows state \[4\], instruction \[16\], takes 2 numbers, 'Pendulum-v1' state \[3\].*env.type: mixture"),
         ({"id": "CartPole-v1", "instructions": {"CartPole-v2": "balance"}}, ConfigError, "a sentence for 'CartPole-v2'; did you mean 'CartPole-v1'?"),
         ({"id": "CartPole-v1", "instructions": {"CartPole-v1": "on " * 17}}, CapabilityError, "has 17 words.*reads 1 to 16"),
+        ({"id": "CartPole-v1", "instructions": {"CartPole-v1": ""}}, CapabilityError, "instruction '' has no words, env envpool: 'CartPole-v1' reads 1 to 16"),
+        ({"id": "MetaWorld/Reach-v3", "instructions": {"MetaWorld/Reach-v3": ""}}, CapabilityError, "instruction '' has no words"),
+        ({"id": "CartPole-v1", "instructions": {"CartPole-v1": "?!"}}, CapabilityError, r"instruction '\?!' has no words"),
     ],
 )
 def test_what_cannot_be_made_is_told_in_a_sentence(settings, error, message):

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from embodied_rl.envs._words import encode_words
+from embodied_rl.manifest import frame
 from embodied_rl.offers import Speaking
 
 envpool = pytest.importorskip("envpool")
 from embodied_rl.envs.envpool import Config, build  # noqa: E402
+from embodied_rl.envs.envpool.metaworld import sentence_of  # noqa: E402
 
 CPU = torch.device("cpu")
 PLAYGROUND = (
@@ -77,6 +79,24 @@ def test_the_list_of_manipulation_tasks_is_that_of_the_installed_envpool():
 
 
 POLES = {"CartPole-v0": "balance for a while", "CartPole-v1": "balance for long"}
+
+
+def test_the_manifest_tells_the_assets_and_what_a_pool_of_seed_0_shows_of_every_task(make):
+    ids = ("MetaWorld/Reach-v3", "MetaWorld/DrawerClose-v3")
+    shown = {"partially_observable": False}
+    env = make(ids, 2, kwargs=shown)
+    begin(env, [0, 1])
+    told = env.manifest()
+    assert {"envpool", "envpool-assets", "envpool-assets-mujoco-large"} <= told["packages"].keys()
+    assert told["ids"] == list(ids) == list(told["frames"])
+    for id in ids:
+        pool = envpool.make_gymnasium(id, num_envs=1, num_threads=1, seed=0, **shown)
+        words = torch.tensor([encode_words(sentence_of(id), 16, "", "")])
+        obs = {"state": torch.from_numpy(pool.reset()[0]).float(), "instruction": words}
+        assert told["frames"][id] == frame(obs, 0, 0)
+    assert make(ids, 5, kwargs=shown, max_steps=9).manifest()["frames"] == told["frames"], "whatever is made of them"
+    alone = make("MetaWorld/Reach-v3", 3).manifest()["frames"]["MetaWorld/Reach-v3"]
+    assert alone["state"] != told["frames"]["MetaWorld/Reach-v3"]["state"], "its goal is hidden there"
 
 
 def test_instructions_are_the_sentences_of_the_running_episodes(make):
