@@ -141,6 +141,11 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def newest_update(folder: Path) -> int:
+    """Update of a run's newest checkpoint, which is not looked into; 0 when there is none."""
+    return max((_order(path)[0] for path in _checkpoints(folder)), default=0)
+
+
 def best(folder: Path) -> Path | None:
     """Intact checkpoint with the highest score (the newest of equals); None when none has a score."""
     scored = []

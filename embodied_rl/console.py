@@ -188,17 +188,20 @@ def key_numbers(row: Row, success: list[float], eval_update: int | None) -> list
 
 
 def stop_sentence(summary: Summary) -> str:
-    """Why a run ended, in words."""
-    reason = summary["stop_reason"]
+    """Why a run ended, in words, and where it would go on."""
+    reason, saved = summary["stop_reason"], summary.get("saved_update")
+    after = "" if saved is None else f" after update {saved}"
+    resume = "nothing was saved yet, so --resume begins anew" if saved == 0 else f"go on{after} with --resume"
+    weights = "nothing was saved yet" if saved == 0 else f"the last good checkpoint{after} is kept"
     sentences = {
         "finished": f"Trained for all of its {summary['env_steps']:,} control steps.",
         "target": "Ended early: an evaluation reached train.target_success.",
         "time": "Ended early: train.max_seconds was reached.",
-        "diverged": "Stopped: numbers were not finite; the last good checkpoint is kept.",
-        "simulator": "Stopped: its simulator failed again and again; the last checkpoint is kept, go on with --resume.",
-        "error": f"Stopped by an error; go on with --resume once it is mended: {summary.get('error')}",
-        "SIGINT": "Stopped by an interrupt; go on with --resume.",
-        "SIGTERM": "Stopped by a termination signal; go on with --resume.",
+        "diverged": f"Stopped: numbers were not finite; {weights}.",
+        "simulator": f"Stopped: its simulator failed again and again; {resume}.",
+        "error": f"Stopped by an error; {resume} once it is mended: {summary.get('error')}",
+        "SIGINT": f"Stopped by an interrupt; {resume}.",
+        "SIGTERM": f"Stopped by a termination signal; {resume}.",
     }
     return sentences.get(reason, f"Ended: {reason}.")
 

@@ -139,6 +139,9 @@ class Checkpoint(Section):
 
     every: int = Field(20, ge=1)
     """Updates between checkpoints; the last update always makes one."""
+    every_seconds: float | None = Field(300.0, gt=0)
+    """Seconds after the last checkpoint from which the next update makes one as well, so that a run that fails or is
+    killed loses little; null counts updates alone."""
     keep: int = Field(2, ge=1)
     """Latest checkpoints kept; the best one by evaluation is kept besides."""
 

@@ -123,6 +123,8 @@ class Summary(TypedDict):
     error: NotRequired[str]
     """What was told when an error ended the run; absent when none did."""
     updates: int
+    saved_update: NotRequired[int]
+    """That of the newest checkpoint, after which --resume goes on; 0 when there is none, absent in old summaries."""
     env_steps: int
     """Control steps over all copies."""
     decisions: NotRequired[int]

@@ -63,7 +63,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         second = self.signal is not None and number == signal.SIGINT
         if second:
-            text = "second interrupt: stopping at once; the last checkpoint is intact"
+            text = "second interrupt: stopping at once; what is saved is intact"
         elif self.at_once:
             text = "stopping; the training is saved"
         else:
@@ -106,6 +106,7 @@ def train(session: Learner, folder: RunFolder, writers: Writers, stop: StopReque
     """
     s, r, clock = session, session.recipe, Clock()
     started, wall_before = perf_counter(), s.wall_s
+    saved, patience = started, r.checkpoint.every_seconds
     reason = why_stop(s, stop)
     with closing(Suite(r)) as suite:
         while reason is None:
@@ -125,11 +126,13 @@ def train(session: Learner, folder: RunFolder, writers: Writers, stop: StopReque
             reason = why_stop(s, stop)
             # Nothing was learned since the last checkpoint while updates are skipped; it stays the last good one.
             due = s.score is not None or s.update % r.checkpoint.every == 0
+            due |= patience is not None and perf_counter() - saved >= patience
             if reason or (due and not s.bad_in_a_row):
                 with clock.phase("checkpoint"):
                     writers.flush()
                     keep = r.checkpoint.keep
                     checkpoint.save(folder.checkpoints, s.state_dict(), update=s.update, keep=keep, best_score=s.score)
+                saved = perf_counter()
     return reason
 
 
@@ -246,6 +249,7 @@ def _write_end(
 ) -> None:  # fmt: skip
     """Write the summary and the report."""
     summary = _summary(session, reason, summarize(results, _start_evaluations(folder, results)))
+    summary["saved_update"] = checkpoint.newest_update(folder.checkpoints)
     if error is not None:
         summary["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     folder.write_summary(summary)

@@ -143,13 +143,18 @@ class Simulator:
 """
 
 
-def test_a_run_whose_simulator_fails_again_and_again_is_told_and_not_lost(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("every", "saved", "told"),
+    [(1, 3, "go on after update 3 with --resume"), (2, 2, "go on after update 2"), (9, 0, "nothing was saved yet, so --resume begins anew")],
+)
+def test_a_run_whose_simulator_fails_again_and_again_is_told_and_not_lost(every, saved, told, tmp_path, capsys):
     (tmp_path / "falls.py").write_text(FALLS_OFF)
     steps, recipe, run = tmp_path / "steps", tmp_path / "run.yaml", tmp_path / "runs" / "falls"
     recipe.write_text(
         f"name: falls\nenv: {{type: isolated, simulator: {tmp_path}/falls.py, settings: {{steps: {steps}}}, workers: 1}}\n"
         "policy: {type: mlp, hidden: [8]}\nalgorithm: {type: ppo, update: {epochs: 1, minibatches: 1}}\n"
-        "collect: {copies: 2, decisions: 10}\ntrain: {env_steps: 80}\ncheckpoint: {every: 1}\nevaluate: {episodes: 0}\n"
+        "collect: {copies: 2, decisions: 10}\ntrain: {env_steps: 80}\nevaluate: {episodes: 0}\n"
+        f"checkpoint: {{every: {every}, every_seconds: null}}\n"
         f"log: {{tensorboard: false, progress: false, folder: {run.parent}}}\n"
     )
     assert main(["train", str(recipe)]) == 2
@@ -157,7 +162,8 @@ def test_a_run_whose_simulator_fails_again_and_again_is_told_and_not_lost(tmp_pa
     assert "11 workers were lost without one finished episode" in error and "ValueError: the arm fell off" in error
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["stop_reason"], summary["updates"], summary["finished"]) == ("simulator", 3, False), "the third lost a part of its episodes"
-    assert any((run / "checkpoints").iterdir())
+    assert summary["saved_update"] == saved and any((run / "checkpoints").iterdir()) == (saved > 0)
+    assert f"Stopped: its simulator failed again and again; {told}" in (run / "report.html").read_text()
 
 
 # ---- environments of simulators -------------------------------------------------------------------------------------

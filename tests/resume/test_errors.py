@@ -5,8 +5,9 @@ import json
 import pytest
 
 from embodied_rl.cli import main
-from embodied_rl.errors import RunFolderError
+from embodied_rl.errors import RunFolderError, SimulatorError
 from embodied_rl.runfolder import RunFolder
+from embodied_rl.session import Session
 from tests.resume import lab
 
 BREAKS = '''
@@ -69,7 +70,8 @@ def test_an_error_leaves_a_summary_and_a_report_of_a_run_that_goes_on(place, pol
     assert (told["finished"], told["stop_reason"], told["error"]) == (False, "error", "too many contacts; allow more")
     assert (told["updates"], list(told["evaluation"])) == (updates, known)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Stopped by an error; go on with --resume once it is mended: too many contacts; allow more" in page
+    resume = f"go on after update {updates} with --resume" if updates else "nothing was saved yet, so --resume begins anew"
+    assert f"Stopped by an error; {resume} once it is mended: too many contacts; allow more" in page
     (tmp_path / "trouble").unlink()
     assert main(["train", str(recipe), "--resume"]) == 0
     told = summary_of(tmp_path)
@@ -93,3 +95,49 @@ def test_what_cannot_be_written_does_not_hide_the_error(tmp_path, capsys, monkey
     monkeypatch.setattr(RunFolder, "write_summary", full)
     assert main(["train", str(broken(tmp_path, "train 15"))]) == 2
     assert capsys.readouterr().err.endswith("error: too many contacts; allow more\n")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock of the training loop by which every update takes 100 s, and an update that the simulator fails in."""
+    state, iterate = {"now": 0.0, "fails at": None}, Session.iterate
+
+    def iterate_slowly(self, clock):
+        state["now"] += 100
+        if self.update + 1 == state["fails at"]:
+            self.collector.collect()
+            raise SimulatorError("its simulator is gone")
+        return iterate(self, clock)
+
+    monkeypatch.setattr(Session, "iterate", iterate_slowly)
+    monkeypatch.setattr("embodied_rl.train.perf_counter", lambda: state["now"])
+    return state
+
+
+def saved(folder):
+    return sorted(int(p.name.removeprefix("update_")) for p in (folder / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        ({"every": 1000, "every_seconds": 250}, [3, 6, 9, 12, 13]),
+        ({"every": 1000, "every_seconds": None}, [13]),
+        ({"every": 5, "every_seconds": 250}, [3, 5, 8, 10, 13]),
+    ],
+)
+def test_a_checkpoint_is_due_after_so_many_updates_or_seconds(settings, updates, clock, tmp_path):
+    lab.go(lab.recipe("chunks", checkpoint={"keep": 9} | settings), tmp_path / "run")
+    assert saved(tmp_path) == updates
+
+
+def test_a_run_whose_simulator_fails_goes_on_bit_for_bit_from_a_checkpoint_that_time_made(clock, whole, tmp_path):
+    wanted, (rows, state) = lab.recipe("chunks", checkpoint={"every": 1000, "keep": 9}), whole("chunks")
+    clock["fails at"] = 6
+    with pytest.raises(SimulatorError):
+        lab.go(wanted, tmp_path / "run")
+    assert saved(tmp_path) == [3], "300 s, if nothing else is said"
+    clock["fails at"] = None
+    rest, end = lab.go(wanted, tmp_path / "run", resume=True)
+    assert rest == rows[3:] and lab.differing(end, state) == []
+    assert saved(tmp_path) == [3, 6, 9, 12, 13]

@@ -92,7 +92,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_the_checkpoint_intact(slow, 
     os.kill(process.pid, signal.SIGINT)
     process.join(240)
     assert process.exitcode == 130
-    assert "second interrupt: stopping at once; the last checkpoint is intact" in log.read_text()
+    assert "second interrupt: stopping at once; what is saved is intact" in log.read_text()
     assert lab.count_rows(path) == rows, "the update, which takes 2 s, was not finished"
     assert checkpoint.load(checkpoint.latest(path / "checkpoints"))["counters"]["env_steps"] == 80 * last_row(path)
 

@@ -11,6 +11,7 @@ import torch
 
 from embodied_rl import report, report_evaluation
 from embodied_rl.charts import CHARTS, Baseline, baselines, draw, save_curves, smooth
+from embodied_rl.console import stop_sentence
 from embodied_rl.errors import NotFoundError, RunFolderError
 from embodied_rl.report import write_report
 from embodied_rl.runfolder import open_run
@@ -300,6 +301,19 @@ def test_a_stopped_run_tells_why_and_a_skipped_evaluation_is_named(tmp_path, two
     page = page_of(make_run(tmp_path / "demo", updates=2, given=summary(finished=False, stop_reason="SIGINT", evaluation={})))
     assert "demo stopped" in page.text and "Stopped by an interrupt; go on with --resume." in page.text
     assert "There was no final evaluation." in page.text
+
+
+@pytest.mark.parametrize(
+    ("reason", "saved", "sentence"),
+    [
+        ("SIGTERM", 40, "Stopped by a termination signal; go on after update 40 with --resume."),
+        ("SIGINT", 0, "Stopped by an interrupt; nothing was saved yet, so --resume begins anew."),
+        ("diverged", 4, "Stopped: numbers were not finite; the last good checkpoint after update 4 is kept."),
+        ("diverged", 0, "Stopped: numbers were not finite; nothing was saved yet."),
+    ],
+)
+def test_how_a_run_goes_on_is_told_by_what_was_saved(reason, saved, sentence):
+    assert stop_sentence(summary(stop_reason=reason, saved_update=saved)) == sentence
 
 
 def test_the_summary_of_an_earlier_stop_is_not_shown_once_the_run_has_gone_on(tmp_path, two_panels):
