@@ -6,9 +6,9 @@ What differs is refused in one sentence, what nobody has said is no difference, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from embodied_rl.errors import CapabilityError, ConfigError
 from embodied_rl.spec import EnvSpec, TensorSpec
 
 log = logging.getLogger(__name__)
+Entry = TypeVar("Entry")
 
 
 @runtime_checkable
@@ -147,8 +148,8 @@ def conform(found: Side, wanted: Side, advice: str, *, despite: Sequence[Item] =
         report: What is the same, unknown or different all the same, one sentence each.
 
     Raises:
-        CapabilityError: They mean different things by a number or an id, an action or a vector has another size, or a
-            picture or a vector is not shown; says both sides.
+        CapabilityError: They mean different things by a number or an id, an action or a vector has another size, or
+            only one side shows a picture or a vector; says both sides.
         ConfigError: `despite` names what does not differ.
     """
     report = [*_actions(found, wanted, advice, despite), *_pictures(found, wanted, advice), *_words(found, wanted)]
@@ -199,20 +200,27 @@ def told(agreement: dict[Item, Agreement], a: tuple[str, Convention], b: tuple[s
 def _pictures(found: Side, wanted: Side, advice: str) -> list[str]:
     if found.pictures is None or wanted.pictures is None:
         return []
-    report = []
-    for name, size in found.pictures.items():
-        shown = wanted.pictures.get(name)
-        if shown is None:
-            known = ", ".join(wanted.pictures) or "none"
-            raise CapabilityError(
-                f"picture '{name}' of {found.where} is not shown by {wanted.where} ({known}); {advice}"
-            )
-        if shown != size:
-            report.append(
-                f"picture '{name}' has {size[0]} x {size[1]} pixels in {found.where}, {shown[0]} x {shown[1]} in "
-                f"{wanted.where}"
-            )
-    return report
+    return [
+        f"picture '{name}' has {a[0]} x {a[1]} pixels in {found.where}, {b[0]} x {b[1]} in {wanted.where}"
+        for name, a, b in _of_both("picture", (found, found.pictures), (wanted, wanted.pictures), advice)
+        if a != b
+    ]
+
+
+def _of_both(
+    kind: str, found: tuple[Side, Mapping[str, Entry]], wanted: tuple[Side, Mapping[str, Entry]], advice: str
+) -> Iterator[tuple[str, Entry, Entry]]:
+    """Each entry with what the two sides say of it.
+
+    Raises:
+        CapabilityError: Only one side has it: a policy would read more, or less, than it has learned from.
+    """
+    for name in {**found[1], **wanted[1]}:
+        if name not in found[1] or name not in wanted[1]:
+            (has, _), (lacks, others) = (found, wanted) if name in found[1] else (wanted, found)
+            known = ", ".join(others) or "none"
+            raise CapabilityError(f"{kind} '{name}' of {has.where} is not one of {lacks.where} ({known}); {advice}")
+        yield name, found[1][name], wanted[1][name]
 
 
 def _words(found: Side, wanted: Side) -> list[str]:
@@ -233,12 +241,7 @@ def _vectors(found: Side, wanted: Side, advice: str) -> list[str]:
     if found.vectors is None or wanted.vectors is None:
         return []
     report, same = [], []
-    for name in {**found.vectors, **wanted.vectors}:
-        a, b = found.vectors.get(name), wanted.vectors.get(name)
-        if a is None or b is None:
-            has, lacks = (wanted, found) if a is None else (found, wanted)
-            known = ", ".join(lacks.vectors or ()) or "none"
-            raise CapabilityError(f"vector '{name}' of {has.where} is not one of {lacks.where} ({known}); {advice}")
+    for name, a, b in _of_both("vector", (found, found.vectors), (wanted, wanted.vectors), advice):
         if a[0] != b[0]:
             raise CapabilityError(
                 f"vector '{name}' has {a[0]} numbers in {found.where} and {b[0]} in {wanted.where}; {advice}"

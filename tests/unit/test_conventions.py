@@ -213,11 +213,13 @@ def test_a_difference_is_one_sentence_and_what_is_unknown_is_told():
     assert conform(Side.of("a", tokens), Side.of("b", tokens), "") == ("vectors of a and b are the same: x (1)",)
 
 
-def test_a_picture_that_is_missing_is_refused_and_one_of_another_size_is_told():
+def test_a_picture_that_one_side_lacks_is_refused_and_one_of_another_size_is_told():
     a = Side.of("checkpoint a", spec(said(), {"front": 64, "wrist": 32}))
-    with pytest.raises(CapabilityError, match=r"picture 'wrist' of checkpoint a is not shown by the env \(front\); do this"):
+    with pytest.raises(CapabilityError, match=r"picture 'wrist' of checkpoint a is not one of the env \(front\); do this"):
         conform(a, Side.of("the env", spec(said(), {"front": 64})), "do this")
-    report = conform(a, Side.of("the env", spec(said(), {"front": 128, "wrist": 32, "more": 8}, hz=10.0)), "")
+    with pytest.raises(CapabilityError, match=r"picture 'more' of the env is not one of checkpoint a \(front, wrist\); do this"):
+        conform(a, Side.of("the env", spec(said(), {"front": 64, "wrist": 32, "more": 8})), "do this")
+    report = conform(a, Side.of("the env", spec(said(), {"front": 128, "wrist": 32}, hz=10.0)), "")
     assert (report[1], report[-1]) == (
         "picture 'front' has 64 x 64 pixels in checkpoint a, 128 x 128 in the env",
         "checkpoint a has 20 control steps per second, the env 10",
