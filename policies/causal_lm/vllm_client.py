@@ -108,8 +108,8 @@ class VllmGenerator:
         program = [str(Path(self.config.python).expanduser()), str(Path(__file__).with_name("vllm_worker.py"))]
         with (Path(self._folder.name) / "log").open("w") as log:
             try:
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-                self.process = subprocess.Popen(program, text=True, **pipes)
+                pipe = subprocess.PIPE
+                self.process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=log, text=True)
             except OSError as error:
                 raise CapabilityError(
                     f"{where} cannot be run ({error.strerror}); give the interpreter of an environment that has vLLM"

@@ -16,6 +16,7 @@ from embodied_rl.compare import (
     load_policy,
     print_comparison,
     print_evaluation,
+    print_targets,
     summarize,
     verdict,
 )
@@ -116,6 +117,31 @@ def test_evaluations_on_other_starts_are_not_compared(change):
 def test_evaluations_in_an_env_that_ignores_seeds_are_not_compared():
     with pytest.raises(CapabilityError, match="cannot be compared in pairs"):
         compare(result([1, 0]), result([1, 0], seedable=False))
+
+
+def test_evaluations_in_an_env_that_ignores_seeds_are_compared_as_independent_samples():
+    def told(*results, anyway=False):
+        suites = [{"heldout": r} for r in results]
+        return text_of(lambda console: print_targets(["runs/a", "runs/b"], suites, console, anyway=anyway))
+
+    manifests = [{"engine": {}, "starts": {}, "env": {"packages": {"envpool": v}}, "frames": {}} for v in ("1", "2")]
+    good = [1] * 56 + [0] * 14
+    poor = [1] * 48 + [0] * 32
+    a, b = (result(s, returns=s, seedable=False, manifest=manifests[0]) for s in (good, poor))
+    shown = told(a, b)
+    assert "on starts of their own (this env cannot repeat one)" in shown
+    row = next(line for line in shown.splitlines() if "all" in line and "to" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["all", "0.800", "0.600", "+0.200", "+0.052 to +0.334", "70", "80"]
+    assert "mean difference of returns +0.200 [+0.0" in shown and "McNemar" not in shown
+    other = dataclasses.replace(b, manifest=manifests[1])
+    with pytest.raises(CapabilityError, match="not made with the same simulator: packages.envpool is 1 in A and 2 in B"):
+        told(a, other)
+    assert "note: A = runs/a and B = runs/b were not made with the same simulator" in told(a, other, anyway=True)
+    with pytest.raises(CapabilityError, match=r"are of different tasks \(x, y; x, z\)"):
+        told(a, dataclasses.replace(b, tasks=("x", "z")))
+    blind = [dataclasses.replace(r, success_once=None, success_at_end=None) for r in (a, b)]
+    shown = told(*blind)
+    assert "mean difference of returns +0.200" in shown and "A - B" not in shown
 
 
 def test_without_success_only_the_returns_are_compared():
