@@ -335,8 +335,9 @@ class Updater:
         The first of a row of updates that skipped steps says why, with the copies whose rewards are not finite.
         """
         self.bad_in_a_row = 0 if self._stepped else self.bad_in_a_row + 1
-        bad = ~torch.isfinite(rollout.reward) & rollout.valid
-        paid = bad.any(0).nonzero().flatten().tolist() if self._problem else []
+        paid: list[int] = []
+        if self._problem:
+            paid = (~torch.isfinite(rollout.reward) & rollout.valid).any(0).nonzero().flatten().tolist()
         if self.bad_in_a_row >= self.max_bad_updates:
             if paid:
                 raise DivergenceError(

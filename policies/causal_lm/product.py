@@ -27,8 +27,20 @@ def product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor]
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return partial(F.linear, weight=weight, bias=bias)
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    arranged = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    try:
+        arranged = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        # Slower, and it needs no copy.
+        return partial(F.linear, weight=weight, bias=bias)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, arranged, bias, "none", [], "")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """An accelerator says it by a class of its own, a CPU by words: the first on Linux, the second on Windows."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from embodied_rl.errors import UserError
 from embodied_rl.policies.causal_lm import decode
 from embodied_rl.policies.causal_lm.generator import in_batches
+from embodied_rl.policies.causal_lm.product import product
 from tests.unit.test_causal_lm import contexts, llama, make
 
 __all__ = ["llama"]
@@ -33,6 +34,24 @@ def test_where_memory_runs_out_the_batch_is_halved(caplog):
     assert "not enough memory to write 2 replies at once: going on with 1" in caplog.text
     with pytest.raises(RuntimeError, match="a bug"):
         in_batches(lambda rows: (_ for _ in ()).throw(RuntimeError("a bug")), 4, None)
+
+
+def test_weights_are_not_arranged_where_there_is_no_memory_for_a_copy(monkeypatch):
+    weight, x = torch.randn(4, 3), torch.randn(2, 3)
+    called = []
+
+    def reorder(weight, rows):
+        called.append(rows)
+        raise RuntimeError(called_with)
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", reorder)
+    called_with = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    torch.testing.assert_close(product(weight, None, 2)(x), x @ weight.T)
+    called_with = "a bug"
+    with pytest.raises(RuntimeError, match="a bug"):
+        product(weight, None, 2)
+    assert called == [2, 2]
 
 
 def test_replies_are_judged_in_batches_as_they_are_written(llama, monkeypatch, caplog):
