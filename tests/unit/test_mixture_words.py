@@ -1,6 +1,7 @@
 """Parts of a mixture that are told in words: rows of one vocabulary are one row, and everything else is said."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch
 from embodied_rl import registry
 from embodied_rl.envs._joined import _observation
 from embodied_rl.envs._words import encode_words
-from embodied_rl.envs.mixture import Config, build
+from embodied_rl.envs.mixture import Config
 from embodied_rl.errors import CapabilityError, ConfigError
 from embodied_rl.types import TensorSpec
 from tests.kit import CPU, TOYS
+from tests.unit.test_mixture_conventions import make as mixture
+from tests.unit.test_mixture_conventions import refused
 
 TABLETOP = {
     "type": "tabletop", "tasks": ["reach"], "threads": 1, "observation": "pictures", "cameras": ["table"], "picture_size": 16,
@@ -30,15 +33,7 @@ OTHERS = {
 """Both have room for 16 words, and the tabletop for 14."""
 
 
-def make(*parts, copies=4, **settings):
-    config = Config.model_validate_json(json.dumps({"parts": parts, **settings}))
-    return build(config, num_envs=copies, device=CPU, split="train", seed=0)
-
-
-def refused(kind, *parts, **settings):
-    with pytest.raises(kind) as error:
-        make(*parts, **settings)
-    return str(error.value)
+make = partial(mixture, copies=4)
 
 
 def toy(name, **settings):
