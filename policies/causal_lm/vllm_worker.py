@@ -10,8 +10,11 @@ import os
 import sys
 from typing import Any
 
-OUT_OF_MEMORY = ("out of memory", "outofmemory", "not enough memory", "can't allocate memory", "memoryerror")
-"""How torch and Python say it, on a GPU and on a CPU."""
+OUT_OF_MEMORY = (
+    "out of memory", "outofmemory", "not enough memory", "can't allocate memory", "memoryerror",
+    "memory utilization", "available memory",
+)  # fmt: skip
+"""How torch and Python say it, on a GPU and on a CPU, and vLLM when it reserves what it may use."""
 
 
 def main() -> None:

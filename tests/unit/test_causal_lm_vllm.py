@@ -197,6 +197,12 @@ def test_where_vllm_has_no_memory_the_batch_is_halved_and_the_rest_is_told(llama
     with pytest.raises(UserError, match="to write a single reply: lower policy.generator.options.gpu_memory_utilization"):
         none.act(obs, generator=torch.Generator().manual_seed(4))
     none.generator.close()
+    told = "Available memory on node 0 (20.63/23.54 GiB) on startup is less than desired CPU memory utilization (0.92, 21.66 GiB)."
+    package.write_text(STAND_IN.read_text().replace("self.stale = False\n        print", f"raise ValueError({told!r})\n        print"))
+    full, _ = make(llama, tmp_path / "python")
+    with pytest.raises(CapabilityError, match=r"cannot load .* 21.66 GiB\).; lower policy.generator.options.gpu_memory_utilization"):
+        full.generator.start()
+    full.generator.close()
 
 
 def test_settings_that_would_do_nothing_are_refused():
