@@ -137,6 +137,8 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show-misses", action="store_true", help=shown)
     replay = "a set whose demonstrations are repeated where objects lie elsewhere, in place of the expert"
     parser.add_argument("--replay", metavar="FOLDER", help=replay)
+    blind = "with --replay: guess where objects lie, and keep what succeeds; only success tells"
+    parser.add_argument("--blind", action="store_true", help=blind)
     parser.add_argument("--all", action="store_true", help="keep failures too")
 
 
@@ -266,7 +268,7 @@ def _collect(args: argparse.Namespace) -> int:
     keep: Literal["success", "all"] = "all" if args.all else "success"
     return collect_and_tell(
         recipe, Path(args.out), args.episodes, noise=args.noise, misses=args.misses, show_misses=args.show_misses,
-        replay=args.replay, keep=keep, console=_console(),
+        replay=args.replay, blind=args.blind, keep=keep, console=_console(),
     )  # fmt: skip
 
 

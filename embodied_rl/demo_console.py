@@ -21,7 +21,7 @@ from embodied_rl.session import choose_device
 
 def collect_and_tell(
     recipe: Recipe, folder: Path, episodes: int, *, noise: float, misses: float, show_misses: bool,
-    replay: str | None, keep: Literal["success", "all"], console: Console,
+    replay: str | None, blind: bool, keep: Literal["success", "all"], console: Console,
 ) -> int:  # fmt: skip
     """Record demonstrations in a recipe's env and print what came of it.
 
@@ -33,6 +33,7 @@ def collect_and_tell(
         misses: Share of the attempts that begin with a miss.
         show_misses: Whether the set holds the misses, too.
         replay: Demonstrations to repeat instead of asking the expert.
+        blind: Whether it is guessed where things are.
         keep: Which episodes.
         console: Where to print.
 
@@ -49,8 +50,8 @@ def collect_and_tell(
             task = bar.add_task("", total=episodes, completed=_have(folder))
             done = collect_demonstrations(
                 recipe.env, folder, episodes, noise=noise, misses=misses, show_misses=show_misses, replay=replay,
-                keep=keep, copies=recipe.collect.copies, seed=recipe.seed, device=choose_device(recipe.device),
-                on_progress=lambda n: bar.update(task, completed=n),
+                blind=blind, keep=keep, copies=recipe.collect.copies, seed=recipe.seed,
+                device=choose_device(recipe.device), on_progress=lambda n: bar.update(task, completed=n),
             )  # fmt: skip
     except KeyboardInterrupt:
         console.print(
@@ -69,6 +70,9 @@ def summary_table(done: Collected) -> Table:
     table.add_row("demonstrations", str(done.folder))
     table.add_row("episodes", f"{done.episodes:,}")
     table.add_row("frames", f"{done.frames:,}")
+    if done.guesses is not None:
+        for name, solved, tried in zip(done.tasks, done.guesses.found, done.guesses.tried, strict=True):
+            table.add_row(f"guesses at {name}", f"{len(solved) / max(1, tried):.1%} ({len(solved):,} of {tried:,})")
     for name, count in done.tasks.items():
         share = f"{count.solved / count.tried:.0%}" if count.tried else "-"
         table.add_row(f"expert at {name}", f"{share} ({count.solved} of {count.tried})")

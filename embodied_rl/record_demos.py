@@ -13,7 +13,8 @@ over from the imitator; Kelly, Sidrane, Driggs-Campbell, Kochenderfer 2019, arXi
 also the error, each frame with what the expert would have done there, as with the disturbance.
 
 With `replay` the expert is a set of demonstrations that the env repeats where objects lie elsewhere (as in MimicGen;
-Mandlekar et al. 2023, arXiv:2310.17596); what succeeds is kept, as ever.
+Mandlekar et al. 2023, arXiv:2310.17596); what succeeds is kept, as ever. With `blind` nobody tells it where they lie:
+it guesses, and attempt i is the next guess at its task that succeeded (see `embodied_rl.blind`).
 
 Episode k of the set has task k modulo the number of tasks, and is the next attempt of that task that is worth keeping:
 every task has the same number of episodes (one more for the first ones), a longer set begins with the shorter one, and
@@ -22,7 +23,6 @@ a set that was interrupted equals one that was not.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -36,10 +36,12 @@ import torch
 from torch import Tensor
 
 from embodied_rl import registry
+from embodied_rl.blind import STARTS, Guesser, Guesses
 from embodied_rl.demo_format import FRAME, DemonstrationError, Feature, feature_of, instruction_problem, to_arrow
 from embodied_rl.demo_starts import Shown
 from embodied_rl.demo_stats import episode_statistics, write_statistics
 from embodied_rl.demo_writer import DemoWriter, Packed
+from embodied_rl.disturbance import CORRELATION, FADE, Disturbance
 from embodied_rl.errors import CapabilityError
 from embodied_rl.observation import check_observation
 from embodied_rl.offers import Speaking
@@ -47,12 +49,9 @@ from embodied_rl.section import Section
 from embodied_rl.seeding import start_seed, start_seeds
 from embodied_rl.types import Env, Obs
 
-STARTS, NOISE, WHO, HOW = -2, -3, -4, -5
-"""Streams of the start seeds, of the disturbance, of who errs and of how: those of training are groups 0, 1, 2, ..."""
-CORRELATION = 0.85
-"""Of the disturbance from one control step to the next: it pushes one way for a while, which moves a hand."""
-FADE = 20
-"""Control steps within which the disturbance fades out, so that it spoils neither a grasp nor the end of an episode."""
+NOISE, WHO, HOW = -3, -4, -5
+"""Streams of the disturbance, of who errs and of how, beside those of starts and guesses (-2 and -6): those of training
+are groups 0, 1, 2, ..."""
 PATIENCE = 100
 """Attempts in a row that may fail at a task before recording gives up."""
 LONGEST = 100_000
@@ -81,41 +80,6 @@ class Clumsy(Expert, Protocol):
     """[B] bool, copies in which it has not found out yet; `act` is asked for in every control step and moves it on."""
 
 
-class Disturbance:
-    """What is added to the actions of one batch of attempts, from their first control step on.
-
-    n_0 = std e_0,  n_t = rho n_{t-1} + std sqrt(1 - rho^2) e_t,  e_t ~ N(0, 1);  added at t: max(0, 1 - t / F) n_t
-
-    So n_t has standard deviation std at every t. Differs from DART, where the noise is white and its covariance is
-    fitted to the imitator's errors: white noise averages out over the steps in which a hand moves by centimetres.
-
-    Source: Laskey, Lee, Fox, Dragan, Goldberg 2017, DART, arXiv:1703.09327, algorithm 1 (the noise is executed, and the
-    supervisor's own action is what is learned).
-    """
-
-    def __init__(self, std: float, disturbed: Tensor, copies: int, seed: int) -> None:
-        """Draw the first one.
-
-        Args:
-            std: In action units.
-            disturbed: [D] bool; the other dimensions are left alone.
-            copies: B.
-            seed: Of everything that is drawn.
-        """
-        self._std, self._disturbed = std, disturbed
-        self._generator = torch.Generator().manual_seed(seed)
-        self._step = 0
-        self._now = std * torch.randn(copies, len(disturbed), generator=self._generator)
-
-    def draw(self) -> Tensor:
-        """What to add at this control step [B, D], and on to the next."""
-        added = max(0.0, 1 - self._step / FADE) * self._now * self._disturbed
-        fresh = torch.randn(self._now.shape, generator=self._generator)
-        self._now = CORRELATION * self._now + math.sqrt(1 - CORRELATION**2) * self._std * fresh
-        self._step += 1
-        return added
-
-
 @dataclass(frozen=True)
 class Settings:
     """What decides which episodes a set holds, beside the env."""
@@ -127,13 +91,14 @@ class Settings:
     misses: float = 0.0
     show_misses: bool = False
     replay: str | None = None
+    blind: bool = False
 
     def made(self) -> dict[str, Any]:
         """What info.json says of them; a set recorded under another kind of noise differs in its names."""
         disturbance = {"std": self.noise, "correlation": CORRELATION, "fade": FADE}
         misses = {"misses": self.misses, "show_misses": self.show_misses}
         made = {"disturbance": disturbance, "keep": self.keep, "copies": self.copies, "seed": self.seed, **misses}
-        return made | {"replay": self.replay}
+        return made | {"replay": self.replay} | ({"blind": True} if self.blind else {})
 
 
 @dataclass(frozen=True)
@@ -156,6 +121,8 @@ class Collected:
     bytes: int
     seconds: float
     """Of this call."""
+    guesses: Guesses | None = None
+    """What was found by guessing."""
 
 
 def collect_demonstrations(
@@ -167,6 +134,7 @@ def collect_demonstrations(
     misses: float = 0.0,
     show_misses: bool = False,
     replay: str | Path | None = None,
+    blind: bool = False,
     keep: Literal["success", "all"] = "success",
     copies: int = 16,
     seed: int = 0,
@@ -183,6 +151,7 @@ def collect_demonstrations(
         misses: Share of the attempts in which a clumsy hand begins, which grasps beside the object.
         show_misses: Whether the set holds these beginnings, each frame with what the expert would have done.
         replay: Folder of demonstrations to repeat where objects lie elsewhere, in place of the expert.
+        blind: Whether where they lie is guessed, and only success tells.
         keep: Episodes in which the goal held at some step, or all.
         copies: Attempts played side by side.
         seed: Of starts and disturbances.
@@ -193,17 +162,20 @@ def collect_demonstrations(
         collected: What the set holds.
 
     Raises:
-        CapabilityError: There are no misses to be shown; or the env has no expert, cannot be seeded, takes no
-            continuous actions, does not tell success, or its expert fails at a task again and again.
+        CapabilityError: There are no misses to be shown, or nothing to repeat blindly; or the env has no expert,
+            cannot be seeded, takes no continuous actions, does not tell success, or its expert fails at a task again
+            and again.
         DemonstrationError: The folder holds a set that was made differently, or cannot be written; or the env gives
             an instruction or a number that cannot be stored.
     """
     if show_misses and not misses:
         raise CapabilityError("--show-misses does nothing without misses: set --misses 0.5, or remove it")
+    if blind and replay is None:
+        raise CapabilityError("--blind does nothing without demonstrations to repeat: set --replay, or remove it")
     began, where = time.monotonic(), torch.device(device)
     module = registry.load("env", cast(Any, env).type)
     built = cast(Env, module.build(env, num_envs=copies, device=where, split="train", seed=seed))
-    settings = Settings(noise, keep, copies, seed, misses, show_misses, None if replay is None else str(replay))
+    settings = Settings(noise, keep, copies, seed, misses, show_misses, None if replay is None else str(replay), blind)
     try:
         _check_capable(built, cast(Any, env).type, settings)
         shown = None if replay is None else Shown.read(replay, cast(Any, env).type, built.spec.tasks)
@@ -213,14 +185,16 @@ def collect_demonstrations(
             Path(folder), features, fps=built.spec.control_hz, robot=Path(str(cast(Any, env).type)).stem, made=made,
             observation=built.spec.observation, convention=built.spec.action.convention,
         )  # fmt: skip
+        guesses = None
         try:
-            _Recorder(built, writer, settings, features, shown).run(episodes, on_progress)
+            guesses = Guesses(Path(folder), built.spec.tasks, seed) if blind else None
+            _Recorder(built, writer, settings, features, shown, guesses).run(episodes, on_progress)
         finally:
             writer.finish()
     finally:
         built.close()
     write_statistics(folder)
-    return _summary(writer, built.spec.tasks, time.monotonic() - began)
+    return _summary(writer, built.spec.tasks, time.monotonic() - began, guesses)
 
 
 def _check_capable(env: Env, name: str, settings: Settings) -> None:
@@ -254,9 +228,11 @@ class _Recorder:
     """Plays attempts and hands the episodes to the writer in their order, which it does while the next are played."""
 
     def __init__(
-        self, env: Env, writer: DemoWriter, settings: Settings, features: dict[str, Feature], shown: Shown | None
-    ) -> None:
-        self.env, self.writer, self.settings, self.features, self.shown = env, writer, settings, features, shown
+        self, env: Env, writer: DemoWriter, settings: Settings, features: dict[str, Feature], shown: Shown | None,
+        guesses: Guesses | None,
+    ) -> None:  # fmt: skip
+        self.env, self.writer, self.settings, self.features = env, writer, settings, features
+        self.shown, self.guesses = shown, guesses
         t = len(env.spec.tasks)
         self.last = [-1] * t
         """The latest attempt of each task that was in the set when recording began."""
@@ -276,7 +252,8 @@ class _Recorder:
         with ThreadPoolExecutor(1) as writing:
             job: Future[None] | None = None
             while any(have < want for have, want in zip(self.kept, wanted, strict=True)):
-                tape = _Tape(self.env, range(batch * copies, (batch + 1) * copies), self.settings, self.shown)
+                attempts = range(batch * copies, (batch + 1) * copies)
+                tape = _Tape(self.env, attempts, self.settings, self.shown, self.guesses)
                 chosen = self._choose(tape, wanted)
                 if job is not None:
                     job.result()
@@ -325,7 +302,9 @@ class _Recorder:
 class _Tape:
     """What happened in one batch of attempts."""
 
-    def __init__(self, env: Env, attempts: range, settings: Settings, shown: Shown | None) -> None:
+    def __init__(
+        self, env: Env, attempts: range, settings: Settings, shown: Shown | None, guesses: Guesses | None
+    ) -> None:
         """Play them all to their ends."""
         self.attempts = attempts
         spec, device, b = env.spec, env.device, len(attempts)
@@ -335,9 +314,14 @@ class _Tape:
         noise, who, how = (start_seed(settings.seed, "train", of, attempts.start // b) for of in (NOISE, WHO, HOW))
         by = cast(Any, env)
         expert: Expert = by.expert() if shown is None else by.replay(shown.seeds, shown.tasks, shown.actions)
+        if guesses is not None:
+            _check_guesses(expert)
+            self.seeds, elsewhere = guesses.starts(numbers, cast(Guesser, expert))
         disturbance = Disturbance(settings.noise, _disturbed(expert, spec.action.size), b, noise)
         active = torch.ones(b, dtype=torch.bool, device=device)
         obs = env.reset(active.clone(), self.seeds.to(device), tasks.to(device))
+        if guesses is not None:
+            cast(Guesser, expert).suppose(active, elsewhere)
         clumsy = _clumsy(env if shown is None else expert, settings.misses, b, who, how) if settings.misses else None
         self.start = np.zeros(b, np.int64)
         """Control steps that are left out at the beginning."""
@@ -409,6 +393,14 @@ def _clumsy(of: Any, share: float, copies: int, who: int, how: int) -> Clumsy:
     return cast(Clumsy, of.clumsy(errs, how))
 
 
+def _check_guesses(expert: Any) -> None:
+    if not (callable(getattr(expert, "guess", None)) and callable(getattr(expert, "suppose", None))):
+        raise CapabilityError(
+            "what the env's replay() returns cannot guess: give it methods `guess()` and `suppose()` "
+            "(embodied_rl/blind.py), or record without --blind"
+        )
+
+
 def _disturbed(expert: Expert, size: int) -> Tensor:
     """[D] bool, the dimensions that may be disturbed."""
     told = getattr(expert, "disturbed", (True,) * size)
@@ -424,7 +416,7 @@ def _to_numpy(tensors: Obs) -> dict[str, np.ndarray]:
     return {name: x.detach().to("cpu", copy=True).numpy() for name, x in tensors.items()}
 
 
-def _summary(writer: DemoWriter, names: tuple[str, ...], seconds: float) -> Collected:
+def _summary(writer: DemoWriter, names: tuple[str, ...], seconds: float, guesses: Guesses | None) -> Collected:
     tasks = {}
     for task, name in enumerate(names):
         lines = writer.lines[task :: len(names)]
@@ -432,4 +424,4 @@ def _summary(writer: DemoWriter, names: tuple[str, ...], seconds: float) -> Coll
         tasks[name] = TaskCount(len(lines), sum(bool(line.extra["success"]) for line in lines), tried)
     size = sum(p.stat().st_size for p in writer.folder.rglob("*") if p.is_file())
     frames = sum(line.length for line in writer.lines)
-    return Collected(writer.folder, len(writer.lines), frames, tasks, size, seconds)
+    return Collected(writer.folder, len(writer.lines), frames, tasks, size, seconds, guesses)

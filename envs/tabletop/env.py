@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -270,6 +271,15 @@ class TabletopEnv:
         assert self._achieved is not None, "achieved() without watch()"
         since, told = self._achieved.told(copies.to(self.physics.device))
         return since.to(self.device), {name: value.to(self.device) for name, value in told.items()}
+
+    @contextmanager
+    def undrawn(self) -> Iterator[None]:
+        """Play without pictures for a while; the env is to be reset afterwards."""
+        self._pictures, pictures = None, self._pictures
+        try:
+            yield
+        finally:
+            self._pictures = pictures
 
     def instructions(self) -> list[str]:
         """The instruction of each copy as text."""

@@ -2,7 +2,8 @@
 
 The hand's commanded path is moved along with what it is about: until the fingers close, with the object meant, and from
 then on with the marked goal, where there is one. It moves over as the hand does: whoever has gone half of the way has
-half of the shift. So nothing is known but the demonstration and where things are.
+half of the shift. So nothing is known but the demonstration and where things are; or, after `suppose`, where they are
+supposed to be, see `blind.py`.
 
 Source: Mandlekar et al. 2023 (MimicGen, arXiv:2310.17596): segments of a demonstration, each moved with its object, of
 which those that succeed are kept. Differs: the path is bent from its beginning instead of joined by a straight line.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from embodied_rl.envs.tabletop.blind import feels, solved, things_at
 from embodied_rl.envs.tabletop.clumsy import STUCK, errors
 from embodied_rl.envs.tabletop.control import MAX_MOVE, MAX_TURN
 from embodied_rl.envs.tabletop.env import TabletopEnv
@@ -67,29 +69,50 @@ class Replay:
         self._now = {name: torch.zeros(b, *x.shape[1:], device=device) for name, x in self._shown.items()}
         self._which, self._step, self._empty = (torch.zeros(b, dtype=torch.int64, device=device) for _ in range(3))
         self._psi = torch.zeros(b, device=device)
+        self._supposed: dict[str, Tensor] = {}
+        self._past = torch.zeros_like(self._step)
+        """[B] control steps since its path ended or its fingers closed on nothing."""
 
     def reset(self, mask: Tensor) -> None:
         """Begin in the masked copies [B], each with a demonstration of its task, drawn by the start's seed."""
         mask = mask.to(self._step.device)
-        for name, x in self._look().items():
+        for name, x in self._where().items():
             self._now[name][mask] = x[mask]
         episode = self._env.episode
         for copy in mask.nonzero()[:, 0].tolist():
             known = (self._tasks == episode.task[copy]).nonzero()[:, 0]
             pick = numpy_rng(int(episode.seed[copy]), "replay").random()
             self._which[copy] = known[int(pick * len(known))]
-        self._step[mask], self._empty[mask], self._psi[mask] = 0, 0, 0.0
+        self._step[mask], self._empty[mask], self._past[mask], self._psi[mask] = 0, 0, 0, 0.0
+
+    def suppose(self, mask: Tensor, seeds: Tensor) -> None:
+        """From the next `reset` of the masked copies [B] on, take things to lie as they do at other starts [B]."""
+        mask = mask.to(self._step.device)
+        rows = mask.nonzero()[:, 0].tolist()
+        told = things_at(self._env, [int(seeds[i]) for i in rows], self._env.episode.task[mask].tolist())
+        for name, x in told.items():
+            self._supposed.setdefault(name, torch.zeros_like(self._now[name]))[mask] = x
+
+    def guess(self, seeds: Tensor, tasks: Tensor, elsewhere: Tensor) -> Tensor:
+        """Whether attempts [N] at these starts succeed when things are taken to lie as at others [N]: bool."""
+        return solved(self, self._env, seeds, tasks, elsewhere)
+
+    @property
+    def over(self) -> Tensor:
+        """[B] bool, it has come to the end of its path, or closed its fingers on nothing."""
+        return self._past > CLOSING
 
     def _start_over(self) -> None:
         """Begin again from where the hand is, and where the object is, where closed fingers do not hold it."""
-        k, held = self._which, self._env.view().held
+        k, held = self._which, feels(self._env) if self._supposed else self._env.view().held
         closed = self._closes[k] & (self._step > self._grasp[k] + CLOSING)
         self._empty = torch.where(closed & ~held, self._empty + 1, 0)
         anew = self._empty > LOST
         if bool(anew.any()):
-            for name, x in self._look().items():
+            for name, x in self._where().items():
                 self._now[name][anew] = x[anew]
             self._step[anew], self._empty[anew] = 0, 0
+        self._past += anew * CLOSING + ((self._step >= self._length[k] - 1) | (self._past > 0))
 
     def act(self) -> Tensor:
         """Actions [B, 7] towards the next point of the path; a hand that is behind is waited for."""
@@ -118,6 +141,10 @@ class Replay:
     def clumsy(self, copies: Tensor, seed: int) -> Erring:
         """The same with a hand that errs in some copies [B] bool until it has found out."""
         return Erring(self, copies, seed)
+
+    def _where(self) -> dict[str, Tensor]:
+        """Where things are, or are supposed to be."""
+        return self._look() | self._supposed
 
     def _look(self) -> dict[str, Tensor]:
         """Where the hand is told to be, the object meant, its turn and half height, and the goal, of all copies."""

@@ -1,0 +1,111 @@
+"""Finding starts at which a demonstration succeeds that was moved by guesswork: all that is told is success.
+
+Attempt i has task i modulo the number of tasks, a start of its own, and a guess: another start, which its own is taken
+for. Most fail. Those that succeed are starts at which it is now known where to go, and are played again to be recorded.
+So what is known of the task is what the demonstrations show, and everything else was found by trying.
+
+Source: random search over a parameter of whole episodes (Salimans et al. 2017, arXiv:1703.03864, section 2.2, on why a
+perturbation that lasts explores where one of single actions does not); keeping what succeeded and imitating it is
+expert iteration (Anthony, Tian, Barber 2017, arXiv:1705.08439). Differs: the parameter is a start, and nothing is
+learned while searching.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from embodied_rl.demo_files import read_lines, writable
+from embodied_rl.errors import CapabilityError
+from embodied_rl.runfolder import write_text_atomic
+from embodied_rl.seeding import start_seeds
+
+FILE = Path("meta/guesses.jsonl")
+STARTS, GUESSES = -2, -6
+"""Streams of seeds; see `embodied_rl.record_demos`."""
+ROUND = 1024
+"""Attempts at each task between two looks at what was found."""
+HOPELESS = 32
+"""Rounds without a success after which a task is given up."""
+
+
+class Guesser(Protocol):
+    """What `env.replay(...)` returns, of an env that can be guessed in."""
+
+    def guess(self, seeds: Tensor, tasks: Tensor, elsewhere: Tensor) -> Tensor:
+        """Whether attempts [N] succeed that take their starts for others [N]: [N] bool. The env is reset after."""
+        ...
+
+    def suppose(self, mask: Tensor, seeds: Tensor) -> None:
+        """From the next `reset` of the masked copies [B] on, take their starts for those of these seeds [B]."""
+        ...
+
+
+class Guesses:
+    """What was found, kept in a file of the set; the k-th success of each task, in the order of attempts."""
+
+    def __init__(self, folder: Path, tasks: tuple[str, ...], seed: int) -> None:
+        """Read what an earlier call has found.
+
+        Args:
+            folder: Of the set.
+            tasks: Names; T of them.
+            seed: Of starts and guesses.
+        """
+        self._path, self._tasks, self._seed = folder / FILE, tasks, seed
+        self.tried = [0] * len(tasks)
+        """Attempts at each task."""
+        self.found: list[list[int]] = [[] for _ in tasks]
+        """And the numbers of those that succeeded."""
+        rows = read_lines(self._path)[0] if self._path.is_file() else []
+        for row in rows:
+            task = tasks.index(row["task"])
+            self.tried[task] = row["tried"]
+            self.found[task] = row["solved"]
+
+    def starts(self, numbers: Tensor, guesser: Guesser) -> tuple[Tensor, Tensor]:
+        """The starts of the N attempts to be recorded, and what they are taken for; searches where there are none yet.
+
+        Args:
+            numbers: [N] int64; number n is the (n div T)-th success of task n modulo T.
+            guesser: Tries.
+
+        Returns:
+            seeds: [N] int64
+            elsewhere: [N] int64
+
+        Raises:
+            CapabilityError: A task is never solved so.
+        """
+        t = len(self._tasks)
+        last = {n % t: n // t for n in sorted(numbers.tolist())}
+        while lacking := [task for task, k in sorted(last.items()) if len(self.found[task]) <= k]:
+            self._search(lacking, guesser)
+        attempts = torch.tensor([self.found[n % t][n // t] for n in numbers.tolist()])
+        return self._seeds(STARTS, attempts), self._seeds(GUESSES, attempts)
+
+    def _seeds(self, stream: int, attempts: Tensor) -> Tensor:
+        return start_seeds(self._seed, "train", torch.full_like(attempts, stream), attempts)
+
+    def _search(self, lacking: list[int], guesser: Guesser) -> None:
+        """One more round at each task of which there are too few."""
+        t = len(self._tasks)
+        attempts = torch.tensor([t * (self.tried[task] + i) + task for i in range(ROUND) for task in lacking])
+        solved = guesser.guess(self._seeds(STARTS, attempts), attempts % t, self._seeds(GUESSES, attempts))
+        for attempt in attempts[solved].tolist():
+            self.found[attempt % t].append(attempt)
+        for task in lacking:
+            self.tried[task] += ROUND
+            if not self.found[task] and self.tried[task] >= HOPELESS * ROUND:
+                raise CapabilityError(
+                    f"none of {self.tried[task]:,} guesses solved task '{self._tasks[task]}': give it more time "
+                    "(env.max_steps), another demonstration, or leave the task out"
+                )
+        rows = zip(self._tasks, self.tried, self.found, strict=True)
+        lines = (json.dumps({"task": task, "tried": tried, "solved": found}) for task, tried, found in rows)
+        with writable(self._path.parent):
+            write_text_atomic(self._path, "".join(f"{line}\n" for line in lines))

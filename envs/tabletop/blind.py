@@ -1,0 +1,79 @@
+"""A demonstration repeated by guesswork: as if things lay as they do at another start, and only success tells.
+
+Where the objects are is looked at nowhere. A guess is what some other start would show; the hand knows where it is and
+feels whether its fingers hold something, and the simulator says whether the task is solved.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embodied_rl.envs.tabletop.layout import draw_starts
+from embodied_rl.envs.tabletop.scene import HALF_SIZE
+from embodied_rl.envs.tabletop.tasks import TASKS
+
+if TYPE_CHECKING:
+    from embodied_rl.envs.tabletop.env import TabletopEnv
+    from embodied_rl.envs.tabletop.replay import Replay
+
+FELT = 0.012
+"""m, mean opening of fingers that hold something; nothing on the table is thinner."""
+
+
+def things_at(env: TabletopEnv, seeds: list[int], tasks: list[int]) -> dict[str, Tensor]:
+    """Where the object meant and the goal lie at R starts: a part of what `Replay` looks at, in its form."""
+    starts = draw_starts(env.scene, [TASKS[env.spec.tasks[task]] for task in tasks], seeds)
+    rows = np.arange(len(seeds))
+    pose = starts.qpos[rows[:, None], np.array(env.scene.objects_qpos)[starts.a][:, None] + np.arange(7)]
+    found = {
+        "object": pose[:, :3],
+        "half": HALF_SIZE[starts.a, 2],
+        "yaw": 2 * np.arctan2(pose[:, 6], pose[:, 3]),
+        "goal": starts.goal,
+    }
+    return {name: torch.from_numpy(x).float().to(env.physics.device) for name, x in found.items()}
+
+
+def feels(env: TabletopEnv) -> Tensor:
+    """[B] bool, there is something between the fingers, whatever it is."""
+    return env.physics.qpos[:, env.scene.fingers_qpos].mean(dim=1) > FELT
+
+
+def solved(replay: Replay, env: TabletopEnv, seeds: Tensor, tasks: Tensor, elsewhere: Tensor) -> Tensor:
+    """Try every guess once, as many side by side as the env has copies; nothing is drawn.
+
+    Args:
+        replay: Of the demonstrations.
+        env: Which it watches; is to be reset afterwards.
+        seeds: [N] int64 where attempts start.
+        tasks: [N] int64
+        elsewhere: [N] int64 starts that are taken for them.
+
+    Returns:
+        solved: [N] bool
+    """
+    b, device = env.spec.num_envs, env.device
+    out, trying, begun = torch.zeros(len(seeds), dtype=torch.bool), torch.full((b,), -1), 0
+    with env.undrawn():
+        while True:
+            free = (trying < 0).nonzero()[:, 0][: len(seeds) - begun]
+            if len(free):
+                trying[free] = torch.arange(begun, begun + len(free))
+                begun += len(free)
+                fresh = torch.zeros(b, dtype=torch.bool)
+                fresh[free] = True
+                env.reset(fresh.to(device), seeds[trying].to(device), tasks[trying].to(device))
+                replay.suppose(fresh, elsewhere[trying])
+                replay.reset(fresh)
+            running = trying >= 0
+            if not bool(running.any()):
+                return out
+            step = env.step(torch.where(running.to(device)[:, None], replay.act(), 0.0), running.to(device))
+            assert step.success is not None
+            success, ended = step.success.cpu() & running, (step.terminated | step.truncated).cpu()
+            out[trying[success]] = True
+            trying[success | ended | replay.over.cpu()] = -1

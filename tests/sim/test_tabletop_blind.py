@@ -1,0 +1,201 @@
+"""A demonstration repeated by guesswork: nothing is looked at, what is found is found again, and only success tells."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from embodied_rl import blind
+from embodied_rl.blind import Guesses
+from embodied_rl.config import load_component
+from embodied_rl.demo_check import validate
+from embodied_rl.demo_console import summary_table
+from embodied_rl.demo_starts import Shown
+from embodied_rl.demonstrations import Demonstrations
+from embodied_rl.envs.tabletop import Config, build
+from embodied_rl.envs.tabletop.blind import feels
+from embodied_rl.envs.tabletop.replay import Replay
+from embodied_rl.errors import CapabilityError
+from embodied_rl.record_demos import collect_demonstrations
+from embodied_rl.seeding import start_seeds
+
+TASKS = ("reach", "push", "lift")
+SETTINGS = ["tasks=[reach,push,lift]", "max_steps=60", "threads=1"]
+COPIES = 24
+
+
+def made(copies=COPIES, **settings):
+    config = Config(tasks=list(TASKS), reward="sparse", max_steps=60, threads=1, **settings)
+    return build(config, num_envs=copies, device=torch.device("cpu"), split="train", seed=0)
+
+
+def starts(n, stream):
+    return start_seeds(3, "train", torch.full((n,), stream), torch.arange(n))
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demos") / "one"
+    collect_demonstrations(load_component("env", "tabletop", SETTINGS), folder, 3, noise=0.0, copies=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shown(demos):
+    return Shown.read(demos, "tabletop", TASKS)
+
+
+@pytest.fixture(scope="module")
+def table():
+    env = made()
+    yield env
+    env.close()
+
+
+def begin(env, shown, seeds, elsewhere, blindfold=False):
+    """A replay that takes starts [B] for others [B]; blindfold, it is told nonsense of objects and goal from here on."""
+    everyone = torch.ones(env.spec.num_envs, dtype=torch.bool)
+    again = env.replay(shown.seeds, shown.tasks, shown.actions)
+    if blindfold:
+        told = {name: torch.full_like(x, torch.nan) for name, x in again._look().items()}
+        again._look = lambda: told | {"hand": env.controller.position.clone().float()}
+    env.reset(everyone, seeds, torch.arange(len(seeds)) % 3)
+    again.suppose(everyone, elsewhere)
+    again.reset(everyone)
+    return again
+
+
+def test_what_it_supposes_is_what_it_would_see_at_the_other_start(table, shown):
+    seeds, elsewhere = starts(COPIES, 0), starts(COPIES, 1)
+    again = begin(table, shown, seeds, elsewhere)
+    supposed = {name: again._where()[name].clone() for name in ("object", "half", "yaw", "goal")}
+    hand = again._where()["hand"].clone()
+    assert torch.equal(hand, again._look()["hand"]), "where the hand is, it knows"
+    table.reset(torch.ones(COPIES, dtype=torch.bool), elsewhere, torch.arange(COPIES) % 3)
+    for name, x in supposed.items():
+        assert_close(x, again._look()[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_nothing_about_the_objects_is_looked_at(table, shown, monkeypatch):
+    seeds, elsewhere = starts(COPIES, 0), starts(COPIES, 1)
+    again, seen = begin(table, shown, seeds, elsewhere), []
+    for _ in range(40):
+        seen.append(again.act())
+        table.step(seen[-1])
+
+    again, view = begin(table, shown, seeds, elsewhere, blindfold=True), table.view
+    for action in seen:
+        monkeypatch.setattr(table, "view", lambda: pytest.fail("it looked"))
+        assert torch.equal(again.act(), action)
+        monkeypatch.setattr(table, "view", view)  # judging success looks, and is no part of the replay
+        table.step(action)
+
+
+def test_a_right_guess_solves_it_and_a_wrong_one_seldom(table, shown):
+    again = table.replay(shown.seeds, shown.tasks, shown.actions)
+    seeds, tasks = starts(150, 0), torch.arange(150) % 3
+    assert float(again.guess(seeds, tasks, seeds).float().mean()) > 0.9
+    assert float(again.guess(seeds, tasks, starts(150, 1)).float().mean()) < 0.1
+
+
+def test_what_a_guess_comes_to_does_not_depend_on_what_is_tried_beside_it(shown):
+    seeds, tasks = starts(41, 0), torch.arange(41) % 3
+    # Right ones and wrong ones, more than there are copies and not a multiple of them.
+    elsewhere = torch.where(torch.arange(41) % 4 == 0, starts(41, 1), seeds)
+    told = []
+    for copies in (5, 64):
+        env = made(copies)
+        told.append(env.replay(shown.seeds, shown.tasks, shown.actions).guess(seeds, tasks, elsewhere))
+        env.close()
+    assert torch.equal(told[0], told[1]) and 0 < int(told[0].sum()) < 41
+
+
+def test_fingers_feel_that_they_hold_something(table, shown):
+    seeds = starts(COPIES, 0)
+    again, held = begin(table, shown, seeds, seeds), torch.zeros(COPIES, dtype=torch.bool)
+    for _ in range(19):
+        table.step(again.act())
+        held = table.view().held.clone()
+        assert not (held & ~feels(table)).any()
+    assert held.any()
+    closed = torch.zeros(COPIES, 7)
+    closed[:, 6] = -1
+    again = begin(table, shown, seeds, seeds)
+    for _ in range(10):
+        table.step(closed)
+    assert not feels(table).any()
+
+
+def test_nothing_is_drawn_while_it_is_guessed(shown):
+    env = made(6, observation="pictures", cameras=["table"], picture_size=16)
+    again = env.replay(shown.seeds, shown.tasks, shown.actions)
+    pictures, drawn = env._pictures, []
+    look = pictures.look
+    pictures.look = lambda *a: drawn.append(1) or look(*a)
+    seeds = starts(12, 0)
+    again.guess(seeds, torch.arange(12) % 3, seeds)
+    assert not drawn
+    seen = env.reset(torch.ones(6, dtype=torch.bool), seeds[:6], torch.arange(6) % 3)
+    assert drawn and seen["table"].float().std() > 0
+    env.close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Guess a little at a time, and as if half of the guesses were right, so that a test can wait for it."""
+    monkeypatch.setattr(blind, "ROUND", 8)
+    seeds = Guesses._seeds
+    monkeypatch.setattr(
+        Guesses, "_seeds", lambda self, stream, i: torch.where(i % 2 == 0, seeds(self, blind.STARTS, i), seeds(self, stream, i))
+    )
+
+
+def collect(folder, episodes, demos):
+    env = load_component("env", "tabletop", SETTINGS)
+    return collect_demonstrations(env, folder, episodes, replay=demos, blind=True, misses=0.5, show_misses=True, copies=6)
+
+
+def test_a_blind_set_is_whole_says_what_it_is_and_goes_on_where_it_stopped(demos, tmp_path, quick):
+    done = collect(tmp_path / "more", 9, demos)
+    assert validate(tmp_path / "more") == []
+    more = Demonstrations(tmp_path / "more")
+    assert more.info["embodied_rl"]["made"]["blind"] is True and all(line.extra["success"] for line in more.lines)
+    found = [json.loads(line) for line in (tmp_path / "more/meta/guesses.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in found] == list(TASKS)
+    for k, line in enumerate(more.lines):
+        number = line.extra["attempt"]
+        attempt = found[k % 3]["solved"][number // 3]
+        assert number % 3 == attempt % 3 == k % 3
+        assert line.extra["seed"] == int(start_seeds(0, "train", torch.tensor([blind.STARTS]), torch.tensor([attempt])))
+    cells = [str(cell) for column in summary_table(done).columns for cell in column.cells]
+    assert "guesses at push" in cells
+    collect(tmp_path / "first", 3, demos)
+    collect(tmp_path / "first", 9, demos)
+    (tmp_path / "first/meta/guesses.jsonl").unlink()
+    collect(tmp_path / "first", 12, demos)
+    again = Demonstrations(tmp_path / "first")
+    for x, y in zip(more.load(cameras=()), again.load(cameras=()), strict=False):
+        assert torch.equal(x.action, y.action), "interrupted or not, and found anew where the file was lost"
+
+
+def test_a_task_that_no_guess_solves_is_told(demos, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(blind, "HOPELESS", 2)
+    monkeypatch.setattr(Replay, "guess", lambda self, seeds, tasks, elsewhere: tasks != 1)
+    with pytest.raises(CapabilityError, match="none of 16 guesses solved task 'push': give it more time"):
+        collect(tmp_path / "set", 3, demos)
+
+
+def test_a_set_that_was_told_where_things_are_is_not_continued_blindly(demos, tmp_path, quick):
+    collect_demonstrations(load_component("env", "tabletop", SETTINGS), tmp_path / "set", 3, replay=demos, misses=0.5, show_misses=True, copies=6)
+    with pytest.raises(Exception, match="blind"):
+        collect(tmp_path / "set", 6, demos)
+
+
+def test_what_cannot_guess_is_told(demos, tmp_path, monkeypatch):
+    env = load_component("env", "tabletop", SETTINGS)
+    with pytest.raises(CapabilityError, match="--blind does nothing without demonstrations to repeat: set --replay"):
+        collect_demonstrations(env, tmp_path / "set", 3, blind=True)
+    monkeypatch.delattr(Replay, "suppose")
+    with pytest.raises(CapabilityError, match=r"give it methods `guess\(\)` and `suppose\(\)`"):
+        collect(tmp_path / "set", 3, demos)
