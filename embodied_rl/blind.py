@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from embodied_rl.demo_files import read_lines, writable
+from embodied_rl.demo_format import DemonstrationError
 from embodied_rl.errors import CapabilityError
 from embodied_rl.runfolder import write_text_atomic
 from embodied_rl.seeding import start_seeds
@@ -55,6 +56,9 @@ class Guesses:
             folder: Of the set.
             tasks: Names; T of them.
             seed: Of starts and guesses.
+
+        Raises:
+            DemonstrationError: The file is damaged.
         """
         self._path, self._tasks, self._seed = folder / FILE, tasks, seed
         self.tried = [0] * len(tasks)
@@ -62,10 +66,14 @@ class Guesses:
         self.found: list[list[int]] = [[] for _ in tasks]
         """And the numbers of those that succeeded."""
         rows = read_lines(self._path)[0] if self._path.is_file() else []
-        for row in rows:
-            task = tasks.index(row["task"])
-            self.tried[task] = row["tried"]
-            self.found[task] = row["solved"]
+        try:
+            for row in rows:
+                task = tasks.index(row["task"])
+                self.tried[task], self.found[task] = int(row["tried"]), [int(attempt) for attempt in row["solved"]]
+        except (KeyError, ValueError, TypeError) as error:
+            raise DemonstrationError(
+                f"{self._path}: is damaged ({type(error).__name__}: {error}); delete it, and the guesses are made again"
+            ) from error
 
     def starts(self, numbers: Tensor, guesser: Guesser) -> tuple[Tensor, Tensor]:
         """The starts of the N attempts to be recorded, and what they are taken for; searches where there are none yet.

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from embodied_rl.envs.tabletop.env import TabletopEnv
     from embodied_rl.envs.tabletop.replay import Replay
 
-FELT = 0.012
-"""m, mean opening of fingers that hold something; nothing on the table is thinner."""
-
-
 def things_at(env: TabletopEnv, seeds: list[int], tasks: list[int]) -> dict[str, Tensor]:
     """Where the object meant and the goal lie at R starts: a part of what `Replay` looks at, in its form."""
     starts = draw_starts(env.scene, [TASKS[env.spec.tasks[task]] for task in tasks], seeds)
@@ -39,8 +35,14 @@ def things_at(env: TabletopEnv, seeds: list[int], tasks: list[int]) -> dict[str,
 
 
 def feels(env: TabletopEnv) -> Tensor:
-    """[B] bool, there is something between the fingers, whatever it is."""
-    return env.physics.qpos[:, env.scene.fingers_qpos].mean(dim=1) > FELT
+    """[B] bool, something is between the fingers, whatever it is: they rest wider than they are told to close.
+
+    That is what `observe.look` calls pressing; where the object meant is, which it asks besides, they do not feel.
+    """
+    scene, wanted = env.scene, env.controller.finger
+    opening = env.physics.qpos[:, scene.fingers_qpos].mean(dim=1)
+    still = env.physics.qvel[:, scene.fingers_qvel].abs().amax(dim=1) < 0.03
+    return (opening - wanted > 0.002) & (opening > 0.012) & still
 
 
 def solved(replay: Replay, env: TabletopEnv, seeds: Tensor, tasks: Tensor, elsewhere: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Replay:
         self._psi = torch.zeros(b, device=device)
         self._supposed: dict[str, Tensor] = {}
         self._past = torch.zeros_like(self._step)
-        """[B] control steps since its path ended or its fingers closed on nothing."""
+        """[B] control steps at the end of its path; enough of them where its fingers have closed on nothing."""
 
     def reset(self, mask: Tensor) -> None:
         """Begin in the masked copies [B], each with a demonstration of its task, drawn by the start's seed."""
@@ -100,19 +100,19 @@ class Replay:
     @property
     def over(self) -> Tensor:
         """[B] bool, it has come to the end of its path, or closed its fingers on nothing."""
-        return self._past > CLOSING
+        return self._past >= LOST
 
     def _start_over(self) -> None:
         """Begin again from where the hand is, and where the object is, where closed fingers do not hold it."""
-        k, held = self._which, feels(self._env) if self._supposed else self._env.view().held
+        k = self._which
         closed = self._closes[k] & (self._step > self._grasp[k] + CLOSING)
-        self._empty = torch.where(closed & ~held, self._empty + 1, 0)
+        self._empty = torch.where(closed & ~self._held(), self._empty + 1, 0)
+        self._past += (self._empty > 0) * LOST + (self._step >= self._length[k] - 1)
         anew = self._empty > LOST
         if bool(anew.any()):
             for name, x in self._where().items():
                 self._now[name][anew] = x[anew]
             self._step[anew], self._empty[anew] = 0, 0
-        self._past += anew * CLOSING + ((self._step >= self._length[k] - 1) | (self._past > 0))
 
     def act(self) -> Tensor:
         """Actions [B, 7] towards the next point of the path; a hand that is behind is waited for."""
@@ -145,6 +145,10 @@ class Replay:
     def _where(self) -> dict[str, Tensor]:
         """Where things are, or are supposed to be."""
         return self._look() | self._supposed
+
+    def _held(self) -> Tensor:
+        """[B] bool, the object meant is held; or, of one that supposes, something is."""
+        return feels(self._env) if self._supposed else self._env.view().held
 
     def _look(self) -> dict[str, Tensor]:
         """Where the hand is told to be, the object meant, its turn and half height, and the goal, of all copies."""
@@ -200,7 +204,7 @@ class Erring(Replay):
         self._closed += action[:, 6].to(self._closed.device) < 0
         noticed = (self._closed > CLOSING + self._late) | (self._waited > STUCK)
         # Whoever has the object in spite of all was right.
-        self.errs = self.errs & ~noticed & ~self._env.view().held
+        self.errs = self.errs & ~noticed & ~self._held()
         return action
 
 

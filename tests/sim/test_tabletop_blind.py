@@ -11,6 +11,7 @@ from embodied_rl.blind import Guesses
 from embodied_rl.config import load_component
 from embodied_rl.demo_check import validate
 from embodied_rl.demo_console import summary_table
+from embodied_rl.demo_format import DemonstrationError
 from embodied_rl.demo_starts import Shown
 from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.envs.tabletop import Config, build
@@ -78,18 +79,22 @@ def test_what_it_supposes_is_what_it_would_see_at_the_other_start(table, shown):
 
 
 def test_nothing_about_the_objects_is_looked_at(table, shown, monkeypatch):
-    seeds, elsewhere = starts(COPIES, 0), starts(COPIES, 1)
-    again, seen = begin(table, shown, seeds, elsewhere), []
-    for _ in range(40):
-        seen.append(again.act())
-        table.step(seen[-1])
+    seeds, elsewhere, everyone = starts(COPIES, 0), starts(COPIES, 1), torch.ones(COPIES, dtype=torch.bool)
+    view = table.view
 
-    again, view = begin(table, shown, seeds, elsewhere, blindfold=True), table.view
-    for action in seen:
-        monkeypatch.setattr(table, "view", lambda: pytest.fail("it looked"))
-        assert torch.equal(again.act(), action)
-        monkeypatch.setattr(table, "view", view)  # judging success looks, and is no part of the replay
-        table.step(action)
+    def play(blindfold):
+        again, played = begin(table, shown, seeds, elsewhere, blindfold), []
+        clumsy = again.clumsy(everyone, seed=0)
+        clumsy.reset(everyone)
+        for _ in range(40):
+            if blindfold:
+                monkeypatch.setattr(table, "view", lambda: pytest.fail("it looked"))
+            played.append(torch.where(clumsy.errs[:, None], clumsy.act(), again.act()))
+            monkeypatch.setattr(table, "view", view)  # judging success looks, and is no part of the replay
+            table.step(played[-1])
+        return torch.stack(played)
+
+    assert torch.equal(play(blindfold=False), play(blindfold=True))
 
 
 def test_a_right_guess_solves_it_and_a_wrong_one_seldom(table, shown):
@@ -112,19 +117,36 @@ def test_what_a_guess_comes_to_does_not_depend_on_what_is_tried_beside_it(shown)
 
 
 def test_fingers_feel_that_they_hold_something(table, shown):
-    seeds = starts(COPIES, 0)
-    again, held = begin(table, shown, seeds, seeds), torch.zeros(COPIES, dtype=torch.bool)
+    seeds, held = starts(COPIES, 0), torch.zeros(COPIES, dtype=torch.bool)
+    again = begin(table, shown, seeds, seeds)
+    assert not feels(table).any(), "open fingers hold nothing"
     for _ in range(19):
         table.step(again.act())
-        held = table.view().held.clone()
-        assert not (held & ~feels(table)).any()
+        held |= table.view().held
+        assert not (table.view().held & ~feels(table)).any()
     assert held.any()
     closed = torch.zeros(COPIES, 7)
     closed[:, 6] = -1
-    again = begin(table, shown, seeds, seeds)
+    begin(table, shown, seeds, seeds)
     for _ in range(10):
         table.step(closed)
-    assert not feels(table).any()
+        assert not feels(table).any(), "nor do fingers that close on nothing"
+
+
+def test_a_blind_hand_errs_until_it_has_found_out(table, shown):
+    seeds, everyone = starts(COPIES, 0), torch.ones(COPIES, dtype=torch.bool)
+    again = begin(table, shown, seeds, seeds)
+    clumsy = again.clumsy(everyone, seed=0)
+    clumsy.reset(everyone)
+    grasping = torch.arange(COPIES) % 3 > 0
+    missed, solved = torch.zeros(COPIES, dtype=torch.bool), torch.zeros(COPIES, dtype=torch.bool)
+    for t in range(60):
+        assert t > 8 or torch.equal(clumsy.errs, grasping)
+        wanted, errs = again.act(), clumsy.errs
+        solved |= table.step(torch.where(errs[:, None], clumsy.act(), wanted)).success
+        missed |= errs & ~clumsy.errs & ~table.view().held
+    assert not clumsy.errs.any() and float(missed[grasping].float().mean()) > 0.3
+    assert float(solved[missed].float().mean()) > 0.3, "and mends it, where the object lies where it was"
 
 
 def test_nothing_is_drawn_while_it_is_guessed(shown):
@@ -199,3 +221,11 @@ def test_what_cannot_guess_is_told(demos, tmp_path, monkeypatch):
     monkeypatch.delattr(Replay, "suppose")
     with pytest.raises(CapabilityError, match=r"give it methods `guess\(\)` and `suppose\(\)`"):
         collect(tmp_path / "set", 3, demos)
+
+
+@pytest.mark.parametrize("line", ['{"task": "push"}', '{"task": "open", "tried": 8, "solved": []}', '{"task": "push", "tried": 8, "solved": 3}'])
+def test_a_damaged_file_of_guesses_is_told(tmp_path, line):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/guesses.jsonl").write_text(line + "\n")
+    with pytest.raises(DemonstrationError, match=r"guesses\.jsonl: is damaged .*; delete it, and the guesses are made again"):
+        Guesses(tmp_path, TASKS, 0)
