@@ -115,6 +115,7 @@ class MjcfEnv:
                 self.where, broken.nonzero().flatten().tolist(),
             )  # fmt: skip
         self._broken |= broken
+        broken |= go & self.physics.burst
         terminated = (over & go) | broken
         return Step(
             obs={} if self.spec.on_demand else self._shown(seen),

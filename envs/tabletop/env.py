@@ -139,20 +139,22 @@ class TabletopEnv:
         if self._pictures is not None:
             self._pictures.forget(active)
         # Reward and success leave as ordinary tensors, which anyone may change or save for a backward pass.
-        success, reward, terms = judged[0].clone(), judged[1].clone(), judged[2]
+        burst = self.physics.burst if active is None else self.physics.burst & active
+        success, reward, terms = judged[0] & ~burst, judged[1].clone(), judged[2]
         if self._reward == "sparse":
             reward = success.float()
         elif self._reward == "progress":
             before, self._score = self._score, reward if active is None else torch.where(active, reward, self._score)
             reward = PROGRESS * (self._score - before)
         truncated = self._steps >= self._max_steps
-        terminated = success.clone() if self._end_on_success else torch.zeros_like(success)
+        terminated = success | burst if self._end_on_success else burst.clone()
         return Step(
             obs={} if self.spec.on_demand else self.observe(),
             reward=reward.to(self.device),
             terminated=terminated.to(self.device),
             truncated=(truncated & ~terminated).to(self.device),
             success=success.to(self.device),
+            invalid=burst.to(self.device, copy=True),
             metrics={name: value.to(self.device) for name, value in terms.items()},
         )
 

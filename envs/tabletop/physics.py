@@ -28,6 +28,9 @@ class Physics(Protocol):
     model: mujoco.MjModel
     num_envs: int
     device: torch.device
+    burst: Tensor
+    """[B] bool on `device`, copies that became unstable in the latest step; they are at rest again, elsewhere than they
+    would have been, so their episodes tell nothing."""
 
     @property
     def qpos(self) -> Tensor:
@@ -101,6 +104,7 @@ class NativePhysics:
         self._tensor = torch.from_numpy(self._state)
         self._qpos, self._qvel = torch.zeros(num_envs, model.nq), torch.zeros(num_envs, model.nv)
         self._publish()
+        self.burst = torch.zeros(num_envs, dtype=torch.bool)
         self._path = np.zeros((num_envs, 0, size))
         self._ctrl = np.zeros((num_envs, 0, model.nu))
         self._sensors = np.zeros((num_envs, 0, model.nsensordata))
@@ -135,6 +139,7 @@ class NativePhysics:
         rows = slice(None) if active is None or bool(active.all()) else active.nonzero()[:, 0].numpy()
         state = self._state[rows]
         n = len(state)
+        self.burst.zero_()
         if n == 0:
             return
         path, controls = self._path[:n], self._ctrl[:n]
@@ -157,6 +162,7 @@ class NativePhysics:
         if broken.any():
             path[broken, -1] = state[broken]
             path[broken, -1, 1 + self.model.nq :] = 0.0
+            self.burst[rows] = torch.from_numpy(broken)
             warnings.warn(
                 f"physics: copies {np.arange(self.num_envs)[rows][broken].tolist()} became unstable and were "
                 "put back to rest where they were one control step before",

@@ -70,8 +70,8 @@ class Replay:
         self._which, self._step, self._empty = (torch.zeros(b, dtype=torch.int64, device=device) for _ in range(3))
         self._psi = torch.zeros(b, device=device)
         self._supposed: dict[str, Tensor] = {}
-        self._past = torch.zeros_like(self._step)
-        """[B] control steps at the end of its path; enough of them where its fingers have closed on nothing."""
+        self._trying, self._past = False, torch.zeros_like(self._step)
+        """Whether guesses are tried, once each; [B] control steps at the end of the path."""
 
     def reset(self, mask: Tensor) -> None:
         """Begin in the masked copies [B], each with a demonstration of its task, drawn by the start's seed."""
@@ -95,11 +95,15 @@ class Replay:
 
     def guess(self, seeds: Tensor, tasks: Tensor, elsewhere: Tensor) -> Tensor:
         """Whether attempts [N] at these starts succeed when things are taken to lie as at others [N]: bool."""
-        return solved(self, self._env, seeds, tasks, elsewhere)
+        self._trying = True
+        try:
+            return solved(self, self._env, seeds, tasks, elsewhere)
+        finally:
+            self._trying = False
 
     @property
     def over(self) -> Tensor:
-        """[B] bool, it has come to the end of its path, or closed its fingers on nothing."""
+        """[B] bool, it has been at the end of its path for a while."""
         return self._past >= LOST
 
     def _start_over(self) -> None:
@@ -107,9 +111,10 @@ class Replay:
         k = self._which
         closed = self._closes[k] & (self._step > self._grasp[k] + CLOSING)
         self._empty = torch.where(closed & ~self._held(), self._empty + 1, 0)
-        self._past += (self._empty > 0) * LOST + (self._step >= self._length[k] - 1)
+        self._past += self._step >= self._length[k] - 1
         anew = self._empty > LOST
-        if bool(anew.any()):
+        # A guess that has failed would fail again; an object that was not grasped may still be pushed to its goal.
+        if not self._trying and bool(anew.any()):
             for name, x in self._where().items():
                 self._now[name][anew] = x[anew]
             self._step[anew], self._empty[anew] = 0, 0

@@ -95,7 +95,8 @@ class WarpPhysics:
         self._warmstart = wp.to_torch(self._data.qacc_warmstart)
         self._overflow = wp.to_torch(self._data.overflow)
         self._before, self._before_qvel = self._qpos.clone(), self._qvel.clone()
-        self._broken = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self.burst = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self._broken = torch.zeros_like(self.burst)
         self._graphs: dict[int, wp.Graph] = {}
         self._steps = 0
 
@@ -138,7 +139,7 @@ class WarpPhysics:
         if active is not None:
             torch.where(active[:, None], self._qpos, self._before, out=self._qpos)
             torch.where(active[:, None], self._qvel, self._before_qvel, out=self._qvel)
-        self._mend()
+        self._mend(active)
         self._steps += 1
         if not self._warp_device.is_cuda or self._steps % CHECK_EVERY == 0:
             self._check()
@@ -185,12 +186,15 @@ class WarpPhysics:
         self.set_state(saved)
         return capture.graph
 
-    def _mend(self) -> None:
+    def _mend(self, active: Tensor | None) -> None:
         """Put copies whose state has blown up back to rest where they were; written so that the host never waits."""
         sound = (self._qpos.abs() < _BLOWN_UP).all(dim=1) & (self._qvel.abs() < _BLOWN_UP).all(dim=1)
         torch.where(sound[:, None], self._qpos, self._before, out=self._qpos)
         self._qvel.masked_fill_(~sound[:, None], 0.0)
-        self._broken |= ~sound
+        torch.logical_not(sound, out=self.burst)
+        if active is not None:
+            self.burst &= active
+        self._broken |= self.burst
 
     def _check(self) -> None:
         """Say what went wrong since the last look: a warning for unstable copies, an error for lost contacts."""

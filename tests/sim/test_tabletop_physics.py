@@ -75,9 +75,28 @@ def test_a_copy_that_blows_up_is_put_back_to_rest_and_said(scene):
     physics.place(torch.tensor([False, True, False]), qpos, wild)
     with pytest.warns(RuntimeWarning, match=r"copies \[1\] became unstable"):
         physics.step(controls(3, 1)[0], 5)
+    assert physics.burst.tolist() == [False, True, False]
     assert torch.equal(physics.qpos[1], qpos[1]) and bool((physics.qvel[1] == 0).all())
     assert not torch.equal(physics.qpos[0], qpos[0])
+    physics.step(controls(3, 1)[0], 5)
+    assert not physics.burst.any()
     physics.close()
+
+
+def test_an_episode_whose_physics_blew_up_counts_for_nothing():
+    env = build(Config(tasks=["reach"], threads=1), num_envs=3, device=torch.device("cpu"), split="train", seed=0)
+    everyone = torch.ones(3, dtype=torch.bool)
+    env.reset(everyone, torch.tensor([2, 4, 6]), torch.zeros(3, dtype=torch.int64))
+    assert not env.step(torch.zeros(3, 7)).invalid.any()
+    wild = torch.zeros(3, env.scene.model.nv)
+    wild[1] = 1e12
+    env.physics.place(torch.tensor([False, True, False]), env.physics.qpos.clone(), wild)
+    with pytest.warns(RuntimeWarning, match=r"copies \[1\] became unstable"):
+        step = env.step(torch.zeros(3, 7))
+    told = step.invalid
+    assert told.tolist() == step.terminated.tolist() == [False, True, False] and not step.success[1]
+    assert not env.step(torch.zeros(3, 7)).invalid.any() and told.tolist() == [False, True, False], "told once, for good"
+    env.close()
 
 
 def test_a_foreign_state_is_refused(scene):

@@ -159,6 +159,7 @@ def test_a_copy_that_blows_up_is_put_back_to_rest_and_the_others_never_notice(at
     physics.place(torch.tensor([False, True, False]), rest(), velocity)
     with pytest.warns(RuntimeWarning, match=r"copies \[1\] became unstable and were put back to rest"):
         physics.step(hold(), SCENE.substeps)
+    assert physics.burst.tolist() == [False, True, False]
     assert torch.equal(physics.qpos[1], rest()[1].float()) and bool((physics.qvel[1] == 0).all())
     assert torch.equal(physics.get_state()["warp"][[0, 2]], undisturbed[[0, 2]])
     physics.step(hold(), SCENE.substeps)
