@@ -118,7 +118,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:<index> (default: the recipe's device)")
     stored = "where the result is stored, a .json file (default: a new one in the run's evaluations/)"
     parser.add_argument("--out", metavar="FILE", help=stored)
-    anyway = "compare two results although they were not made with the same simulator"
+    anyway = "compare two results although they were not made with the same simulator, or not played alike"
     parser.add_argument("--compare-anyway", action="store_true", help=anyway)
 
 

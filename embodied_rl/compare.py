@@ -301,10 +301,11 @@ def print_targets(
         targets: One or two names.
         results: Of each, suite -> evaluation.
         console: Where to print; standard output when None.
-        anyway: Compare also what was not made with the same simulator, and say so.
+        anyway: Compare also what was not made with the same simulator or not played alike, and say so.
 
     Raises:
-        CapabilityError: Two targets were evaluated on different starts or with different simulators.
+        CapabilityError: Two targets were evaluated on different starts or with different simulators, or only one of
+            them greedily.
     """
     for target, suites in zip(targets, results, strict=True):
         for suite, result in suites.items():

@@ -91,11 +91,12 @@ def evaluate(
         raise DivergenceError(f"the env paid rewards that are not finite in evaluation episodes {bad[:8]}: mend it")
     has = env.spec.has_success
     made = {"run_seed": run_seed, "split": split, "stream": stream, "episodes": episodes}
+    played = {"greedy": greedy, "chunk": policy.chunk}
     return EvaluationResult(
         tasks=env.spec.tasks, run_seed=run_seed, stream=stream, split=split, greedy=greedy, seedable=env.spec.seedable,
         seed=starts.seeds(numbers), task=starts.tasks(numbers), returns=columns["returns"], length=columns["length"],
         success_once=columns["once"] if has else None, success_at_end=columns["at_end"] if has else None,
-        invalid=None if bool(valid.all()) else ~valid, manifest=manifest.make(env, made, frames),
+        invalid=None if bool(valid.all()) else ~valid, manifest=manifest.make(env, made, frames, played),
     )  # fmt: skip
 
 

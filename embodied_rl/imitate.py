@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from typing import Any, cast
 
 import torch
@@ -19,8 +21,9 @@ from embodied_rl.errors import CapabilityError, DivergenceError
 from embodied_rl.measure import Clock
 from embodied_rl.metrics import Partials
 from embodied_rl.optimizer import FlatParameters, Optimizer
-from embodied_rl.recipe import Recipe
+from embodied_rl.recipe import Collect, Recipe, Train
 from embodied_rl.saved import Saved, start_policy
+from embodied_rl.schema import flatten, show
 from embodied_rl.session import build_env, build_policy, choose_device
 from embodied_rl.types import EnvSpec, Imitator, Policy, State
 
@@ -71,6 +74,7 @@ class ImitationSession(Saved):
                 f"{cast(Any, recipe.algorithm).type}, which learns from demonstrations: remove the section, or set "
                 "reward=null"
             )
+        refuse_idle(recipe)
         device, config = choose_device(recipe.device), cast(ImitationConfig, recipe.algorithm)
         demos = Demonstrations(config.demonstrations)
         env = build_env(recipe, num_envs=1, device=device, split="train")
@@ -206,6 +210,32 @@ class ImitationSession(Saved):
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+def refuse_idle(recipe: Recipe) -> None:
+    """Refuse settings that only rollouts read, where they are not what they would be had nobody given them.
+
+    `collect.copies` is left alone: `embodied-rl collect` records as many episodes side by side.
+
+    Raises:
+        CapabilityError: Names all of them, and what undoes those that come with a recipe that is extended.
+    """
+    untouched = {
+        "collect": Collect(copies=recipe.collect.copies).model_dump(mode="json"),
+        "train": {"env_steps": Train().env_steps},
+    }
+    given = recipe.dump()
+    pairs = {path: (reduce(getitem, path.split("."), given), own) for path, own in flatten(untouched).items()}
+    idle = {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+    if not idle:
+        return
+    found = ", ".join(f"{path} ({show(value)})" for path, (value, _) in idle.items())
+    undone = " ".join(f"{path}={show(own)}" for path, (_, own) in idle.items())
+    does, them = ("does", "it") if len(idle) == 1 else ("do", "them")
+    raise CapabilityError(
+        f"{found} {does} nothing with algorithm {cast(Any, recipe.algorithm).type}, which makes no rollouts: remove "
+        f"{them}, or undo what a recipe that is extended brings with {undone}"
+    )
 
 
 def fit_actions(policy: Imitator, demos: Demonstrations, config: ImitationConfig) -> None:

@@ -7,9 +7,11 @@ A manifest is a plain dict:
     env       what decides what happens in the simulator: time limit, control rate, the files that define the env, and
               what it tells of itself
     frames    task -> seed of the first episode of the task, and a checksum of every entry of its first observation
+    policy    how the policy played: `greedy` or sampled, `chunk`, the control steps of a decision, and where the env's
+              `protocol` says how many are published, the `departures` from it; missing in what is older
 
-`env` and `frames` have to agree for a difference in success to be one of the policies: a library that was upgraded has
-changed pixels before without a word (MuJoCo 3.3.3 and LIBERO's objects).
+`env`, `frames` and `policy.greedy` have to agree for a difference in success to be one of the policies: a library that
+was upgraded has changed pixels before without a word (MuJoCo 3.3.3 and LIBERO's objects).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import logging
 import platform
 import re
 import sys
@@ -33,6 +36,8 @@ from embodied_rl.errors import CapabilityError
 from embodied_rl.runfolder import PACKAGES, checksum, git_state, installed
 from embodied_rl.types import Env, Obs
 
+log = logging.getLogger(__name__)
+
 Manifest = dict[str, Any]
 PARTS = ("engine", "starts", "env", "frames")
 TOLD = 4
@@ -43,13 +48,16 @@ ENVS = registry.PACKAGES["env"]
 _IMPORT = re.compile(rf"from {re.escape(ENVS)}\.([\w.]+) import")
 
 
-def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) -> Manifest:
+def make(
+    env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]], policy: dict[str, Any] | None = None
+) -> Manifest:
     """Put a manifest together.
 
     Args:
         env: That was evaluated in.
         starts: What the starts were made from.
         frames: Task -> `frame`.
+        policy: "greedy" and "chunk" of who played; None when nobody did.
 
     Raises:
         CapabilityError: The env tells something of itself that is not plain data.
@@ -62,7 +70,31 @@ def make(env: Env, starts: dict[str, Any], frames: dict[str, dict[str, Any]]) ->
             f"manifest() of {type(env).__name__} is no plain data ({error}): return a dict of text, numbers, lists and "
             "dicts"
         ) from None
-    return {"engine": dict(_engine()), "starts": starts, "env": plain, "frames": frames}
+    played = {} if policy is None else {"policy": {**policy, **_departures(plain, policy["chunk"])}}
+    return {"engine": dict(_engine()), "starts": starts, "env": plain, "frames": frames, **played}
+
+
+def _departures(env: dict[str, Any], chunk: int) -> dict[str, str]:
+    """What no env can know of its own departures: how many control steps of a decision the policy executes."""
+    published = _published(env)
+    return {} if published is None else {"departures": "none" if chunk == published else f"policy.chunk: {chunk}"}
+
+
+def _published(env: dict[str, Any]) -> int | None:
+    """Control steps of a decision by the protocol that an env tells; None where it says nothing of them."""
+    protocol = env.get("protocol")
+    return protocol.get("chunk") if isinstance(protocol, dict) else None
+
+
+def warn_of_departures(manifest: Manifest) -> None:
+    """Log where the policy, and not the env, departed from the env's protocol."""
+    departures = manifest.get("policy", {}).get("departures", "none")
+    if departures != "none":
+        log.warning(
+            "the env's protocol executes %s control steps of a decision; this evaluation departs from it in %s",
+            _published(manifest["env"]),
+            departures,
+        )
 
 
 def told_by(env: Env) -> dict[str, Any]:
@@ -176,6 +208,10 @@ def read(found: Any) -> Manifest | None:
             raise ValueError(f"its manifest has no '{part}'")
     if not all(isinstance(one, dict) for one in found["frames"].values()):
         raise ValueError("a frame of its manifest is no object")
+    if "policy" in found:
+        policy = found["policy"] if isinstance(found["policy"], dict) else {}
+        if not isinstance(policy.get("greedy"), bool) or not isinstance(policy.get("chunk"), int):
+            raise ValueError("the 'policy' of its manifest lacks 'greedy' (true or false) or 'chunk' (control steps)")
     return found
 
 
@@ -206,7 +242,7 @@ def _clause(what: str, x: Any, y: Any) -> str:
 
 
 def compare(a: Manifest | None, b: Manifest | None, names: tuple[str, str], *, anyway: bool = False) -> str | None:
-    """Refuse a comparison of results that were made with different simulators.
+    """Refuse a comparison of results that were made with different simulators, or one greedy and one sampled.
 
     Args:
         a: Of the first result; None where it has none.
@@ -227,14 +263,28 @@ def compare(a: Manifest | None, b: Manifest | None, names: tuple[str, str], *, a
             f"{' and '.join(lacking)} {verb} no manifest (older than manifests), so whether both were made with the "
             "same simulator is not known"
         )
-    found = differences(a, b)
-    if not found:
-        return None
-    more = f"; and {len(found) - TOLD} more" if len(found) > TOLD else ""
-    what = f"A = {names[0]} and B = {names[1]} were not made with the same simulator: {'; '.join(found[:TOLD])}{more}"
-    if anyway:
-        return what
-    raise CapabilityError(f"{what}. Evaluate both again with one installation, or compare them with --compare-anyway")
+    found, how = [], []
+    if clauses := differences(a, b):
+        more = f"; and {len(clauses) - TOLD} more" if len(clauses) > TOLD else ""
+        found.append(f"were not made with the same simulator: {'; '.join(clauses[:TOLD])}{more}")
+        how.append("with one installation")
+    if greedy := _played_unlike(a, b, "greedy"):
+        x, y = ("greedy" if g else "sampled" for g in greedy)
+        found.append(f"were not played alike: A {x} and B {y}")
+        how.append("in one way (greedy or sampled)")
+    what = f"A = {names[0]} and B = {names[1]} {', and '.join(found)}"
+    if found and not anyway:
+        raise CapabilityError(f"{what}. Evaluate both again {' and '.join(how)}, or compare them with --compare-anyway")
+    remarks = [what] if found else []
+    if chunks := _played_unlike(a, b, "chunk"):  # a property of the policies, and so told alone
+        remarks.append("a decision covers {} control steps in A and {} in B".format(*chunks))
+    return "; ".join(remarks) or None
+
+
+def _played_unlike(a: Manifest, b: Manifest, key: str) -> tuple[Any, Any] | None:
+    """How the two policies played, where both manifests tell it and it differs."""
+    x, y = (manifest.get("policy", {}).get(key) for manifest in (a, b))
+    return None if x is None or y is None or x == y else (x, y)
 
 
 def lines(manifest: Manifest) -> list[tuple[str, str]]:
@@ -242,6 +292,8 @@ def lines(manifest: Manifest) -> list[tuple[str, str]]:
     starts, engine = manifest["starts"], {k: v for k, v in manifest["engine"].items() if k != "packages"}
     rows = [("starts", ", ".join(f"{k} {v}" for k, v in starts.items()))]
     rows += [(key, _short(value)) for key, value in _flat(manifest["env"]).items()]
+    if "policy" in manifest:
+        rows.append(("policy", ", ".join(f"{k} {v}" for k, v in manifest["policy"].items())))
     rows.append(("engine", ", ".join(f"{k} {_short(v)}" for k, v in engine.items())))
     for task, one in manifest["frames"].items():
         rows.append((f"first frame of {task}", ", ".join(f"{k} {_short(v)}" for k, v in one.items())))

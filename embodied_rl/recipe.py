@@ -14,7 +14,7 @@ from embodied_rl.section import Section
 
 
 class Collect(Section):
-    """How experience is gathered."""
+    """How experience is gathered; of imitation, which gathers none, `embodied-rl collect` reads copies alone."""
 
     copies: int = Field(64, ge=1)
     """Copies of the env stepped together (B); more copies: smoother gradients, more memory."""
@@ -165,7 +165,7 @@ class Train(Section):
     """How long to train."""
 
     env_steps: int = Field(1_000_000, ge=1)
-    """Control steps over all copies after which training ends."""
+    """Control steps over all copies after which training ends; imitation ends after algorithm.steps."""
     max_seconds: float | None = Field(None, gt=0)
     """Stop early after this wall time, counted over resumes; null for no limit."""
     max_bad_updates: int = Field(5, ge=1)
@@ -187,7 +187,8 @@ class Recipe(Section):
     """torch CPU threads; null leaves torch's own choice. Results are bit-identical only for an equal number."""
     start_from: str | None = None
     """Run folder or checkpoint whose policy training begins with, for example one trained on demonstrations; null
-    begins with random weights. The policy section must be the same."""
+    begins with random weights. Its weights must be those of the policy section, by name and shape; reinforcement begins
+    a critic where they have none. Settings that shape no weight, such as draws and temperature, may differ."""
     start_despite: tuple[Item, ...] = ()
     """What the numbers of an action may mean otherwise in env than where start_from was trained, for training to get
     over it: control, frame, rotation, gripper, metres, radians. All else is refused where it differs."""

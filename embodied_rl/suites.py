@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from embodied_rl import manifest
 from embodied_rl.errors import ConfigError
 from embodied_rl.evaluate import Transcriber, evaluate, film
 from embodied_rl.recipe import HELDOUT, Recipe
@@ -72,6 +73,8 @@ class Suite:
                 generator=self._generator(mode, device),
                 on_frame=written if written.count else None,
             )
+        if final and result.manifest is not None:
+            manifest.warn_of_departures(result.manifest)
         return replace(result, transcripts=written.texts)
 
     def film(self, policy: Policy, result: EvaluationResult, numbers: Tensor, folder: Path) -> list[Clip]:
@@ -112,15 +115,17 @@ def evaluation_file(suite: str, *, start: bool = False) -> str:
     return f"evaluation{'_start' if start else ''}{'' if suite == HELDOUT else f'.{suite}'}.json"
 
 
-def check_suites(recipe: Recipe, device: torch.device) -> None:
+def check_suites(recipe: Recipe, device: torch.device, chunk: int = 1) -> None:
     """Build the env of each suite once, so that one that cannot be played is told before training, not after it.
 
     Args:
         recipe: The run; nothing is built where it has no suites.
         device: Where it will compute.
+        chunk: Control steps of one of the policy's decisions.
 
     Raises:
-        ConfigError: A suite shows, takes or asks for something else than the recipe's env.
+        ConfigError: A suite shows, takes or asks for something else than the recipe's env, or its episodes are
+            shorter than a decision.
     """
     if not recipe.evaluate.suites:
         return
@@ -132,6 +137,11 @@ def check_suites(recipe: Recipe, device: torch.device) -> None:
             finally:
                 suite.close()
     for name, spec in specs.items():
+        if spec.max_steps is not None and chunk > spec.max_steps:
+            raise ConfigError(
+                f"evaluate.suites.{name}: an episode has {spec.max_steps} control steps, and a decision of the policy "
+                f"covers {chunk}, so the rest could never be executed: raise its max_steps, or lower the policy's chunk"
+            )
         for part in ("observation", "action", "tasks", "has_success"):
             if getattr(spec, part) != getattr(specs[HELDOUT], part):
                 raise ConfigError(

@@ -209,7 +209,7 @@ def _run_in(folder: RunFolder, session: Learner, resume: bool) -> Finished:
     results: dict[str, EvaluationResult] = {}
     with StopRequest().listening() as stop:
         if recipe.evaluate.episodes:
-            check_suites(recipe, session.device)
+            check_suites(recipe, session.device, session.policy.chunk)
         try:
             reason = _learn(folder, session, stop, results)
         except Exception as error:

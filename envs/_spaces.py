@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from embodied_rl.errors import CapabilityError, ShapeError
 from embodied_rl.types import ActionSpec, TensorSpec
 
 Array = NDArray[Any]
+Part = tuple[tuple[Any, ...], spaces.Box]
+"""The keys that lead to a Box of an action, and the Box."""
 
 
 @dataclass(frozen=True)
@@ -93,31 +96,38 @@ class ActionMap:
     """From the engine's actions (numbers in [-1, 1], or a category from 0) to what the simulator takes.
 
     A bounded dimension is mapped by low + (a + 1) / 2 * (high - low); where a bound is infinite, a is used as it is.
+    A Dict of Boxes is one flat action, its parts in the order of the Dict's keys; `split` makes a Dict of it again.
     """
 
     def __init__(self, space: spaces.Space[Any], where: str) -> None:
         """Read the action space.
 
         Args:
-            space: Box or Discrete.
+            space: Box, Discrete, or a Dict (of Dicts) of Boxes.
             where: The env's id, for messages.
 
         Raises:
             CapabilityError: Another kind of space.
         """
         self.where = where
+        self._parts: list[Part] = []
+        self.shape: tuple[int, ...] = ()
         if isinstance(space, spaces.Discrete):
             self.spec = ActionSpec("discrete", int(space.n))
-            self.start, self.dtype, self.shape = int(space.start), np.dtype(space.dtype or np.int64), ()
+            self.start, self.dtype = int(space.start), np.dtype(space.dtype or np.int64)
             return
-        if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype or np.float32, np.floating):
-            raise CapabilityError(
-                f"{where}: its action is {space}, and only a Box of floats or a Discrete is understood; wrap the env "
-                "so that it takes one of them"
-            )
-        self.shape, self.dtype = space.shape, np.dtype(space.dtype)
-        self.spec = ActionSpec("continuous", int(np.prod(space.shape)))
-        low, high = space.low.reshape(-1).astype(np.float64), space.high.reshape(-1).astype(np.float64)
+        parts = list(_parts(space, (), where))
+        boxes = [box for _, box in parts]
+        size = sum(math.prod(box.shape) for box in boxes)
+        self.shape, self.dtype = boxes[0].shape, np.result_type(*(box.dtype for box in boxes))
+        names: tuple[str, ...] = ()
+        if isinstance(space, spaces.Dict):
+            # Its numbers stay flat, so that they can be kept and played again as those of a Box.
+            self._parts, self.shape = parts, (size,)
+            names = tuple(f"{_joined(path)}.{i}" for path, box in parts for i in range(math.prod(box.shape)))
+        self.spec = ActionSpec("continuous", size, names)
+        low = np.concatenate([box.low.reshape(-1).astype(np.float64) for box in boxes])
+        high = np.concatenate([box.high.reshape(-1).astype(np.float64) for box in boxes])
         bounded = np.isfinite(low) & np.isfinite(high)
         low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
         self.middle, self.half = ((high + low) / 2).astype(self.dtype), ((high - low) / 2).astype(self.dtype)
@@ -132,7 +142,7 @@ class ActionMap:
             out: [B, size] of the simulator's dtype to write continuous actions into; None for a new array.
 
         Returns:
-            native: [B, *shape] of the simulator's dtype.
+            native: [B, *shape] of the simulator's dtype; what a Dict takes is still to be `split`.
 
         Raises:
             ShapeError: A number that is not finite, or a category that does not exist; names the copies.
@@ -168,6 +178,52 @@ class ActionMap:
             # Rounding may leave the box by one unit in the last place, and some simulators refuse that.
             np.clip(out, self.low, self.high, out=out)
         return out.reshape(len(x), *self.shape)
+
+    def split(self, native: Any) -> Any:
+        """What the simulator takes: the native action itself, or the Dict that it asks for.
+
+        Args:
+            native: Of one copy [*shape] or of several [B, *shape]; an array or a tensor.
+
+        Returns:
+            taken: The same; for a Dict, nested as the space is, [*box.shape] or [B, *box.shape] of each Box, arrays in
+                its dtype.
+        """
+        if not self._parts:
+            return native
+        taken: dict[Any, Any] = {}
+        end = 0
+        for path, box in self._parts:
+            start, end = end, end + math.prod(box.shape)
+            x = native[..., start:end].reshape((*native.shape[:-1], *box.shape))
+            place = taken
+            for key in path[:-1]:
+                place = place.setdefault(key, {})
+            place[path[-1]] = x if isinstance(x, Tensor) else x.astype(box.dtype, copy=False)
+        return taken
+
+
+def _parts(space: spaces.Space[Any], path: tuple[Any, ...], where: str) -> Iterator[Part]:
+    """Every Box of an action space and the keys that lead to it; CapabilityError for anything else."""
+    if isinstance(space, spaces.Dict) and space.spaces:
+        for key, inner in space.spaces.items():
+            yield from _parts(inner, (*path, key), where)
+    elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype or np.float32, np.floating):
+        yield path, space
+    elif path:
+        raise CapabilityError(
+            f"{where}: '{_joined(path)}' of its action is {space}, and in a Dict only a Box of floats is understood; "
+            "wrap the env so that it takes one"
+        )
+    else:
+        raise CapabilityError(
+            f"{where}: its action is {space}, and only a Box of floats, a Dict of such or a Discrete is understood; "
+            "wrap the env so that it takes one of them"
+        )
+
+
+def _joined(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
 
 
 def check_action(action: Tensor, spec: ActionSpec, num_envs: int, device: torch.device, where: str) -> None:

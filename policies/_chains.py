@@ -19,7 +19,8 @@ whole chain is a product of Gaussians, whatever the network is.
 Source: Flow-SDE and Flow-Noise, Chen et al. 2025 (pi_RL, arXiv:2510.25889), after Liu et al. 2025 (Flow-GRPO,
 arXiv:2505.05470) and Zhang et al. 2025 (ReinFlow, arXiv:2505.22094); diffusion steps, Song et al. 2021 (DDIM,
 arXiv:2010.02502, eq. 12 and 16) and Ren et al. 2024 (DPPO, arXiv:2409.00588). Differs: diffusion starts at t = 0.98,
-where alpha is not 0.
+where alpha is not 0. Of DPPO there is no discount of the advantage over denoising steps, no clip width of their own (it
+is narrower in noisier steps there), and no frozen copy for the first of them: all steps are tuned alike.
 """
 
 from __future__ import annotations

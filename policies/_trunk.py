@@ -39,6 +39,8 @@ the picture for everything: with 1 and features that are not normalised, 600 ste
 meant ended 7 cm off; with 2 and normalised ones, 300 steps ended 1.4 cm off."""
 PATCH = 4
 """Pixels per feature along each axis of a picture."""
+FAR = 4.0
+"""m; what is farther away is as far as that."""
 
 KeysValues = tuple[Tensor, Tensor]
 Cache = list[KeysValues]
@@ -194,12 +196,12 @@ class Eye(nn.Module):
         """Two convolutions; queries from the words and of their own.
 
         They read each colour and its logarithm, in which a face in the shade is darker by the same number whatever its
-        colour: that is what tells a cube from a cylinder five pixels wide.
+        colour: that is what tells a cube from a cylinder five pixels wide. Of a depth in metres they read the same two.
         """
         super().__init__()
-        height, width, _ = spec.shape
+        height, width, channels = spec.shape
         c = config.channels
-        self.conv1 = nn.Conv2d(6, c, 2 * PATCH, PATCH, padding=PATCH // 2)
+        self.conv1 = nn.Conv2d(2 * channels, c, 2 * PATCH, PATCH, padding=PATCH // 2)
         self.conv2 = nn.Conv2d(c, c, 3, padding=1)
         self.film1, self.film2 = Film(words, c), Film(words, c)
         self.norm = nn.LayerNorm(c)
@@ -216,10 +218,14 @@ class Eye(nn.Module):
         self.register_buffer("shades", pair.view(torch.int64).squeeze(1), persistent=False)
 
     def forward(self, picture: Tensor, words: Tensor) -> Tensor:
-        """[N, H, W, 3] uint8 and [N, words] to [N, glances, width]."""
-        n, height, width, _ = picture.shape
-        shades = self.shades.index_select(0, picture.flatten().int()).view(torch.float32)
-        x = shades.view(n, height, width, 6).permute(0, 3, 1, 2).to(self.conv1.weight.dtype)
+        """[N, H, W, 3] uint8, or [N, H, W, 1] in metres, and [N, words] to [N, glances, width]."""
+        if picture.dtype == torch.uint8:
+            shades = self.shades.index_select(0, picture.flatten().int()).view(torch.float32)
+            x = shades.view(*picture.shape[:3], 6)
+        else:
+            metres = picture.clamp(0.0, FAR)
+            x = torch.cat([metres - 1.0, torch.log(metres + 0.1)], dim=3)
+        n, x = len(x), x.permute(0, 3, 1, 2).to(self.conv1.weight.dtype)
         x = F.gelu(self.film1(self.conv1(x), words))
         x = x + F.gelu(self.film2(self.conv2(x), words))
         features = self.norm(x.flatten(2).transpose(1, 2))
@@ -264,7 +270,8 @@ class Trunk(nn.Module):
         self.eyes, self.joints = nn.ModuleDict(), nn.ModuleDict()
         self.words_entry = row_of_words(env)
         for name, spec in env.seen.items():
-            if spec.dtype == torch.uint8 and len(spec.shape) == 3 and spec.shape[2] == 3:
+            floats, shape = spec.dtype.is_floating_point, spec.shape
+            if len(shape) == 3 and ((spec.dtype == torch.uint8 and shape[2] == 3) or (floats and shape[2] == 1)):
                 if spec.shape[0] % PATCH or spec.shape[1] % PATCH:
                     raise CapabilityError(
                         f"observation '{name}' is a picture of {spec.shape[0]} x {spec.shape[1]} pixels; this policy "
@@ -273,7 +280,7 @@ class Trunk(nn.Module):
                     )
                 self.pictures.append(name)
                 self.eyes[name] = Eye(spec, word_width, config)
-            elif spec.dtype.is_floating_point and len(spec.shape) == 1:
+            elif floats and len(shape) == 1:
                 self.vectors.append(name)
                 self.joints[name] = nn.Linear(spec.shape[0], config.width)
             elif name == self.words_entry:
@@ -282,7 +289,8 @@ class Trunk(nn.Module):
             else:
                 raise CapabilityError(
                     f"policy with the tiny VLA trunk cannot read observation '{name}' ({spec.dtype}, shape "
-                    f"{list(spec.shape)}): it takes RGB pictures [H, W, 3] uint8, vectors, and one row of word ids"
+                    f"{list(spec.shape)}): it takes RGB pictures [H, W, 3] uint8, depths [H, W, 1] in metres, "
+                    "vectors, and one row of word ids"
                 )
         self.register_buffer("no_words", torch.zeros(word_width), persistent=False)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))

@@ -65,6 +65,23 @@ class VlaPolicy(nn.Module):
         """[n] what the critic says while acting; None without a critic, or where it cannot see."""
         return None if self.critic is None or self.critic.blind(obs) else self.critic(summary, obs)[0][:n]
 
+    def keep(self, summary: Tensor, obs: Obs) -> Tensor | None:
+        """[N, width + D] all that `judged` reads, as vectors: the summary, and what the critic is told beside it.
+
+        None where the critic cannot see: nothing is learned there.
+        """
+        if self.critic is None or not self.critic.entries:
+            return summary
+        return None if self.critic.blind(obs) else torch.cat([summary, self.critic.told(obs)], dim=1)
+
+    def recall(self, kept: Tensor) -> tuple[Tensor, Obs]:
+        """What `keep` was given, of obs the entries that the critic reads."""
+        names = self.critic.entries if self.critic is not None else []
+        told = [self.spec.observation[name].shape[0] for name in names]
+        # Contiguous, as they were: other strides may take another matrix kernel, whose last bits differ.
+        summary, *parts = (x.contiguous() for x in kept.split([kept.shape[1] - sum(told), *told], dim=1))
+        return summary, dict(zip(names, parts, strict=True))
+
     def judged(
         self, summary: Tensor, obs: Obs, logp: Tensor, entropy: Tensor | None, n: int, sight: Tensor | None = None
     ) -> Evaluation:

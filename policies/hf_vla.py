@@ -59,7 +59,7 @@ class Config(Pretrained, tiny_vla_tokens.Config, tiny_vla_flow.Config):
                 )
             if name in other.model_fields and name not in mine:
                 raise ValueError(f"{name} ({value}) does nothing with head ({self.head}): remove it, or change head")
-        if self.encode_once and self.likelihood == "latent" and self.critic.reads == "prefix":
+        if self.encode_once and self.likelihood == "latent":
             raise ValueError(
                 "encode_once (true) does nothing with likelihood (latent), which keeps what the whole model made of "
                 "an observation: remove it"

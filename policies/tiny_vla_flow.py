@@ -12,11 +12,11 @@ How reinforcement learning sees a sample (`likelihood`):
     latent   the flow stays frozen; a small actor chooses the noise that it starts from (DSRL's idea, on policy), and
              what the frozen trunk made of a picture while sampling is kept, so that training never encodes it again
 
-Units are denoising steps (one unit with cfm and latent). loss.ratio: unit clips each step by itself, as DPPO does;
-decision forms the joint ratio of the chain. With units: action they are a control step's part of a denoising step, and
-loss.ratio: action clips each control step by itself. cfm and latent have no such parts: a matching loss stands for the
-whole chunk, and every number of the noise that a flow starts from moves all of its actions. Greedy evaluation is the
-ODE from the middle of the noise.
+Units are denoising steps (one unit with cfm and latent). loss.ratio: unit clips each step by itself, as DPPO does (what
+else differs from it: `_chains.py`); decision forms the joint ratio of the chain. With units: action they are a control
+step's part of a denoising step, and loss.ratio: action clips each control step by itself. cfm and latent have no such
+parts: a matching loss stands for the whole chunk, and every number of the noise that a flow starts from moves all of
+its actions. Greedy evaluation is the ODE from the middle of the noise.
 
 Source: Black et al. 2024 (pi0, arXiv:2410.24164); Chen et al. 2025 (pi_RL, arXiv:2510.25889); Ren et al. 2024 (DPPO,
 arXiv:2409.00588); McAllister et al. 2025 (FPO, arXiv:2507.21053); Wagenmaker et al. 2025 (DSRL, arXiv:2506.15799).
@@ -126,16 +126,19 @@ class FlowPolicy(VlaPolicy):
             # Of the very function that training calls, so the ratio starts at exactly 1.
             logp, _ = self._log_prob(summary, cache, units)
             value = self.estimate(summary, obs, n)
-            kept = self.kind == "latent" and not (self.critic is not None and self.critic.entries)
-            features = summary[:n] if kept else None
+            kept = self.keep(summary, obs) if self.kind == "latent" else None
+            features = None if kept is None else kept[:n]
             return PolicyOutput(units[:n], logp[:n], self.scale.restore(x)[:n], value, features=features)
 
     def evaluate(self, obs: Obs, units: Tensor, *, entropy: bool = True) -> Evaluation:
         """Log-probabilities (and entropies, where there are any) [N, A], values [N]."""
         obs, n = padded(obs)
-        frozen = self.kind == "latent"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            summary, cache, sight = (obs[FEATURES], [], None) if FEATURES in obs else self.trunk.prefix(obs)
+        cache: Cache = []
+        if FEATURES in obs:
+            (summary, obs), sight = self.recall(obs[FEATURES]), None
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.kind != "latent"):
+                summary, cache, sight = self.trunk.prefix(obs)
         logp, h = self._log_prob(summary, cache, pad_rows(units))
         return self.judged(summary, obs, logp, h if entropy else None, n, sight)
 

@@ -36,9 +36,9 @@ class Config(TrunkConfig):
     bins: int = Field(256, ge=2)
     """Classes per action dimension."""
     smoothing: float = Field(0.0, ge=0)
-    """Imitation: standard deviation in bins of a Gaussian around the demonstrated number, whose mass in each bin is the
-    target; the likeliest bin is then near the middle of what was demonstrated, not the highest of many narrow peaks. 0:
-    the one bin it falls into."""
+    """While imitating (demonstrations, or own successes): standard deviation in bins of a Gaussian around the
+    demonstrated number, whose mass in each bin is the target; the likeliest bin is then near the middle of what was
+    demonstrated, not the highest of many narrow peaks. 0: the one bin it falls into."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits while sampling and in every log-probability; greedy evaluation does not depend on it."""
     draws: int = Field(1, ge=1, le=99)

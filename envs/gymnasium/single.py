@@ -118,7 +118,7 @@ class GymnasiumEnv(Wrapped):
 
     def _native(self, actions: Array, i: int) -> Any:
         """One copy's action; a copy of the row, because an env may keep or change what it is given."""
-        return int(actions[i]) if self._action.spec.kind == "discrete" else actions[i].copy()
+        return int(actions[i]) if self._action.spec.kind == "discrete" else self._action.split(actions[i].copy())
 
     def _read(self, i: int, obs: Any) -> None:
         for leaf in self._leaves:

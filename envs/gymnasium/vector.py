@@ -134,7 +134,7 @@ class VectorizedEnv(Wrapped):
         """Step the simulator, and follow which copies have ended and begun: reward, terminated, truncated, info."""
         if self._mode is DISABLED and self._over.any():
             self._restart(self._over.copy(), None)
-        obs, reward, terminated, truncated, info = self._env.step(native)
+        obs, reward, terminated, truncated, info = self._env.step(self._action.split(native))
         terminated, truncated = _numpy(terminated).astype(bool), _numpy(truncated).astype(bool)
         restarting = self._over if self._mode is NEXT_STEP else ~self._everyone
         ended = terminated | truncated
@@ -253,7 +253,7 @@ class VectorizedEnv(Wrapped):
             start = self._seen(self._env.reset(seed=self._seed(seeds))[0])
         if self.config.render:
             self._draw(self._env)
-        obs, reward, terminated, truncated, info = self._env.step(self._still())
+        obs, reward, terminated, truncated, info = self._env.step(self._action.split(self._still()))
         for name, x in {"reward": reward, "terminated": terminated, "truncated": truncated}.items():
             if np.shape(_numpy(x)) != (len(seeds),):
                 raise CapabilityError(
@@ -284,7 +284,7 @@ class VectorizedEnv(Wrapped):
     def _repeats(self, seeds: Array, start: dict[str, Array], after: dict[str, Array]) -> bool:
         """Whether other copies begin and go on the same with the same seeds."""
         again = self._seen(self._env.reset(seed=self._seed(seeds[::-1]))[0])
-        then = self._seen(self._env.step(self._still())[0])
+        then = self._seen(self._env.step(self._action.split(self._still()))[0])
         pairs = [(again[n], start[n]) for n in again] + [(then[n], after[n]) for n in then]
         return all(_same(x, y[::-1]).all() for x, y in pairs)
 

@@ -82,8 +82,7 @@ def build(
     Raises:
         MissingExtraError: ManiSkill, or a system library that it loads, is not installed.
         NotFoundError: No such task or controller; names the nearest.
-        CapabilityError: No Vulkan device, assets that are not on the disk, several robots, or a setting that cannot
-            act here.
+        CapabilityError: No Vulkan device, assets that are not on the disk, or a setting that cannot act here.
         ConfigError: ManiSkill refused a setting.
         SimulatorError: The same, where a worker process found it.
     """

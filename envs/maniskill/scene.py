@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import mani_skill.envs  # registers the tasks
 import torch
+from gymnasium import spaces
 from mani_skill.utils import assets, download_asset
 from mani_skill.utils.registration import REGISTERED_ENVS
 from torch import Tensor
@@ -162,7 +163,7 @@ class Scene:
 
         Raises:
             NotFoundError: No such controller.
-            CapabilityError: No Vulkan device, assets that are not on the disk, or several robots.
+            CapabilityError: No Vulkan device, or assets that are not on the disk.
             MissingExtraError: A package that the task alone needs is not installed.
             ConfigError: ManiSkill refused a setting.
         """
@@ -178,10 +179,9 @@ class Scene:
         self.cameras = tuple(self.env.scene.human_render_cameras)
         space = self.env.single_action_space
         self.action = ActionMap(space, self.where)
-        names = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
-        self.action_names = names if config.control == "pd_ee_delta_pose" and self.action.spec.size == 7 else ()
+        self.action_names = _action_names(space, config.control)
         agent = self.env.agent
-        # Several robots in one task have neither a controller in parts nor a name.
+        # Several robots in one task have neither a controller in parts nor a name, and a convention is of one hand.
         controllers = getattr(getattr(agent, "controller", None), "controllers", {})
         parts = {name: one.config for name, one in controllers.items()}
         self.convention = convention_of(getattr(agent, "uid", ""), parts)
@@ -284,8 +284,9 @@ class Scene:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _native(self, action: Tensor) -> Tensor:
-        return action.clamp(-1, 1) * self._half + self._middle
+    def _native(self, action: Tensor) -> Any:
+        """What ManiSkill takes: [n, D], or such a tensor for each of several robots."""
+        return self.action.split(action.clamp(-1, 1) * self._half + self._middle)
 
     def _moment(self, obs: Obs, info: dict[str, Any], reward: Tensor, ended: Tensor) -> Moment:
         numbers = {f"'{name}'": x for name, x in obs.items() if x.is_floating_point()} | {"reward": reward}
@@ -315,6 +316,15 @@ class Scene:
                 meaning = "a camera's picture" if picture else "a camera's depth, m"
             specs[name] = TensorSpec(shape, x.dtype, 0 if picture else None, 255 if picture else None, meaning=meaning)
         return specs
+
+
+def _action_names(space: Any, control: str) -> tuple[str, ...]:
+    """What the numbers of an action are called; of several robots, each with its robot's name before a dot."""
+    if isinstance(space, spaces.Dict):
+        one_by_one = ((robot, _action_names(box, control) or range(*box.shape)) for robot, box in space.items())
+        return tuple(f"{robot}.{name}" for robot, names in one_by_one for name in names)
+    pose = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
+    return pose if control == "pd_ee_delta_pose" and space.shape == (7,) else ()
 
 
 def _vectors(tree: Any, copies: int) -> list[Tensor]:

@@ -235,6 +235,33 @@ def test_a_folder_that_is_no_run(toy, capsys):
     )
 
 
+# ---- stored evaluations ---------------------------------------------------------------------------------------------
+
+
+def test_a_greedy_evaluation_beside_a_sampled_one(own_run, toy, capsys):
+    assert main(["evaluate", "runs/toy", "--sampled", "--out", "sampled.json"]) == 0
+    names = ("runs/toy/evaluation.json", "sampled.json")
+    unlike = f"A = {names[0]} and B = {names[1]} were not played alike: A greedy and B sampled"
+    assert say(capsys, "evaluate", *names) == (
+        f"error: {unlike}. Evaluate both again in one way (greedy or sampled), or compare them with --compare-anyway\n"
+    )
+    assert main(["evaluate", *names, "--compare-anyway"]) == 0
+    assert f"note: {unlike}\n" in capsys.readouterr().out
+    assert main(["evaluate", names[1], names[1]]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_a_stored_evaluation_that_does_not_say_how_was_played(own_run, toy, capsys):
+    file = own_run / "evaluation.json"
+    document = json.loads(file.read_text())
+    document["manifest"]["policy"] = {"greedy": "yes", "chunk": 1}
+    file.write_text(json.dumps(document))
+    assert say(capsys, "evaluate", "runs/toy/evaluation.json") == (
+        "error: runs/toy/evaluation.json: is not an evaluation that this version can read (the 'policy' of its manifest lacks "
+        "'greedy' (true or false) or 'chunk' (control steps)); make it again\n"
+    )
+
+
 # ---- actions, for users of the library ------------------------------------------------------------------------------
 
 SOURCES = {"tabletop": {}, "gymnasium": {"id": "Pendulum-v1"}, "envpool": {"id": "Pendulum-v1"}}

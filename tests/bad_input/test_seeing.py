@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -25,13 +26,14 @@ threads: 1
 env: {{type: {env}}}
 policy: {{type: tiny_vla_tokens, bins: 16, width: 16, heads: 2, layers: 1, channels: 8, glances: 2, chunk: 2}}
 algorithm: {algorithm}
-collect: {{copies: 4, decisions: 4}}
-train: {{env_steps: 32}}
 evaluate: {{episodes: 0}}
 log: {{tensorboard: false, progress: false}}
 """
-SFT = "{type: sft, demonstrations: set, steps: 2, steps_per_update: 2, batch_size: 4, warmup: 1}"
-PPO = "{type: ppo, update: {epochs: 1, minibatches: 1}}"
+SFT = "{type: sft, demonstrations: set, steps: 2, steps_per_update: 2, batch_size: 4, warmup: 1}\ncollect: {copies: 4}"
+PPO = """\
+{type: ppo, update: {epochs: 1, minibatches: 1}}
+collect: {copies: 4, decisions: 4}
+train: {env_steps: 32}"""
 EPISODES, INFO = Path("set/meta/episodes.jsonl"), Path("set/meta/info.json")
 FILE = "set/data/chunk-000/episode_000002.parquet"
 
@@ -125,6 +127,39 @@ def test_a_set_that_cannot_be_learned_from_is_refused_before_a_run_is_begun(case
 def test_a_set_in_any_language_is_learned_from(work):
     say_instead("把红色方块推到目标", "Würfel schieben", "ادفع المكعب")
     assert main(["train", "sft.yaml"]) == 0
+
+
+# ---- settings of rollouts, which imitation does not make --------------------------------------------------------------
+
+COLLECTED = {
+    "decisions=16": ("collect.decisions (16)", "collect.decisions=64"),
+    "mode=episodes": ("collect.mode ('episodes')", "collect.mode='stream'"),
+    "pipeline=2": ("collect.pipeline (2)", "collect.pipeline=1"),
+    "curriculum.starts=100": ("collect.curriculum.starts (100)", "collect.curriculum.starts=null"),
+    "anneal.start=1.5": ("collect.anneal (a section)", "collect.anneal=null"),
+}
+
+
+@pytest.mark.parametrize("setting", COLLECTED)
+def test_a_setting_that_only_rollouts_read_is_refused_where_none_are_made(setting, work, capsys):
+    found, undone = COLLECTED[setting]
+    end = " nothing with algorithm sft, which makes no rollouts: remove {}, or undo what a recipe that is extended brings with "
+    assert say(capsys, "train", "sft.yaml", f"collect.{setting}") == f"{found} does{end.format('it')}{undone}"
+    assert say(capsys, "train", "sft.yaml", f"collect.{setting}", "train.env_steps=7") == (
+        f"{found}, train.env_steps (7) do{end.format('them')}{undone} train.env_steps=1000000"
+    )
+    assert not os.path.exists("runs")
+
+
+def test_what_undoes_them_is_taken(work, capsys):
+    """As where a recipe of reinforcement is extended by one that imitates."""
+    (work / "both.yaml").write_text(f"extends: rl.yaml\nname: both\nalgorithm: {SFT.partition(chr(10))[0]}\n")
+    said = say(capsys, "train", "both.yaml", "collect.group_size=2", "collect.mode=episodes", "collect.hints=[0.5]")
+    assert said.startswith(
+        "collect.decisions (4), collect.mode ('episodes'), collect.group_size (2), collect.hints ([0.5]), train.env_steps (32) do nothing "
+    )
+    assert main(["train", "both.yaml", *shlex.split(said.rpartition(" with ")[2])]) == 0
+    assert main(["collect", "sft.yaml", "--episodes", "4", "--out", "more", "collect.decisions=16"]) == 0
 
 
 # ---- instructions of the tabletop ------------------------------------------------------------------------------------
@@ -242,12 +277,14 @@ def test_ranges_are_looked_at_where_an_episode_begins_and_only_of_ids():
 
 @pytest.mark.parametrize("name", ["sft", "rl"])
 def test_a_chunk_that_is_longer_than_an_episode(name, work, capsys):
-    assert say(capsys, "train", f"{name}.yaml", "policy.chunk=11") == (
-        "a decision of the policy covers 11 control steps and an episode of the env has 10, so the rest could never be "
-        "executed: lower the policy's chunk to 10, or raise env.max_steps"
+    sentence = (
+        "a decision of the policy covers {} control steps and an episode of the env has {}, so the rest could never be executed: lower "
+        "the policy's chunk to {}, or raise env.max_steps"
     )
+    assert say(capsys, "train", f"{name}.yaml", "policy.chunk=11") == sentence.format(11, 10, 10)
     assert not os.path.exists("runs")
     assert main(["train", f"{name}.yaml", "policy.chunk=10"]) == 0
+    assert say(capsys, "evaluate", f"runs/{name}", "--episodes", "2", "env.max_steps=4") == sentence.format(10, 4, 4)
 
 
 def test_pictures_of_a_size_that_a_policy_cannot_cut(work, capsys):

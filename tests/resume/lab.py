@@ -255,7 +255,9 @@ def recipe(name: str = "", updates: int = UPDATES, **changes: Any) -> Recipe:
     data = lay(BASE, RECIPES[name] if name else {})
     if name == "imitation":
         env, demonstrations = seen()
+        del data["collect"]  # it makes no rollouts, and its length is in optimizer steps
         data = lay(data, {"env": {"type": env}, "algorithm": {"demonstrations": demonstrations}})
+        return build_recipe(lay(data, changes))
     data = lay(data, changes)
     steps = data["collect"]["copies"] * data["collect"]["decisions"] * data["policy"].get("chunk", 1) * updates
     return build_recipe(lay({"train": {"env_steps": steps}}, data))

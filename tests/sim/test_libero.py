@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from embodied_rl import registry, sims
 from embodied_rl.check import check_env
@@ -38,7 +39,7 @@ SMALL = {"render": SIDE, "picture": SIDE}
 PLAIN = """
 import os, pickle, sys, tempfile, zipfile
 import numpy as np
-assets, suite, task, row, seed, out = sys.argv[1:]
+assets, suite, task, row, seed, out, side = sys.argv[1:]
 home = os.environ["LIBERO_CONFIG_PATH"] = tempfile.mkdtemp()
 open(home + "/config.yaml", "w").write("{}")
 import libero.libero as L
@@ -46,7 +47,7 @@ L._assets_path_cache = assets
 from libero.libero.envs import OffScreenRenderEnv
 folder = os.path.dirname(L.__file__)
 bddl = f"{folder}/bddl_files/{suite}/{task}.bddl"
-env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=64, camera_widths=64)
+env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=int(side), camera_widths=int(side))
 env.seed(int(seed))
 env.reset()
 with zipfile.ZipFile(f"{folder}/init_files/{suite}/{task}.pruned_init") as file:
@@ -62,6 +63,19 @@ names = ["agentview_image", "robot0_eye_in_hand_image", "robot0_eef_pos", "robot
 np.savez(out, states=states, **{name: np.stack([o[name] for o in seen]) for name in names})
 """
 """LIBERO as evaluation scripts use it, without anything of ours."""
+
+PREPARE = """
+import io
+from PIL import Image
+def prepare(picture):
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture[::-1, ::-1])).save(file, "JPEG", quality=95)
+    small = Image.open(file).convert("RGB").resize((224, 224), Image.Resampling.LANCZOS)
+    edge = 224 * (1 - 0.9 ** 0.5) / 2
+    return np.asarray(small.resize((224, 224), Image.Resampling.BILINEAR, box=(edge, edge, 224 - edge, 224 - edge)))
+np.savez(out, **{name: prepare(seen[0][name]) for name in names[:2]})
+"""
+"""The first pictures as OpenVLA-OFT prepares them: upright, through JPEG, to 224, and nine tenths of the area."""
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +108,7 @@ def run(python, code, *args):
 
 @pytest.mark.parametrize(("number", "name"), [(0, BOWL), (1, NEXT)])
 def test_what_is_seen_is_libero_bit_for_bit(env, python, tmp_path, number, name):
-    run(python, PLAIN, os.environ["LIBERO_ASSETS"], *name.split("/"), "3", "7", str(tmp_path / "plain.npz"))
+    run(python, PLAIN, os.environ["LIBERO_ASSETS"], *name.split("/"), "3", "7", str(tmp_path / "plain.npz"), "64")
     plain = np.load(tmp_path / "plain.npz")
     for attempt in range(2):  # a scene that is used again is as good as new
         rng, seen = np.random.default_rng(0), start(env, [2 * 3 + number] * 2, seeds=(1 + 2 * attempt, 5))
@@ -106,6 +120,36 @@ def test_what_is_seen_is_libero_bit_for_bit(env, python, tmp_path, number, name)
             assert np.array_equal(proprio[6:], plain["robot0_gripper_qpos"][t].astype(np.float32))
             env.step(torch.from_numpy(rng.uniform(-1, 1, 7).astype(np.float32)).expand(2, 7).contiguous())
             seen = env.observe()
+
+
+def test_a_picture_of_full_size_is_prepared_as_the_protocol_says(python, tmp_path):
+    run(python, PLAIN + PREPARE, os.environ["LIBERO_ASSETS"], *BOWL.split("/"), "3", "0", str(tmp_path / "prepared.npz"), "256")
+    prepared = np.load(tmp_path / "prepared.npz")
+    config = LIBERO.Config(tasks=(BOWL,), states="each", protocol="openvla-oft", workers=1)
+    env = LIBERO.build(config, num_envs=1, device=CPU, split="eval", seed=0)
+    try:
+        seen = env.reset(torch.ones(1, dtype=torch.bool), torch.ones(1).long(), torch.full((1,), 3))
+    finally:
+        env.close()
+    for ours, theirs in (("agentview", "agentview_image"), ("wrist", "robot0_eye_in_hand_image")):
+        assert np.array_equal(seen[ours][0].numpy(), prepared[theirs]) and prepared[theirs].std() > 20, ours
+
+
+def test_a_turn_is_about_an_axis_of_the_base_and_by_the_right_hand_rule(env):
+    """The hand looks down: in its own frame the same number would turn it the other way about the vertical."""
+    told = env.spec.action.convention
+    assert (told.control, told.frame, told.rotation) == ("ee_delta", "base", "axis_angle")
+    for axis in range(3):
+        before = Rotation.from_rotvec(start(env, [0, 0])["proprio"][:, 3:6].numpy())
+        action = torch.zeros(2, 7)
+        action[:, 3 + axis] = torch.tensor([1.0, -1.0])
+        for _ in range(4):
+            env.step(action)
+        turn = (Rotation.from_rotvec(env.observe()["proprio"][:, 3:6].numpy()) * before.inv()).as_rotvec()
+        # From rest the soft controller makes a tenth to a sixth of them.
+        shares = turn[:, axis] / (4 * told.radians) * np.array([1, -1])
+        assert bool(((shares > 0.05) & (shares < 0.4)).all()), (axis, shares)
+        assert np.abs(np.delete(turn, axis, axis=1)).max() < 0.06, axis
 
 
 def test_tasks_words_and_limits_are_those_of_the_suites(env):
@@ -214,6 +258,24 @@ print(copy.step(np.zeros(7, np.float32))[1:])
     assert said[-2:] == ["(0.0, False, False, {'success': False})", "(1.0, True, False, {'success': True})"]
 
 
+def test_tasks_and_instructions_are_those_of_liberos_own_benchmarks(python):
+    """Its benchmark imports torch, which only its learning needs and the environment lacks."""
+    code = f"""
+import importlib.util, json, sys, types
+found = importlib.util.spec_from_file_location("simulator", {str(SIMULATOR)!r})
+module = importlib.util.module_from_spec(found); found.loader.exec_module(module)
+module.prepare(sys.argv[1])
+sys.modules["torch"] = types.ModuleType("torch")
+from libero.libero import benchmark
+theirs = {{s: {{f"{{s}}/{{t.name}}": t.language for t in benchmark.get_benchmark(s)().tasks}} for s in module.SUITES}}
+print(json.dumps([theirs, {{name: module.language(name) for name in module.task_names()}}]))
+"""
+    theirs, ours = json.loads(run(python, code, os.environ["LIBERO_ASSETS"]).splitlines()[-1])
+    assert [len(tasks) for tasks in theirs.values()] == [10, 10, 10, 10, 90]
+    joined = {name: text for tasks in theirs.values() for name, text in tasks.items()}
+    assert list(ours.items()) == list(joined.items())
+
+
 def test_the_initial_states_are_read_without_unpickling(python, tmp_path):
     code = f"""
 import importlib.util, pickle, zipfile
@@ -269,6 +331,7 @@ def test_a_policy_is_trained_and_evaluated_and_then_as_published(python, tmp_pat
     assert [episode["task"] for episode in stored["episodes"]] == [f"{BOWL}#00", f"{NEXT}#00"]
     published, frames_then = stored["manifest"]["env"], stored["manifest"]["frames"]
     assert published["states"] == "each" and published["assets"] == told["assets"]
+    assert published["protocol"]["chunk"] == 5 and stored["manifest"]["policy"]["departures"] == "policy.chunk: 3"
     assert published["protocol"]["departures"] == "env.change.render: 64, env.change.picture: 64, env.max_steps: 6"
     assert frames_then[f"{BOWL}#00"]["instruction"] == frames[BOWL]["instruction"]
     assert frames_then[f"{BOWL}#00"]["proprio"] != frames[BOWL]["proprio"], "it starts where training may, the other does not"

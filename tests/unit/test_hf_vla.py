@@ -365,6 +365,8 @@ def test_envs_that_do_not_fit():
         ({"lora": 2, "freeze": "all"}, "lora (2) adapts nothing with freeze (all): set freeze: vision, or lora: 0"),
         ({"encode_once": True}, "encode_once (true) needs a vision part that stays as it is: set freeze: vision or all"),
         ({"encode_once": True, "freeze": "all", "head": "flow", "likelihood": "latent"}, "encode_once (true) does nothing with likelihood (latent)"),
+        ({"encode_once": True, "freeze": "all", "head": "flow", "likelihood": "latent", "critic": {"reads": "privileged"}},
+         "encode_once (true) does nothing with likelihood (latent)"),
         ({"foresight_reads": "summary"}, "foresight_reads (summary) does nothing with hf_vla, whose foresight reads the summary either way"),
         ({"glances": 4}, "glances (4) is of a picture encoder that the wrapped model replaces: remove it"),
         ({"noise": 0.3}, "noise (0.3) does nothing with head (tokens): remove it, or change head"),

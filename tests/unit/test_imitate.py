@@ -260,6 +260,20 @@ def test_reinforcement_starts_from_a_run_that_imitated(tokens_run):
     session.close()
 
 
+def test_smoothing_acts_where_something_is_imitated_and_nowhere_else():
+    """So recipes that reinforce need not repeat that of the recipe they start from."""
+    ppo, collect = {"type": "ppo"}, {"collect": {"copies": 4, "decisions": 4}}
+    own = {"self_imitation": {"coef": 1.0, "rows": 8}}
+    for algorithm, more, acts in (({}, {}, True), (ppo, collect, False), (ppo | own, collect, True)):
+        found = []
+        for smoothing in (0.0, 2.0):
+            session = build_session(recipe("tokens", policy={"smoothing": smoothing}, algorithm=algorithm, **more))
+            found.append((plain(iterate(session, 3)), weights(session)))
+            session.close()
+        (rows, before), (others, after) = found
+        assert (rows != others) == acts and bool(lab.differing(before, after)) == acts
+
+
 def test_a_flow_that_imitated_is_frozen_when_noise_is_steered(tmp_path):
     lab.go(recipe("latent", algorithm={"lr": 1e-2}), tmp_path / "sft")
     wanted = recipe("latent", start_from=str(tmp_path / "sft"), algorithm={"type": "ppo"}, collect={"copies": 2, "decisions": 2})

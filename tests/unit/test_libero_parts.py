@@ -114,25 +114,25 @@ def test_every_protocol_says_everything_and_a_change_lies_over_it():
         assert protocol.keys() == wanted, name
         assert protocol["steps"].keys() == {"libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"}
         LIBERO.Changes(**{key: value for key, value in protocol.items() if key in LIBERO.Changes.model_fields} | {"cameras": tuple(protocol["cameras"])})
-    assert wanted - {"trials", "states", "steps", "settle_hand"} == LIBERO.Changes.model_fields.keys()
+    assert wanted - {"trials", "states", "steps", "settle_hand", "chunk"} == LIBERO.Changes.model_fields.keys()
     config = LIBERO.Config(protocol="openpi", change=LIBERO.Changes(settle=3))
     assert config.in_force() == LIBERO.PROTOCOLS["openpi"] | {"settle": 3} and config.limit() == 220
 
 
 PUBLISHED = {
-    "openvla": (220, 280, 300, 520, 400, 50),
-    "openvla-oft": (220, 280, 300, 520, 400, 50),
-    "openpi": (220, 280, 300, 520, 400, 50),
-    "rlinf": (240, 320, 320, 480, 400, 50),
-    "simplevla-rl": (512, 512, 512, 512, 512, 50),
-    "lerobot": (280, 280, 300, 520, 400, 10),
+    "openvla": (220, 280, 300, 520, 400, 50, 1),
+    "openvla-oft": (220, 280, 300, 520, 400, 50, 8),
+    "openpi": (220, 280, 300, 520, 400, 50, 5),
+    "rlinf": (240, 320, 320, 480, 400, 50, None),
+    "simplevla-rl": (512, 512, 512, 512, 512, 50, 8),
+    "lerobot": (280, 280, 300, 520, 400, 10, None),
 }
-"""Step limits of spatial, object, goal, 10 and 90, and trials of each task, as the scripts have them."""
+"""Step limits of spatial, object, goal, 10 and 90, trials of each task, and the chunk, as the scripts have them."""
 
 
-def test_step_limits_and_trials_are_the_published_ones():
+def test_step_limits_trials_and_chunks_are_the_published_ones():
     suites = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-    found = {name: (*(p["steps"][suite] for suite in suites), p["trials"]) for name, p in LIBERO.PROTOCOLS.items()}
+    found = {name: (*(p["steps"][suite] for suite in suites), p["trials"], p["chunk"]) for name, p in LIBERO.PROTOCOLS.items()}
     assert found == PUBLISHED and {p["states"] for p in LIBERO.PROTOCOLS.values()} == {"each"}
 
 

@@ -61,7 +61,8 @@ def test_a_frame_changes_with_one_pixel_and_with_its_type_but_not_with_the_copy(
 def test_a_finished_run_has_a_manifest_of_what_was_played(toy_run):
     document = json.loads((toy_run / "evaluation.json").read_text())
     found, tasks = document["manifest"], document["tasks"]
-    assert set(found) == {"engine", "starts", "env", "frames"}
+    assert set(found) == {"engine", "starts", "env", "frames", "policy"}
+    assert found["policy"] == {"greedy": True, "chunk": 1} and document["greedy"] is True
     assert found["engine"]["packages"]["torch"] == str(torch.__version__)
     assert found["starts"] == {"run_seed": 0, "split": "eval", "stream": 0, "episodes": len(document["episodes"])}
     assert found["frames"].keys() == set(tasks), "one frame per task"
@@ -315,10 +316,68 @@ def test_an_evaluation_without_a_manifest_is_compared_and_said_to_have_none(two,
     assert "b.json has no manifest (older than manifests), so whether both were made" in capsys.readouterr().out
 
 
+def played(**policy):
+    """A manifest of a policy that played so; without anything, of before that was kept."""
+    plain = {"engine": {}, "starts": {}, "env": {"limit": 1}, "frames": {}}
+    return plain | ({"policy": {"greedy": True, "chunk": 1} | policy} if policy else {})
+
+
+def test_a_greedy_and_a_sampled_evaluation_are_not_compared_unless_told_to():
+    greedy, sampled, names = played(greedy=True), played(greedy=False), ("a", "b")
+    assert manifest.compare(greedy, greedy, names) is manifest.compare(sampled, sampled, names) is None
+    unlike = "A = a and B = b were not played alike: A sampled and B greedy"
+    with pytest.raises(CapabilityError) as refused:
+        manifest.compare(sampled, greedy, names)
+    assert str(refused.value) == f"{unlike}. Evaluate both again in one way (greedy or sampled), or compare them with --compare-anyway"
+    assert manifest.compare(sampled, greedy, names, anyway=True) == unlike
+    elsewhere = played(greedy=False) | {"env": {"limit": 2}}
+    with pytest.raises(CapabilityError, match="same simulator: limit is 1 in A and 2 in B, and were not played alike: A greedy and B sampled"):
+        manifest.compare(greedy, elsewhere, names)
+
+
+def test_another_chunk_is_told_and_forbids_nothing():
+    short, long = played(chunk=5), played(chunk=8)
+    told = "a decision covers 5 control steps in A and 8 in B"
+    assert manifest.compare(short, long, ("a", "b")) == told and manifest.compare(long, long, ("a", "b")) is None
+    sampled = played(greedy=False, chunk=8)
+    assert manifest.compare(short, sampled, ("a", "b"), anyway=True).endswith(f"A greedy and B sampled; {told}")
+
+
+def test_how_a_policy_played_is_compared_only_where_both_tell_it(two, capsys):
+    for other in (played(greedy=False, chunk=9), played()):
+        assert manifest.compare(played(), other, ("a", "b")) is manifest.compare(other, played(), ("a", "b")) is None
+    files, change = two
+    change(lambda d: d["manifest"].pop("policy"))
+    assert EvaluationResult.load(Path(files[1])).manifest.keys() == {"engine", "starts", "env", "frames"}
+    assert main(["evaluate", *files]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("told", "departures"),
+    [
+        ({"protocol": {"chunk": 1}}, {"departures": "policy.chunk: 2"}), ({"protocol": {"chunk": 3}}, {"departures": "policy.chunk: 2"}),
+        ({"protocol": {"chunk": 2}}, {"departures": "none"}),
+        ({"protocol": {"chunk": None}}, {}), ({"protocol": {"name": "mine"}}, {}), ({"protocol": "mine"}, {}), ({}, {}),
+    ],
+)  # fmt: skip
+def test_a_chunk_that_is_not_the_protocols_departs_from_it(told, departures, caplog):
+    env = built("target")
+    env.manifest = lambda: told
+    found = manifest.make(env, {}, {}, {"greedy": False, "chunk": 2})
+    assert found["policy"] == {"greedy": False, "chunk": 2} | departures
+    manifest.warn_of_departures(found)
+    departed = "the env's protocol executes {chunk} control steps of a decision; this evaluation departs from it in policy.chunk: 2"
+    assert caplog.messages == ([departed.format(**told["protocol"])] if "policy.chunk: 2" in departures.values() else [])
+    assert dict(manifest.lines(found))["policy"].startswith("greedy False, chunk 2")
+
+
 @pytest.mark.parametrize(
     ("found", "why"),
     [([1], "its manifest is list, expected an object"), ({}, "its manifest has no 'engine'"),
-     ({"engine": {}, "starts": {}, "env": {}, "frames": {"x": 1}}, "a frame of its manifest is no object")],
+     ({"engine": {}, "starts": {}, "env": {}, "frames": {"x": 1}}, "a frame of its manifest is no object"),
+     *((played() | {"policy": policy}, "the 'policy' of its manifest lacks 'greedy' (true or false) or 'chunk' (control steps)")
+       for policy in ([], None, {"chunk": 1}, {"greedy": "no", "chunk": 1}, {"greedy": True, "chunk": "8"}))],
 )  # fmt: skip
 def test_a_damaged_manifest_is_told(two, found, why, capsys):
     files, change = two

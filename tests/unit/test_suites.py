@@ -14,7 +14,7 @@ from embodied_rl.results import EvaluationResult
 from embodied_rl.seeding import start_seed
 from embodied_rl.suites import Suite, check_suites, evaluation_file, suites_of
 from embodied_rl.video import read_mp4
-from tests.kit import unwrapped
+from tests.kit import Scripted, unwrapped
 
 HURRIED = "evaluate.suites.hurried.max_steps=3"
 TRAINING = ("evaluate.every=1", "algorithm.update.lr=0.1")
@@ -46,6 +46,20 @@ def test_a_suite_plays_the_same_starts_in_a_changed_env(pair):
     gap = summary["hurried"]["against_heldout"]["all"]
     rates = [summary[name]["overall"]["success_once"]["rate"] for name in ("hurried", "heldout")]
     assert gap["difference"] == pytest.approx(rates[0] - rates[1]) and gap["episodes"] == 8
+
+
+def test_a_chunk_that_departs_from_the_protocol_is_told_after_a_final_evaluation_alone(toy_run, caplog):
+    recipe = load_resolved(toy_run / "recipe.yaml").recipe
+    suite = Suite(recipe)
+    suite.open(CPU).manifest = lambda: {"protocol": {"chunk": 3}}
+    policy = Scripted(lambda obs: torch.zeros(len(obs["position"]), 2, 2), lambda obs: None, chunk=2, has_critic=False)
+    departures = []
+    for final in (False, True):
+        caplog.clear()
+        result = suite.run(policy, CPU, 2, final=final)
+        departures.append((result.manifest["policy"]["departures"], len(caplog.messages)))
+    suite.close()
+    assert departures == [("policy.chunk: 2", 0), ("policy.chunk: 2", 1)]
 
 
 def test_the_policy_that_training_starts_from_plays_every_suite_too(pair, toy_run):
@@ -139,4 +153,13 @@ def test_a_suite_that_the_policy_could_not_play_is_told_before_training(toy):
     recipe = load_recipe("tabletop_demo", ["evaluate.suites.hard.tasks=[reach]"]).recipe
     with pytest.raises(ConfigError, match=r"evaluate.suites.hard changes the env's tasks, so the policy could not play it"):
         check_suites(recipe, CPU)
-    check_suites(load_recipe("toy.yaml", [HURRIED]).recipe, CPU)
+    hurried = load_recipe("toy.yaml", [HURRIED]).recipe
+    shortest = hurried.evaluate.suites["hurried"]["max_steps"]
+    check_suites(hurried, CPU, chunk=shortest)
+    with pytest.raises(ConfigError, match=rf"hurried: an episode has {shortest} control steps, and a decision of the policy covers {shortest + 1}"):
+        check_suites(hurried, CPU, chunk=shortest + 1)
+
+
+def test_a_suite_shorter_than_a_decision_stops_a_run_before_it_begins(toy, capsys):
+    assert main(["train", "toy.yaml", HURRIED, "policy.chunk=9"]) == 2
+    assert "hurried: an episode has" in capsys.readouterr().err
