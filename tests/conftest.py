@@ -31,6 +31,12 @@ log: {{tensorboard: false}}
 """
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers_count():
+    """A run of an earlier test took them for nothing (`embodied_rl.host`); hypothesis draws them, and would look for who did."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """Working folder with `toy.yaml`: three updates on a point in the plane; runs go to its `runs/`."""

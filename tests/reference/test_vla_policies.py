@@ -742,7 +742,7 @@ def test_observations_that_the_trunk_cannot_read_are_refused(name):
         build(name, observation=OBSERVATION | {"objects": TensorSpec((2, 5))})
     assert str(error.value) == (
         "policy with the tiny VLA trunk cannot read observation 'objects' (torch.float32, shape [2, 5]): it takes RGB "
-        "pictures [H, W, 3] uint8, vectors, and one row of word ids"
+        "pictures [H, W, 3] uint8, depths [H, W, 1] in metres, vectors, and one row of word ids"
     )
 
 

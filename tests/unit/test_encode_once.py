@@ -62,7 +62,9 @@ def test_features_give_the_log_probabilities_of_pictures_in_batches_of_any_size(
             seen = policy.evaluate(part, units[rows])
             kept = policy.evaluate({FEATURES: features[rows]}, units[rows])
             assert torch.equal(kept.logp, seen.logp) and torch.equal(kept.value, seen.value)
-            if policy.config.dtype == "float32":
+            if name == "pi0":  # its own attention rounds by the size of the batch on some processors
+                torch.testing.assert_close(kept.logp, out.logp[rows], atol=1e-5, rtol=0)
+            elif policy.config.dtype == "float32":
                 assert torch.equal(kept.logp, out.logp[rows])
 
 
