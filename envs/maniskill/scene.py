@@ -40,6 +40,8 @@ OBS_MODES = {
     "rgbd": ("rgb+depth", "rgbd", "rgb+depth+segmentation"),
 }
 """`env.observation` -> what ManiSkill calls it, the best first; what it shows beyond that is left out."""
+REFUSALS = (TypeError, ValueError, AssertionError, NotImplementedError, RuntimeError, AttributeError, IndexError)
+"""What ManiSkill raises over settings that do not fit a task; the last two over another number of robots."""
 
 
 @dataclass
@@ -200,6 +202,8 @@ class Scene:
             "sim_backend": "physx_cpu" if self.device.type == "cpu" else f"physx_cuda:{self.device.index or 0}",
             "human_render_camera_configs": {"width": config.film, "height": config.film},
         }
+        if isinstance(robots := settings.get("robot_uids"), list):
+            settings["robot_uids"] = tuple(robots)  # a recipe knows no tuples, and ManiSkill takes nothing else
         if config.pixels is not None:
             settings["sensor_configs"] = {"width": config.pixels, "height": config.pixels}
         with handed_in(drawing_device(self.device, self.where)), _nothing_asked(self.where):
@@ -214,7 +218,7 @@ class Scene:
                     f"{self.where} cannot be made: {error}; where that is an asset, `python -m "
                     "mani_skill.utils.download_asset` names everything that can be downloaded"
                 ) from error
-            except (TypeError, ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
+            except REFUSALS as error:
                 # How ManiSkill says which controllers the robot has.
                 known = re.search(r"not in supported modes: \[(.*)\]", str(error))
                 if known:

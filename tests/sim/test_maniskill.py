@@ -316,12 +316,6 @@ def test_a_group_of_assets_is_told_by_its_name(tmp_path, monkeypatch):
     assert manifest_of(Config(task="PushCube-v1"), CPU, 2)["assets"].keys() == {"can/1", "can/2"}
 
 
-@pytest.mark.parametrize("name", ["TwoRobotPickCube-v1", "TwoRobotStackCube-v1"])
-def test_tasks_of_several_robots_are_refused(name):
-    with pytest.raises(CapabilityError, match="its action is Dict.* only a Box of floats or a Discrete is understood"):
-        make(name, copies=1)
-
-
 def test_a_robot_whose_assets_are_not_on_the_disk_is_told_and_nobody_is_asked(tmp_path, monkeypatch):
     from mani_skill import ASSET_DIR
     from mani_skill.agents.robots import ANYmalC
@@ -397,6 +391,123 @@ def test_pictures_keep_the_contract():
 
 def test_states_keep_the_contract():
     passes("task=PickCube-v1", "max_steps=5")
+
+
+# ---- two robots -------------------------------------------------------------------------------------------------
+
+PAIR = "TwoRobotPickCube-v1"
+
+
+@pytest.fixture(scope="module", params=[PAIR, "TwoRobotStackCube-v1"])
+def pair(request):
+    env = make(request.param, max_steps=8)
+    yield env
+    env.close()
+
+
+def robots(env):
+    """Both robots of the first copy: where their hands are [2, 3], and how wide their fingers are open [2]."""
+    agents = env._scenes[0].env.agent.agents
+    return torch.cat([one.tcp.pose.p for one in agents]), torch.stack([one.robot.get_qpos()[0, -1] for one in agents])
+
+
+def moved(env, name, x=1.0):
+    """How far both hands go in three steps, and how wide they are open then, with one number and zeros beside it."""
+    start(env, [10, 12])
+    action, (before, _) = torch.zeros(2, env.spec.action.size), robots(env)
+    action[0, env.spec.action.names.index(name)] = x
+    for _ in range(3):
+        env.step(action)
+    after, fingers = robots(env)
+    return after - before, fingers
+
+
+def test_each_of_two_arms_moves_by_its_own_part_of_the_vector(pair):
+    pose = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
+    assert pair.spec.action.names == tuple(f"panda_wristcam-{i}.{name}" for i in (0, 1) for name in pose)
+    assert pair.spec.action.convention is None, "a convention is of one hand"
+    # They face each other along y, and each counts in its own base's axes.
+    for arm, ahead in ((0, 1), (1, -1)):
+        for name, axis, way in (("dx", 1, ahead), ("dy", 0, -ahead), ("dz", 2, 1)):
+            gone, _ = moved(pair, f"panda_wristcam-{arm}.{name}")
+            assert 0.07 < float(gone[arm, axis]) * way < 0.35 and float(gone[1 - arm].abs().max()) < 2e-3
+        width = {x: moved(pair, f"panda_wristcam-{arm}.gripper", x)[1] for x in (1.0, -1.0)}
+        assert float(width[1.0][arm]) > float(width[-1.0][arm]) + 0.01
+        assert abs(float(width[1.0][1 - arm] - width[-1.0][1 - arm])) < 1e-3
+
+
+def test_two_robots_start_alike_from_equal_seeds_and_are_reset_alone(pair):
+    first = start(pair, [10, 10])["state"]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], start(pair, [12, 10])["state"][0])
+    for action in actions(3, size=14):
+        step = pair.step(action)
+    after = start(pair, [10, 10], mask=(True, False))["state"]
+    assert torch.equal(after[0], first[0]) and torch.equal(after[1], step.obs["state"][1])
+    steps = [pair.step(action) for action in actions(5, size=14, seed=1)]
+    assert steps[-1].truncated.tolist() == [False, True] and not steps[-2].truncated.any()
+    assert len({float(x) for step in steps for x in step.reward}) > 5, "the task pays its dense reward"
+
+
+def test_two_robots_keep_the_contract():
+    passes(f"task={PAIR}", "max_steps=5")
+
+
+def test_each_robots_joints_have_their_own_bounds_and_the_map_is_the_simulators():
+    """Robots of two kinds, whose keys ManiSkill sorts: the second one comes first in the vector."""
+    env = make(PAIR, copies=1, control="pd_joint_pos", kwargs={"robot_uids": ["panda", "fetch"]})
+    scene = env._scenes[0]
+    wanted, names = scene.env.single_action_space, env.spec.action.names
+    assert list(wanted) == ["fetch-1", "panda-0"] and names[0] == "fetch-1.0" and names[-1] == "panda-0.7"
+    assert not np.allclose(wanted["panda-0"].low[:7], -wanted["panda-0"].high[:7])
+    # Some joints of the Fetch turn without an end: there the number is used as it is.
+    ends = {robot: (np.nan_to_num(box.low, neginf=-1), np.nan_to_num(box.high, posinf=1)) for robot, box in wanted.items()}
+    for x, way in ((-1.0, 0.0), (0.0, 0.5), (9.0, 1.0)):
+        told = scene._native(torch.full((1, len(names)), x))
+        assert list(told) == list(wanted)
+        for robot, (low, high) in ends.items():
+            np.testing.assert_allclose(told[robot].numpy(), (low + way * (high - low))[None], rtol=1e-6, atol=1e-6)
+    env.close()
+
+
+def test_another_number_of_robots_than_a_task_has_is_told():
+    env = make(PAIR, copies=1, kwargs={"robot_uids": ["panda", "panda"]})
+    assert env.spec.action.names[7] == "panda-1.dx"
+    env.close()
+    for uids in ("panda", ["panda"] * 3):
+        with pytest.raises(ConfigError, match="cannot be made: .*; look at env.control and env.kwargs$"):
+            make(PAIR, copies=1, kwargs={"robot_uids": uids})
+
+
+def test_a_worker_plays_a_task_of_two_robots_like_this_process(pair):
+    there, plan = Simulator({"task": pair.config.task, "max_steps": 8}), actions(4, size=14)
+    try:
+        assert there.spec["action"]["names"] == list(pair.spec.action.names) and there.spec["action"]["convention"] is None
+        begun = start(pair, [10, 12])["state"]
+        assert np.array_equal(there.reset(12, 0)["state"], begun[1].numpy())
+        for action in plan:
+            shown, reward, *_ = there.step(action[1].numpy())
+            step = pair.step(action)
+            assert np.array_equal(shown["state"], step.obs["state"][1].numpy()) and reward == float(step.reward[1])
+    finally:
+        there.close()
+
+
+def test_both_wrists_of_two_robots_are_seen():
+    env = make(PAIR, observation="rgb", pixels=32, film=32)
+    before = start(env, [10, 12])
+    wrists = ["panda_wristcam-0-hand_camera", "panda_wristcam-1-hand_camera"]
+    assert before.keys() == {"state", "base_camera", *wrists}
+    # Joints and speeds of both, and both hands.
+    assert before["state"].shape[1] == 2 * (9 + 9) + 2 * 7
+    # One hand turns, so its own picture changes more than what the other sees of it.
+    action = torch.zeros(2, 14)
+    action[:, 7 + 5] = 1.0
+    for _ in range(3):
+        env.step(action)
+    after = env.observe()
+    change = [(after[name].float() - before[name].float()).abs().mean() for name in wrists]
+    assert float(change[1]) > 5 and float(change[1]) > 1.5 * float(change[0])
+    env.close()
 
 
 def test_copies_in_processes_play_the_same_episodes(push):

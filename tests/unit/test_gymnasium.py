@@ -299,7 +299,7 @@ def test_an_action_space_that_is_not_understood_is_told():
 
     gymnasium.register("Buttons-v0", entry_point=Buttons)
     try:
-        with pytest.raises(CapabilityError, match=r"its action is MultiBinary\(3\), and only a Box of floats or a Discrete"):
+        with pytest.raises(CapabilityError, match=r"its action is MultiBinary\(3\), and only a Box of floats, a Dict of such or a Discrete"):
             make("Buttons-v0")
     finally:
         del gymnasium.registry["Buttons-v0"]
