@@ -270,7 +270,7 @@ class _Recorder:
             task = attempt % len(names)
             if attempt <= self.last[task] or self.kept[task] >= wanted[task]:
                 continue
-            shows = tape.start[copy] < tape.length[copy]
+            shows = tape.start[copy] < tape.length[copy] and not tape.invalid[copy]
             if shows and (self.settings.keep == "all" or tape.solved[copy]):
                 chosen.append(copy)
                 self.kept[task] += 1
@@ -328,7 +328,7 @@ class _Tape:
         for player in filter(None, (expert, clumsy)):
             player.reset(active.clone())
         self.length = np.zeros(b, np.int64)
-        self.solved = np.zeros(b, bool)
+        self.solved, self.invalid = np.zeros(b, bool), np.zeros(b, bool)
         self._frames: list[dict[str, np.ndarray]] = []
         self._texts: list[list[str]] = []
         while bool(active.any()):
@@ -356,6 +356,8 @@ class _Tape:
             if step.success is not None:
                 told["next.success"] = step.success
                 self.solved |= (step.success & active).cpu().numpy()
+            if step.invalid is not None:
+                self.invalid |= (step.invalid & active).cpu().numpy()
             self._frames.append(frame | _to_numpy(told))
             self.length += active.cpu().numpy()
             active = active & ~done

@@ -70,8 +70,10 @@ class Replay:
         self._which, self._step, self._empty = (torch.zeros(b, dtype=torch.int64, device=device) for _ in range(3))
         self._psi = torch.zeros(b, device=device)
         self._supposed: dict[str, Tensor] = {}
-        self._trying, self._past = False, torch.zeros_like(self._step)
-        """Whether guesses are tried, once each; [B] control steps at the end of the path."""
+        self._trying = False
+        """Whether guesses are tried, once each."""
+        self._past = torch.zeros_like(self._step)
+        """[B] control steps at the end of the path."""
 
     def reset(self, mask: Tensor) -> None:
         """Begin in the masked copies [B], each with a demonstration of its task, drawn by the start's seed."""

@@ -14,6 +14,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 pytest.importorskip("mani_skill")
+from embodied_rl import registry  # noqa: E402
 from embodied_rl.check import check_env  # noqa: E402
 from embodied_rl.envs.maniskill import Config, build  # noqa: E402
 from embodied_rl.envs.maniskill.scene import check_task, manifest_of  # noqa: E402
@@ -339,6 +340,16 @@ def eyes(request):
     env = make(request.param, observation="rgbd", pixels=32, film=32, control="pd_ee_delta_pos")
     yield env
     env.close()
+
+
+def test_a_policy_reads_the_depth_too(eyes):
+    module = registry.load("policy", "tiny_vla_tokens")
+    config = module.Config(width=16, heads=2, layers=1, channels=8, glances=2, chunk=2, critic={"kind": "scalar"})
+    policy = module.build(config, env=eyes.spec, device=CPU)
+    seen = start(eyes, [10, 12])
+    farther = seen | {"base_camera_depth": seen["base_camera_depth"] + 0.5}
+    out, other = (policy.act(obs, generator=torch.Generator().manual_seed(0)) for obs in (seen, farther))
+    assert out.action.shape == (2, 2, eyes.spec.action.size) and not torch.equal(out.value, other.value)
 
 
 def test_pictures_come_without_the_pose_of_the_cube(eyes):

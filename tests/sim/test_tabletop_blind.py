@@ -20,9 +20,8 @@ from embodied_rl.envs.tabletop.replay import Replay
 from embodied_rl.errors import CapabilityError
 from embodied_rl.record_demos import collect_demonstrations
 from embodied_rl.seeding import start_seeds
+from tests.sim.conftest import SETTINGS, TASKS
 
-TASKS = ("reach", "push", "lift")
-SETTINGS = ["tasks=[reach,push,lift]", "max_steps=60", "threads=1"]
 COPIES = 24
 
 
@@ -33,13 +32,6 @@ def made(copies=COPIES, **settings):
 
 def starts(n, stream):
     return start_seeds(3, "train", torch.full((n,), stream), torch.arange(n))
-
-
-@pytest.fixture(scope="module")
-def demos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demos") / "one"
-    collect_demonstrations(load_component("env", "tabletop", SETTINGS), folder, 3, noise=0.0, copies=6)
-    return folder
 
 
 @pytest.fixture(scope="module")

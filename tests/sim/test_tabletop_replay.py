@@ -13,17 +13,9 @@ from embodied_rl.envs.tabletop import Config, build
 from embodied_rl.errors import CapabilityError
 from embodied_rl.record_demos import Disturbance, collect_demonstrations
 from embodied_rl.seeding import start_seeds
+from tests.sim.conftest import SETTINGS, TASKS
 
-TASKS = ("reach", "push", "lift")
 COPIES = 60
-SETTINGS = ["tasks=[reach,push,lift]", "max_steps=60", "threads=1"]
-
-
-@pytest.fixture(scope="module")
-def demos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demos") / "one"
-    collect_demonstrations(load_component("env", "tabletop", SETTINGS), folder, 3, noise=0.0, copies=6)
-    return folder
 
 
 @pytest.fixture(scope="module")

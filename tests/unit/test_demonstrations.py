@@ -251,6 +251,23 @@ def test_all_keeps_every_attempt_in_order(tmp_path):
     assert sum(count.tried for count in done.tasks.values()) == 10
 
 
+@pytest.mark.parametrize("keep", ["all", "success"])
+def test_an_episode_that_the_simulator_spoilt_is_in_no_set(keep, tmp_path, monkeypatch):
+    toy = registry.load("env", SHOWN).Shown
+    step = toy.step
+
+    def spoilt(self, action, active=None):
+        out = step(self, action, active)
+        out.invalid = (self.t == 1) & (torch.arange(len(self.t)) == 1)
+        out.terminated |= out.invalid
+        return out
+
+    monkeypatch.setattr(toy, "step", spoilt)
+    record(tmp_path / "set", 6, keep=keep)
+    attempts = [line.extra["attempt"] for line in Demonstrations(tmp_path / "set").lines]
+    assert len(attempts) == 6 and not any(attempt % 4 == 1 for attempt in attempts), "the second copy's never are"
+
+
 def test_an_env_that_shows_itself_on_demand_gives_the_same_set(twelve, tmp_path):
     record(tmp_path / "on_demand", 12, on_demand=True)
     for a, b in zip(Demonstrations(twelve).load(), Demonstrations(tmp_path / "on_demand").load(), strict=True):
