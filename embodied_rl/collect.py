@@ -24,110 +24,14 @@ from embodied_rl.budget import Budget, share_out
 from embodied_rl.curriculum import Curriculum, StartPool, make_sampler
 from embodied_rl.decide import decide, decide_mixed
 from embodied_rl.errors import CapabilityError, CheckpointError
-from embodied_rl.observation import check_finite, check_observation
+from embodied_rl.execute import Ends, Executed, execute
+from embodied_rl.observation import check_finite, check_observation, name_of
 from embodied_rl.record import Record
 from embodied_rl.seeding import start_seed
 from embodied_rl.selection import columns
-from embodied_rl.types import Demonstrating, Env, EnvSpec, Hinting, Obs, Policy, Relabelling, Rollout, Sparing, State
+from embodied_rl.types import Demonstrating, Env, Hinting, Obs, Policy, Relabelling, Rollout, State, Step
 
 log = logging.getLogger(__name__)
-
-Ends = Literal["all", "truncated", "none"]
-"""Whose last observation of an episode somebody reads, privileged entries apart."""
-
-
-@dataclass
-class Executed:
-    """What came of one chunk in one part's copies."""
-
-    obs: Obs
-    reward: Tensor
-    steps: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    success_once: Tensor | None
-    success: Tensor | None
-    metrics: dict[str, tuple[Tensor, Tensor]]
-    """name -> (sum [b], count [b]) over the executed control steps."""
-    invalid: Tensor | None = None
-    """[b] bool, see `Step.invalid`; None when nothing can fail."""
-    result: Tensor | None = None
-    """[b] int64, see `Step.result`; None when the env has none."""
-    starting: Tensor | None = None
-    """[b] bool, see `Step.starting`: nothing was decided here; None when there is none."""
-
-
-def execute(env: Env, action: Tensor, active: Tensor | None, ends: Ends = "all") -> Executed:
-    """Run one action chunk; a copy stops where its episode ends, and later actions of its chunk are dropped.
-
-    Args:
-        env: b copies.
-        action: [b, C, ...].
-        active: [b] bool, copies in an unfinished episode; None for all.
-        ends: See `Ends`; what nobody reads need not be drawn (`Sparing`).
-
-    Returns:
-        executed: Sums over the executed control steps; `obs` is where each copy really stopped.
-    """
-    chunk = action.shape[1]
-    metrics: dict[str, tuple[Tensor, Tensor]] = {}
-    total: Executed | None = None
-    for c in range(chunk):
-        step = env.step(action[:, c], active)
-        everyone = active is None
-        mask = torch.ones_like(step.terminated) if active is None else active
-        if step.starting is not None:
-            mask, everyone = mask & ~step.starting, False
-        terminated, truncated, reward, success = step.terminated, step.truncated, step.reward, step.success
-        invalid = None if step.invalid is None else step.invalid & mask
-        if not everyone:
-            terminated, truncated = terminated & mask, truncated & mask
-            reward = torch.where(mask, reward, torch.zeros_like(reward))
-        for name, x in step.metrics.items():
-            x = x if everyone else torch.where(mask, x, torch.zeros_like(x))
-            s, n = metrics.get(name, (torch.zeros_like(x), torch.zeros_like(x)))
-            metrics[name] = (s + x, n + mask)
-        if total is None:
-            once = None if success is None else success & mask
-            steps = mask.to(torch.int64)
-            total = Executed(step.obs, reward, steps, terminated, truncated, once, success, metrics, invalid)
-            total.result, total.starting = step.result, step.starting
-            if chunk > 1:
-                # An env may reuse its arrays from step to step.
-                total.reward, total.terminated, total.truncated = reward.clone(), terminated.clone(), truncated.clone()
-                total.success = None if success is None else success.clone()
-        else:
-            total.obs = _where(mask, step.obs, total.obs)
-            total.reward = total.reward + reward
-            total.steps = total.steps + mask
-            total.terminated = total.terminated | terminated
-            total.truncated = total.truncated | truncated
-            if invalid is not None and total.invalid is not None:
-                total.invalid = total.invalid | invalid
-            if step.result is not None and total.result is not None:
-                total.result = torch.where(mask, step.result, total.result)
-            if success is not None and total.success is not None and total.success_once is not None:
-                total.success_once = total.success_once | (success & mask)
-                total.success = torch.where(mask, success, total.success)
-        if c + 1 < chunk:
-            done = terminated | truncated
-            if bool(done.any()):
-                active = mask & ~done
-                if not bool(active.any()):
-                    break
-                # Copies that have stopped must keep what they saw last.
-                total.obs = {k: v.clone() for k, v in total.obs.items()}
-    assert total is not None
-    total.metrics = metrics
-    if total.invalid is not None:
-        # Whatever the env paid there is not known to mean anything.
-        total.reward = torch.where(total.invalid, torch.zeros_like(total.reward), total.reward)
-    if env.spec.on_demand:
-        if ends != "all" and isinstance(env, Sparing):
-            env.spare(total.terminated if ends == "truncated" else total.terminated | total.truncated)
-        total.obs = env.observe()
-    check_observation(total.obs, env.spec)
-    return total
 
 
 @dataclass
@@ -142,16 +46,17 @@ class Part:
 
     def start(self, action: Tensor, active: Tensor | None, ends: Ends) -> None:
         """Begin executing a chunk, in the background when there are several parts."""
-        send, recv = getattr(self.env, "send", None), getattr(self.env, "recv", None)
+        send, recv, first = getattr(self.env, "send", None), getattr(self.env, "recv", None), self.columns.start
         if self.worker is None:
-            done = execute(self.env, action, active, ends)
+            done = execute(self.env, action, active, ends, first=first)
             self.pending = lambda: done
         elif send is not None and recv is not None and action.shape[1] == 1:
             # The env has threads of its own: no need to cross one of ours.
             send(action[:, 0], active)
-            self.pending = lambda: execute(_Received(self.env.spec, recv()), action, active)  # type: ignore[arg-type]
+            received = _Received(self.env, recv)
+            self.pending = lambda: execute(received, action, active, first=first)  # type: ignore[arg-type]
         else:
-            future: Future[Executed] = self.worker.submit(execute, self.env, action, active, ends)
+            future: Future[Executed] = self.worker.submit(execute, self.env, action, active, ends, first=first)
             self.pending = future.result
 
     def finish(self) -> Executed:
@@ -161,21 +66,14 @@ class Part:
         return pending()
 
 
-def _where(mask: Tensor, new: Obs, old: Obs) -> Obs:
-    """New observations for the masked copies, old ones for the others."""
-    if bool(mask.all()):
-        return new
-    return {k: torch.where(mask.view(-1, *[1] * (v.ndim - 1)), v, old[k]) for k, v in new.items()}
-
-
 class _Received:
-    """An env whose step has already been made."""
+    """An env whose step has already been begun."""
 
-    def __init__(self, spec: EnvSpec, step: object) -> None:
-        self.spec, self._step = spec, step
+    def __init__(self, env: Env, recv: Callable[[], Step]) -> None:
+        self.spec, self.where, self._recv = env.spec, name_of(env), recv
 
-    def step(self, action: Tensor, active: Tensor | None) -> object:
-        return self._step
+    def step(self, action: Tensor, active: Tensor | None) -> Step:
+        return self._recv()
 
 
 class Collector:
@@ -268,9 +166,15 @@ class Collector:
         """Gather one rollout of at most `decisions` decisions per copy.
 
         Raises:
-            DivergenceError: An env shows numbers that are not finite in an episode that goes on.
+            DivergenceError: An env shows numbers that are not finite where an episode begins.
         """
-        return self._collect(Record(self))
+        try:
+            return self._collect(Record(self))
+        except Exception:
+            # Half a rollout is of no use, nor are the episodes that it left anywhere: the next one begins them anew.
+            self._begun = False
+            self._forget_episodes()
+            raise
 
     def again(self, copies: Tensor, hint: float) -> Rollout:
         """Play the last starts of some copies once more, with a hint; nobody else moves, and no statistic counts it.
@@ -332,7 +236,6 @@ class Collector:
         executed = part.finish()
         part.obs = executed.obs
         done = record.outcome(t, part, executed)
-        check_finite(part.obs, active[part.columns] & ~done, part.env, first=part.columns.start)
         if not bool(done.any()):
             return
         record.final_obs(t, part, done if self.keep_final_obs else executed.truncated)
@@ -420,12 +323,15 @@ class Collector:
                 return same_samples
             except CapabilityError as error:
                 log.warning("%s", error)
-        self.episode_return.zero_(), self.episode_length.zero_(), self.episode_success.zero_()
+        self._forget_episodes()
         log.warning(
             "this env cannot restore its state%s: episodes begin anew, so the resumed run is not bit-identical",
             self.spec.because,
         )
         return False
+
+    def _forget_episodes(self) -> None:
+        self.episode_return.zero_(), self.episode_length.zero_(), self.episode_success.zero_()
 
     def _restore_generator(self, saved: State | None) -> bool:
         if self.generator is None or saved is None:

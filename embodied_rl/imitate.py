@@ -131,7 +131,7 @@ class ImitationSession(Saved):
             DivergenceError: Not one step was finite in `train.max_bad_updates` updates in a row.
         """
         metrics = Partials()
-        good = False
+        self.whole = good = False
         frames = self.frames
         for _ in range(min(self.config.steps_per_update, self.config.steps - self.steps)):
             with clock.phase("rollout"):
@@ -147,6 +147,7 @@ class ImitationSession(Saved):
             )
         metrics.last("actor/lr", self.config.lr * self._pace())
         metrics.last("perf/env_steps_per_s", (self.frames - frames) / sum(clock.seconds.values()))
+        self.whole = True
         return metrics
 
     def _step(self, drawn: Drawn, metrics: Partials) -> bool:

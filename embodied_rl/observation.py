@@ -43,12 +43,26 @@ def check_observation(obs: Obs, spec: EnvSpec, *, start: bool = False) -> None:
                 )
 
 
+def not_finite(x: Tensor, rows: Tensor) -> Tensor | None:
+    """[b] bool, which of `rows` [b] hold a number in x [b, ...] that is not finite; None when none does."""
+    # One sum says that all are finite; where it is not (it may have overflowed) every number is looked at.
+    if not x.is_floating_point() or math.isfinite(x.sum().item()):
+        return None
+    bad = ~x.isfinite().reshape(len(x), -1).all(1) & rows
+    return bad if bool(bad.any()) else None
+
+
+def name_of(env: Any) -> str:
+    """What messages call an env."""
+    return str(getattr(env, "where", f"env {type(env).__name__}"))
+
+
 def check_finite(obs: Obs, rows: Tensor, env: Any, *, first: int = 0) -> None:
-    """Refuse numbers that are not finite where a decision follows; other copies may show anything.
+    """Refuse starts that show numbers that are not finite; other copies may show anything.
 
     Args:
         obs: name -> [b, ...].
-        rows: [b] bool, copies whose episode goes on.
+        rows: [b] bool, copies whose episode begins.
         env: That shows them, for the message.
         first: Number of copy 0 in the message.
 
@@ -56,13 +70,9 @@ def check_finite(obs: Obs, rows: Tensor, env: Any, *, first: int = 0) -> None:
         DivergenceError: Says which env, entry and copies.
     """
     for name, x in obs.items():
-        # One sum says that all are finite; where it is not (it may have overflowed) every number is looked at.
-        if not x.is_floating_point() or math.isfinite(x.sum().item()):
-            continue
-        bad = ~x.isfinite().reshape(len(x), -1).all(1) & rows
-        if bool(bad.any()):
+        if (bad := not_finite(x, rows)) is not None:
             copies = (bad.nonzero().squeeze(-1) + first).tolist()
             raise DivergenceError(
-                f"{getattr(env, 'where', f'env {type(env).__name__}')}: observation '{name}' is not finite in copies "
-                f"{copies[:8]}: mend the env, or let it end the episode there (terminated)"
+                f"{name_of(env)}: observation '{name}' is not finite in copies {copies[:8]}, where they start: "
+                "mend the env"
             )

@@ -13,7 +13,8 @@ from embodied_rl.offers import Speaking
 from embodied_rl.types import Obs, PolicyOutput, Relabelling, Rollout
 
 if TYPE_CHECKING:
-    from embodied_rl.collect import Collector, Executed, Part
+    from embodied_rl.collect import Collector, Part
+    from embodied_rl.execute import Executed
 
 
 class Record:

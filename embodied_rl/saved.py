@@ -24,6 +24,8 @@ class Saved:
 
     policy: Policy
     device: torch.device
+    whole: bool = True
+    """False while an iteration changes what is learned: an error there leaves what no checkpoint should hold."""
     _COUNTERS: ClassVar[tuple[str, ...]] = ()
 
     def common_state(self) -> State:

@@ -241,6 +241,7 @@ class Session(Saved):
         self._anneal(self.recipe.collect.anneal)
         with clock.phase("rollout"):
             rollout, gathered = self._collect()
+        self.whole = False
         with clock.phase("advantage"):
             penalty, penalised = self.updater.penalty(rollout)
             advantage = self.credit(rollout, penalty)
@@ -269,6 +270,7 @@ class Session(Saved):
         busy = sum(clock.seconds.values())
         metrics.last("perf/env_steps_per_s", steps / busy)
         metrics.last("perf/decisions_per_s", decisions / busy)
+        self.whole = True
         return metrics
 
     def _anneal(self, anneal: Anneal | None) -> None:

@@ -108,7 +108,7 @@ def train(session: Learner, folder: RunFolder, writers: Writers, stop: StopReque
     started, wall_before = perf_counter(), s.wall_s
     saved, patience = started, r.checkpoint.every_seconds
     reason = why_stop(s, stop)
-    with closing(Suite(r)) as suite:
+    with _kept(folder, s, writers), closing(Suite(r)) as suite:
         while reason is None:
             metrics = s.iterate(clock)
             s.score = None
@@ -129,11 +129,30 @@ def train(session: Learner, folder: RunFolder, writers: Writers, stop: StopReque
             due |= patience is not None and perf_counter() - saved >= patience
             if reason or (due and not s.bad_in_a_row):
                 with clock.phase("checkpoint"):
-                    writers.flush()
-                    keep = r.checkpoint.keep
-                    checkpoint.save(folder.checkpoints, s.state_dict(), update=s.update, keep=keep, best_score=s.score)
+                    _save(folder, s, writers)
                 saved = perf_counter()
     return reason
+
+
+@contextmanager
+def _kept(folder: RunFolder, session: Learner, writers: Writers) -> Iterator[None]:
+    """Where a simulator fails, save what had been learned before: only the rollout that it failed in is lost."""
+    try:
+        yield
+    except Exception:
+        unsaved = session.update > checkpoint.newest_update(folder.checkpoints)
+        if unsaved and session.whole and not session.bad_in_a_row:
+            with suppress(UserError, OSError):
+                _save(folder, session, writers)
+        raise
+
+
+def _save(folder: RunFolder, session: Learner, writers: Writers) -> None:
+    writers.flush()
+    checkpoint.save(
+        folder.checkpoints, session.state_dict(), update=session.update, keep=session.recipe.checkpoint.keep,
+        best_score=session.score,
+    )  # fmt: skip
 
 
 def why_stop(session: Learner, stop: StopRequest) -> str | None:

@@ -187,7 +187,7 @@ class Updater:
         if self._stepped and metrics.value("sync/logp_gap_mean") is None:  # no decision had an advantage
             self._measure_some(flat, metrics)
         metrics.last("actor/lr", self.lr)
-        self._count_bad(rollout)
+        self._count_bad()
         self.version += 1
         self._reset_reference()
         return metrics
@@ -329,29 +329,16 @@ class Updater:
                 "there was nothing to learn from; mend it (the warnings above say what failed)"
             )
 
-    def _count_bad(self, rollout: Rollout) -> None:
-        """Count updates in a row that changed nothing; one finite step begins the count anew.
-
-        The first of a row of updates that skipped steps says why, with the copies whose rewards are not finite.
-        """
+    def _count_bad(self) -> None:
+        """Count updates in a row that changed nothing; one finite step begins the count anew."""
         self.bad_in_a_row = 0 if self._stepped else self.bad_in_a_row + 1
-        paid: list[int] = []
-        if self._problem:
-            paid = (~torch.isfinite(rollout.reward) & rollout.valid).any(0).nonzero().flatten().tolist()
         if self.bad_in_a_row >= self.max_bad_updates:
-            if paid:
-                raise DivergenceError(
-                    f"the env pays rewards that are not finite, in the last update in copies {paid[:8]}, so not one "
-                    f"optimizer step of the last {self.bad_in_a_row} updates was finite: mend the env; the weights "
-                    "were left as they were"
-                )
             raise DivergenceError(
                 f"not one optimizer step of the last {self.bad_in_a_row} updates was finite ({self._problem}). "
                 "The weights were left as they were; lower algorithm.update.lr, or look at the env if an input is named"
             )
         if self._problem and not self._warned:
-            cause = f"the env pays rewards that are not finite in copies {paid[:8]}" if paid else self._problem
-            log.warning("update %d skips optimizer steps that are not finite: %s", self.version + 1, cause)
+            log.warning("update %d skips optimizer steps that are not finite: %s", self.version + 1, self._problem)
         self._warned = bool(self._problem)
 
     def _adapt(self, kl: float) -> None:

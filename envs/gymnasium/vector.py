@@ -84,6 +84,7 @@ class VectorizedEnv(Wrapped):
             self._actions[i] = []
         self._running &= ~who
         self._wanted = (self._wanted | who) & ~self._begin(who & self._fresh)
+        self._calm(self._wanted)
         return self._observe()
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
@@ -104,6 +105,7 @@ class VectorizedEnv(Wrapped):
         terms = {n: np.where(played, self._told_of(info, k, ended), 0) for k, n in self._terms.items()}
         self._running &= ~ended
         self._wanted &= ~self._begin(starting & self._fresh)
+        self._calm(self._wanted)
         return Step(
             obs=self._observe(),
             reward=self._tensor(np.where(played, reward, 0).astype(np.float32)),
@@ -201,6 +203,11 @@ class VectorizedEnv(Wrapped):
     def _show(self, who: Array) -> None:
         for name, x in self._obs.items():
             x[who] = self._now[name][who]
+
+    def _calm(self, who: Array) -> None:
+        """Show 0 instead of what is not finite: an episode that was given up for that is still played to its end."""
+        for x in self._obs.values() if who.any() else ():
+            x[who] = np.nan_to_num(x[who], posinf=0, neginf=0)
 
     def _seed(self, seeds: Array) -> Any:
         """What the vector env's `reset` takes for the seeds [B] of the copies."""

@@ -47,6 +47,7 @@ PROPERTIES, SELECTION = "tests.properties.", "tests.unit.test_selection:"
 POTENTIAL, SHAPING = "embodied_rl.shaping:potential_reward", "embodied_rl.shaping:Shaping"
 SRPO = "embodied_rl.rewards.self_referential"
 CHUNKS = (3, 1, True, "stream")
+SPOILT = "tests.resume.test_non_finite:test_what_is_learned_beside_a_spoilt_episode_is_what_the_others_say"
 
 MUTATIONS = [
     # generalised advantage estimates
@@ -179,6 +180,8 @@ MUTATIONS = [
     # collection
     Mutation("embodied_rl.record:Record._next_value", "out[step, copies] = x", "pass",
              PROPERTIES + "test_collector:test_the_last_observation_of_the_rollout_is_valued_and_so_is_every_true_last_state"),
+    Mutation("embodied_rl.execute:_void", "rows & ~total.terminated", "rows & total.terminated", SPOILT, {"mode": "stream"}),
+    Mutation("embodied_rl.execute:_void", "torch.zeros_like(x), x)", "x, x)", SPOILT, {"mode": "episodes"}),
     Mutation("embodied_rl.collect:execute", "active = mask & ~done", "active = mask", PROPERTIES + "test_collector:test_a_copy_stops_in_the_middle_of_a_chunk"),
     Mutation("embodied_rl.collect:execute", "total.obs = {k: v.clone() for k, v in total.obs.items()}", "pass",
              PROPERTIES + "test_collector:test_a_copy_stops_in_the_middle_of_a_chunk"),

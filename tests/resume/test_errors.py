@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+from embodied_rl import checkpoint
 from embodied_rl.cli import main
 from embodied_rl.errors import RunFolderError, SimulatorError
 from embodied_rl.runfolder import RunFolder
 from embodied_rl.session import Session
+from embodied_rl.suites import Suite
+from embodied_rl.update import Updater
 from tests.resume import lab
 
 BREAKS = '''
@@ -131,13 +134,68 @@ def test_a_checkpoint_is_due_after_so_many_updates_or_seconds(settings, updates,
     assert saved(tmp_path) == updates
 
 
-def test_a_run_whose_simulator_fails_goes_on_bit_for_bit_from_a_checkpoint_that_time_made(clock, whole, tmp_path):
-    wanted, (rows, state) = lab.recipe("chunks", checkpoint={"every": 1000, "keep": 9}), whole("chunks")
+def test_a_run_whose_simulator_fails_has_saved_by_time_and_saves_what_it_had_learned_since(clock, whole, tmp_path):
+    wanted, (rows, _) = lab.recipe("chunks", checkpoint={"every": 1000, "keep": 9}), whole("chunks")
     clock["fails at"] = 6
     with pytest.raises(SimulatorError):
         lab.go(wanted, tmp_path / "run")
-    assert saved(tmp_path) == [3], "300 s, if nothing else is said"
+    assert saved(tmp_path) == [3, 5], "after 300 s, if nothing else is said, and before it stopped"
+    assert lab.rows_of(tmp_path / "run") == rows[:5]
     clock["fails at"] = None
-    rest, end = lab.go(wanted, tmp_path / "run", resume=True)
-    assert rest == rows[3:] and lab.differing(end, state) == []
-    assert saved(tmp_path) == [3, 6, 9, 12, 13]
+    rest, _ = lab.go(wanted, tmp_path / "run", resume=True)
+    assert [row["progress/update"] for row in rest] == list(range(6, 14))
+    assert rest[0] != rows[5], "its episodes begin anew: the same ones might fail again"
+
+
+@pytest.mark.parametrize("mode", ["stream", "episodes"])
+@pytest.mark.parametrize("kind", ["SimulatorError", "RuntimeError"])
+def test_whatever_a_simulator_fails_of_no_finished_update_is_lost(kind, mode, tmp_path):
+    """Three updates of ten control steps were made; the third fails halfway, with episodes that were on their way."""
+    recipe = broken(tmp_path, "train 25", kind="RuntimeError")
+    wanted = lab.recipe(
+        updates=6, env={"type": str(tmp_path / "breaks.py"), "max_steps": 7}, policy={"type": "mlp"},
+        checkpoint={"every": 1000}, collect={"mode": mode}, evaluate={"episodes": 0},
+    )
+    (tmp_path / "breaks.py").write_text(BREAKS.format(filmed=lab.TOYS / "filmed.py", kind=kind).replace(
+        "import CapabilityError", "import SimulatorError"
+    ))
+    steps = 25 if mode == "stream" else 17
+    (tmp_path / "trouble").write_text(f"train {steps}")
+    with pytest.raises((SimulatorError, RuntimeError), match="too many contacts"):
+        lab.go(wanted, tmp_path / "run")
+    assert saved(tmp_path) == [2] and recipe.exists()
+    before = checkpoint.load(tmp_path / "run" / "checkpoints" / "update_000002")
+    assert before["collector"]["begun"] is False and before["collector"]["envs"] is None
+    assert not before["collector"]["episode_length"].any(), "no half episode is added to the first one that begins"
+    (tmp_path / "trouble").unlink()
+    rows, end = lab.go(wanted, tmp_path / "run", resume=True)
+    assert [row["progress/update"] for row in rows] == list(range(3, end["updater"]["version"] + 1))
+    assert rows[-1]["progress/env_steps"] >= 6 * 80
+    assert all(row["rollout/length_mean"] == 7 for row in rows if "rollout/length_mean" in row)
+    assert lab.differing(before["policy"], end["policy"]) != []
+
+
+def test_an_error_in_the_middle_of_an_update_saves_nothing_of_it(tmp_path, monkeypatch):
+    update = Updater.update
+
+    def fail(self, *args, **kwargs):
+        if self.version == 2:
+            raise RuntimeError("half of the weights have moved")
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(Updater, "update", fail)
+    with pytest.raises(RuntimeError, match="half of the weights"):
+        lab.go(lab.recipe(updates=6, checkpoint={"every": 1000}), tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("update_*"))
+
+
+def test_an_evaluation_that_fails_costs_no_update(tmp_path, monkeypatch):
+    """Its row of metrics is lost, since that would hold the evaluation."""
+    wanted = lab.recipe(updates=6, checkpoint={"every": 1000}, evaluate={"every": 3})
+    with monkeypatch.context() as patched, pytest.raises(SimulatorError):
+        patched.setattr(Suite, "run", lambda *args, **kwargs: (_ for _ in ()).throw(SimulatorError("gone")))
+        lab.go(wanted, tmp_path / "run")
+    assert saved(tmp_path) == [3]
+    rows, _ = lab.go(wanted, tmp_path / "run", resume=True)
+    assert [row["progress/update"] for row in lab.rows_of(tmp_path / "run")] == [1, 2, 4, 5, 6]
+    assert rows[-1]["eval/heldout/episodes"] == 6

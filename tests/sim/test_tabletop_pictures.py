@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from embodied_rl import registry
-from embodied_rl.collect import Collector, execute
+from embodied_rl.collect import Collector
 from embodied_rl.credit import CreditChain
 from embodied_rl.envs.tabletop import Config, build
 from embodied_rl.envs.tabletop.env import TabletopEnv
 from embodied_rl.evaluate import evaluate
+from embodied_rl.execute import execute
 from embodied_rl.seeding import start_seeds
 from embodied_rl.types import Sparing
 from tests.kit import CPU, Scripted, algorithm

@@ -22,7 +22,7 @@ class Config(Section):
     type: str = "tests/toys/poison.py"
     inner: dict[str, JsonValue] = {"type": "point.py"}
     """Toy beside this file, with its settings."""
-    what: Literal["reward", "obs"] = "reward"
+    what: Literal["reward", "obs", "start"] = "reward"
     value: Literal["nan", "inf", "1e30"] = "nan"
     first: int = 0
     """First bad control step, counted over the whole life of the env."""
@@ -41,7 +41,7 @@ class Poison:
 
     def reset(self, mask: Tensor, seeds: Tensor, tasks: Tensor) -> Obs:
         obs = self.inner.reset(mask, seeds, tasks)
-        return obs if mask[0] or not self._bad("obs") else self._spoiled(obs)
+        return self._spoiled(obs) if self._bad("start" if mask[0] else "obs") else obs
 
     def step(self, action: Tensor, active: Tensor | None = None) -> Step:
         step, self.now = self.inner.step(action, active), self.now + 1

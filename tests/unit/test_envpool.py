@@ -1,5 +1,6 @@
 """The envpool env: the same numbers as the pool itself, explicit resets, subsets, send and recv."""
 
+import dataclasses
 import sys
 import warnings
 
@@ -302,6 +303,29 @@ def test_pipelined_collection_in_the_pools_own_threads_gives_what_plain_steps_gi
         for name in ("units", "logp", "reward", "terminated", "truncated", "task", "value", "next_value"):
             assert torch.equal(getattr(ours, name), getattr(plain, name)), name
         assert all(torch.equal(ours.obs[name], plain.obs[name]) for name in ours.obs)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_episode_that_shows_what_is_not_finite_does_not_count_and_its_copy_is_restarted(parts, caplog):
+    envs = [make("HalfCheetah-v4", copies=3, max_steps=20) for _ in range(parts)]
+    pool, steps, real = envs[-1], [], envs[-1].recv
+
+    def spoilt():
+        step = real()
+        steps.append(None)
+        state = step.obs["state"].clone()
+        state[1] = torch.nan if len(steps) == 7 else state[1]
+        return dataclasses.replace(step, obs=step.obs | {"state": state})
+
+    pool.recv = spoilt  # `step` is `send` and `recv`
+    collector = Collector(envs, mlp(pool.spec), decisions=30, generator=torch.Generator().manual_seed(0))
+    rollout = collector.collect()
+    collector.close()
+    column = 3 * (parts - 1) + 1
+    assert rollout.invalid.sum(0).tolist() == [7 * (c == column) for c in range(3 * parts)]
+    assert rollout.truncated[:, column].nonzero().flatten().tolist() == [6, 26], "the next episode has its twenty steps"
+    told = f"'state' is not finite in copies [{column}]: their episodes do not count"
+    assert [m.split("observation ")[-1] for m in caplog.messages if "finite" in m] == [told]
 
 
 def test_every_metaworld_task_has_a_sentence_and_tells_its_success():

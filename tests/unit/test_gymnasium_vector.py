@@ -24,7 +24,6 @@ from embodied_rl.envs.gymnasium.vector import VectorizedEnv
 from embodied_rl.errors import (
     CapabilityError,
     ConfigError,
-    DivergenceError,
     MissingExtraError,
     NotFoundError,
 )
@@ -48,7 +47,7 @@ class Walk(gymnasium.Env):
         self.breaks = breaks
 
     def _obs(self):
-        return {"at": {"t": np.array([np.nan if self.breaks and self.t == 2 else self.t], np.float32)}, "end": self.end}
+        return {"at": {"t": np.array([np.nan if self.breaks and self.t == 2 and self.end > 4 else self.t], np.float32)}, "end": self.end}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -452,10 +451,15 @@ def test_a_vector_env_that_does_not_keep_its_word_is_refused_when_it_shows(bend,
 
 
 @pytest.mark.parametrize("reset", ["NextStep", "SameStep", "Disabled"])
-def test_a_number_that_is_not_finite_is_told_with_its_copies(reset):
+def test_an_episode_that_shows_what_is_not_finite_does_not_count_and_the_next_one_begins(reset, caplog):
     env = make("Walk-v0", 3, reset=reset, kwargs={"breaks": True})
-    with pytest.raises(DivergenceError, match=r"^env gymnasium.*: observation 'at/t' is not finite in copies \["):
-        collect(env, 30)
+    (rollout,) = collect(env, 60)
+    told = [m for m in caplog.messages if "finite" in m]
+    assert told and all(m.startswith("env gymnasium") and "observation 'at/t' is not finite in copies [" in m for m in told)
+    assert rollout.finished["length"].unique().tolist() == [2, 3, 4], "of five and six steps none is left"
+    assert rollout.invalid.sum() == 2 * len(rollout.episode[rollout.invalid].unique()), "they end after two"
+    assert torch.isfinite(rollout.obs["at/t"]).all() and torch.isfinite(rollout.logp).all()
+    env.close()
 
 
 @pytest.mark.parametrize(

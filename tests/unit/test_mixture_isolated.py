@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from embodied_rl.check import check_env_factory
-from embodied_rl.collect import Collector, execute
+from embodied_rl.collect import Collector
 from embodied_rl.config import build_recipe
 from embodied_rl.envs.mixture import Config, build
+from embodied_rl.execute import execute
 from embodied_rl.measure import rollout_metrics
 from embodied_rl.offers import Restarting, Sparing, Speaking
 from embodied_rl.train import run
