@@ -48,7 +48,7 @@ class Part:
         """Begin executing a chunk, in the background when there are several parts."""
         send, recv, first = getattr(self.env, "send", None), getattr(self.env, "recv", None), self.columns.start
         if self.worker is None:
-            done = execute(self.env, action, active, ends, first=first)
+            done = execute(self.env, action, active, ends)
             self.pending = lambda: done
         elif send is not None and recv is not None and action.shape[1] == 1:
             # The env has threads of its own: no need to cross one of ours.

@@ -50,7 +50,7 @@ from embodied_rl.seeding import start_seed, start_seeds
 from embodied_rl.types import Env, Obs
 
 NOISE, WHO, HOW = -3, -4, -5
-"""Streams of the disturbance, of who errs and of how, beside those of starts and guesses (-2 and -6): those of training
+"""Streams of the disturbance, of who errs and of how, beside those of guessing (`blind.py`): those of training
 are groups 0, 1, 2, ..."""
 PATIENCE = 100
 """Attempts in a row that may fail at a task before recording gives up."""
@@ -316,12 +316,12 @@ class _Tape:
         expert: Expert = by.expert() if shown is None else by.replay(shown.seeds, shown.tasks, shown.actions)
         if guesses is not None:
             _check_guesses(expert)
-            self.seeds, elsewhere = guesses.starts(numbers, cast(Guesser, expert))
+            self.seeds, elsewhere, beside = guesses.starts(numbers, cast(Guesser, expert))
         disturbance = Disturbance(settings.noise, _disturbed(expert, spec.action.size), b, noise)
         active = torch.ones(b, dtype=torch.bool, device=device)
         obs = env.reset(active.clone(), self.seeds.to(device), tasks.to(device))
         if guesses is not None:
-            cast(Guesser, expert).suppose(active, elsewhere)
+            cast(Guesser, expert).suppose(active, elsewhere, beside)
         clumsy = _clumsy(env if shown is None else expert, settings.misses, b, who, how) if settings.misses else None
         self.start = np.zeros(b, np.int64)
         """Control steps that are left out at the beginning."""

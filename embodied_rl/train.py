@@ -141,7 +141,7 @@ def _kept(folder: RunFolder, session: Learner, writers: Writers) -> Iterator[Non
         yield
     except Exception:
         unsaved = session.update > checkpoint.newest_update(folder.checkpoints)
-        if unsaved and session.whole and not session.bad_in_a_row:
+        if unsaved and session.whole:
             with suppress(UserError, OSError):
                 _save(folder, session, writers)
         raise

@@ -87,25 +87,30 @@ class Replay:
             self._which[copy] = known[int(pick * len(known))]
         self._step[mask], self._empty[mask], self._past[mask], self._psi[mask] = 0, 0, 0, 0.0
 
-    def suppose(self, mask: Tensor, seeds: Tensor) -> None:
-        """From the next `reset` of the masked copies [B] on, take things to lie as they do at other starts [B]."""
+    def suppose(self, mask: Tensor, seeds: Tensor, beside: Sequence[list[int]]) -> None:
+        """From the next `reset` of the masked copies [B] on, take things to lie as they do at other starts [B].
+
+        Shifted as `embodied_rl.blind.Guesser` says.
+        """
         mask = mask.to(self._step.device)
         rows = mask.nonzero()[:, 0].tolist()
-        told = things_at(self._env, [int(seeds[i]) for i in rows], self._env.episode.task[mask].tolist())
+        told = things_at(
+            self._env, [int(seeds[i]) for i in rows], self._env.episode.task[mask].tolist(), [beside[i] for i in rows]
+        )
         for name, x in told.items():
             self._supposed.setdefault(name, torch.zeros_like(self._now[name]))[mask] = x
 
-    def guess(self, seeds: Tensor, tasks: Tensor, elsewhere: Tensor) -> Tensor:
-        """Whether attempts [N] at these starts succeed when things are taken to lie as at others [N]: bool."""
+    def guess(self, seeds: Tensor, tasks: Tensor, elsewhere: Tensor, beside: Sequence[list[int]]) -> Tensor:
+        """Whether attempts [N] at these starts succeed when they `suppose` so: [N] bool."""
         self._trying = True
         try:
-            return solved(self, self._env, seeds, tasks, elsewhere)
+            return solved(self, self._env, seeds, tasks, elsewhere, beside)
         finally:
             self._trying = False
 
     @property
     def over(self) -> Tensor:
-        """[B] bool, it has been at the end of its path for a while."""
+        """[B] bool, it has been at the end of its path for a while, or its guess has been found wrong."""
         return self._past >= LOST
 
     def _start_over(self) -> None:
@@ -115,8 +120,10 @@ class Replay:
         self._empty = torch.where(closed & ~self._held(), self._empty + 1, 0)
         self._past += self._step >= self._length[k] - 1
         anew = self._empty > LOST
-        # A guess that has failed would fail again; an object that was not grasped may still be pushed to its goal.
-        if not self._trying and bool(anew.any()):
+        if self._trying:
+            # A guess that has closed on nothing is wrong, even where the object is pushed to its goal all the same.
+            self._past[anew] = LOST
+        elif bool(anew.any()):
             for name, x in self._where().items():
                 self._now[name][anew] = x[anew]
             self._step[anew], self._empty[anew] = 0, 0

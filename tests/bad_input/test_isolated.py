@@ -143,11 +143,8 @@ class Simulator:
 """
 
 
-@pytest.mark.parametrize(
-    ("every", "saved", "told"),
-    [(1, 3, "go on after update 3 with --resume"), (2, 2, "go on after update 2"), (9, 0, "nothing was saved yet, so --resume begins anew")],
-)
-def test_a_run_whose_simulator_fails_again_and_again_is_told_and_not_lost(every, saved, told, tmp_path, capsys):
+@pytest.mark.parametrize("every", [1, 2, 9])
+def test_a_run_whose_simulator_fails_again_and_again_is_told_and_not_lost(every, tmp_path, capsys):
     (tmp_path / "falls.py").write_text(FALLS_OFF)
     steps, recipe, run = tmp_path / "steps", tmp_path / "run.yaml", tmp_path / "runs" / "falls"
     recipe.write_text(
@@ -162,8 +159,8 @@ def test_a_run_whose_simulator_fails_again_and_again_is_told_and_not_lost(every,
     assert "11 workers were lost without one finished episode" in error and "ValueError: the arm fell off" in error
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["stop_reason"], summary["updates"], summary["finished"]) == ("simulator", 3, False), "the third lost a part of its episodes"
-    assert summary["saved_update"] == saved and any((run / "checkpoints").iterdir()) == (saved > 0)
-    assert f"Stopped: its simulator failed again and again; {told}" in (run / "report.html").read_text()
+    assert summary["saved_update"] == 3, "whether a checkpoint was due or not"
+    assert "Stopped: its simulator failed again and again; go on after update 3 with --resume" in (run / "report.html").read_text()
 
 
 # ---- environments of simulators -------------------------------------------------------------------------------------

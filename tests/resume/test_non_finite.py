@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from embodied_rl import checkpoint
 from embodied_rl.cli import main
 from embodied_rl.errors import DivergenceError
 from embodied_rl.evaluate import evaluate
+from embodied_rl.execute import execute
 from embodied_rl.observation import check_finite
 from embodied_rl.session import Session
 from tests.resume import lab
@@ -95,6 +97,24 @@ def test_what_is_learned_beside_a_spoilt_episode_is_what_the_others_say(mode):
     for name in ("reward", "logp", "value", "next_value", "valid", "truncated"):
         assert torch.equal(getattr(sound, name)[:3, 1:], getattr(spoilt, name)[:3, 1:]), name
     assert len(spoilt.finished["return"]) == len(sound.finished["return"]) - 1
+
+
+def test_what_an_env_itself_calls_invalid_is_not_told_again(caplog):
+    session = Session.build(lab.recipe())
+    env = session.collector.parts[0].env
+    everyone = torch.ones(8, dtype=torch.bool)
+    env.reset(everyone, torch.arange(8), torch.zeros(8, dtype=torch.int64))
+    real, gone = env.step, torch.arange(8) == 3
+
+    def lost(*given):
+        step = real(*given)
+        step.obs["position"][gone] = math.nan
+        return replace(step, reward=torch.where(gone, math.nan, step.reward), truncated=step.truncated | gone, invalid=gone)
+
+    env.step = lost
+    executed = execute(env, torch.zeros(8, 1, 2), None)
+    assert executed.invalid.tolist() == gone.tolist() and executed.reward[3] == 0 and caplog.messages == []
+    session.close()
 
 
 def test_the_reward_scale_and_the_normaliser_are_those_of_the_sound_numbers(tmp_path):

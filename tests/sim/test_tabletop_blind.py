@@ -15,7 +15,7 @@ from embodied_rl.demo_format import DemonstrationError
 from embodied_rl.demo_starts import Shown
 from embodied_rl.demonstrations import Demonstrations
 from embodied_rl.envs.tabletop import Config, build
-from embodied_rl.envs.tabletop.blind import feels
+from embodied_rl.envs.tabletop.blind import SHIFT, feels, things_at
 from embodied_rl.envs.tabletop.replay import Replay
 from embodied_rl.errors import CapabilityError
 from embodied_rl.record_demos import collect_demonstrations
@@ -23,6 +23,8 @@ from embodied_rl.seeding import start_seeds
 from tests.sim.conftest import SETTINGS, TASKS
 
 COPIES = 24
+EXACTLY = [[]] * 150
+"""Nothing beside."""
 
 
 def made(copies=COPIES, **settings):
@@ -54,7 +56,7 @@ def begin(env, shown, seeds, elsewhere, blindfold=False):
         told = {name: torch.full_like(x, torch.nan) for name, x in again._look().items()}
         again._look = lambda: told | {"hand": env.controller.position.clone().float()}
     env.reset(everyone, seeds, torch.arange(len(seeds)) % 3)
-    again.suppose(everyone, elsewhere)
+    again.suppose(everyone, elsewhere, [[]] * len(seeds))
     again.reset(everyone)
     return again
 
@@ -92,8 +94,51 @@ def test_nothing_about_the_objects_is_looked_at(table, shown, monkeypatch):
 def test_a_right_guess_solves_it_and_a_wrong_one_seldom(table, shown):
     again = table.replay(shown.seeds, shown.tasks, shown.actions)
     seeds, tasks = starts(150, 0), torch.arange(150) % 3
-    assert float(again.guess(seeds, tasks, seeds).float().mean()) > 0.9
-    assert float(again.guess(seeds, tasks, starts(150, 1)).float().mean()) < 0.1
+    assert float(again.guess(seeds, tasks, seeds, EXACTLY).float().mean()) > 0.9
+    assert float(again.guess(seeds, tasks, starts(150, 1), EXACTLY).float().mean()) < 0.1
+
+
+def test_a_guess_that_has_closed_on_nothing_is_given_up(table, shown):
+    """Its path would go on, and might push the object to its goal all the same."""
+    again = begin(table, shown, starts(COPIES, 0), starts(COPIES, 1))
+    again._trying, held, given_up = True, torch.zeros(COPIES, dtype=torch.bool), torch.zeros(COPIES, dtype=torch.bool)
+    for _ in range(60):
+        table.step(again.act())
+        held |= feels(table)
+        given_up |= again.over & (again._step < again._length[again._which] - 1)
+    grasping = torch.arange(COPIES) % 3 > 0
+    assert given_up[grasping & ~held].all() and not given_up[~grasping].any() and int((grasping & ~held).sum()) > 8
+
+
+def test_the_middle_of_what_succeeds_around_a_right_guess_is_nearer(table, shown, tmp_path, monkeypatch):
+    monkeypatch.setattr(blind, "ROUND", 400)
+    (tmp_path / "meta").mkdir()
+    guesses, again = Guesses(tmp_path, TASKS, 0), table.replay(shown.seeds, shown.tasks, shown.actions)
+    numbers = 3 * torch.arange(8)[:, None] + torch.tensor([0, 2])  # reach and lift, eight each
+    seeds, elsewhere, beside = guesses.starts(numbers.flatten(), again)
+    tasks = [0, 2] * 8
+    assert all(0 < len(one) < blind.TRIES for one in beside)
+
+    def places(seeds, beside):
+        return things_at(table, seeds.tolist(), tasks, beside)["object"][:, :2]
+
+    truth = places(seeds, EXACTLY[:16])
+    far = (places(elsewhere, EXACTLY[:16]) - truth).norm(dim=1).median()
+    near = (places(elsewhere, beside) - truth).norm(dim=1).median()
+    assert 0.01 < far < 0.03 and near < 0.7 * far
+
+
+def test_small_shifts_are_of_the_object_and_of_the_goal_and_their_mean_is_taken(table):
+    seeds, tasks = starts(2, 0).tolist(), [1, 1]
+    plain, one, other, both = (things_at(table, seeds, tasks, [[], list(x)]) for x in ((), (5,), (6,), (5, 6)))
+    for name in ("object", "goal", "yaw", "half"):
+        assert torch.equal(plain[name][0], one[name][0]), "the first has no shift"
+        assert_close(both[name][1], (one[name][1] + other[name][1]) / 2)
+    for name in ("object", "goal"):
+        moved = (one[name] - plain[name])[1]
+        assert moved[:2].abs().min() > 1e-4 and moved[2] == 0
+    many = torch.stack([things_at(table, seeds[:1], [1], [[i]])["object"][0] for i in range(200)])
+    assert_close(many[:, :2].std(dim=0), torch.full((2,), SHIFT), atol=0.004, rtol=0)
 
 
 def test_what_a_guess_comes_to_does_not_depend_on_what_is_tried_beside_it(shown):
@@ -103,7 +148,7 @@ def test_what_a_guess_comes_to_does_not_depend_on_what_is_tried_beside_it(shown)
     told = []
     for copies in (5, 64):
         env = made(copies)
-        told.append(env.replay(shown.seeds, shown.tasks, shown.actions).guess(seeds, tasks, elsewhere))
+        told.append(env.replay(shown.seeds, shown.tasks, shown.actions).guess(seeds, tasks, elsewhere, [[], [5]] * 20 + [[]]))
         env.close()
     assert torch.equal(told[0], told[1]) and 0 < int(told[0].sum()) < 41
 
@@ -148,7 +193,7 @@ def test_nothing_is_drawn_while_it_is_guessed(shown):
     look = pictures.look
     pictures.look = lambda *a: drawn.append(1) or look(*a)
     seeds = starts(12, 0)
-    again.guess(seeds, torch.arange(12) % 3, seeds)
+    again.guess(seeds, torch.arange(12) % 3, seeds, EXACTLY)
     assert not drawn
     seen = env.reset(torch.ones(6, dtype=torch.bool), seeds[:6], torch.arange(6) % 3)
     assert drawn and seen["table"].float().std() > 0
@@ -159,6 +204,7 @@ def test_nothing_is_drawn_while_it_is_guessed(shown):
 def quick(monkeypatch):
     """Guess a little at a time, and as if half of the guesses were right, so that a test can wait for it."""
     monkeypatch.setattr(blind, "ROUND", 8)
+    monkeypatch.setattr(blind, "TRIES", 3)
     seeds = Guesses._seeds
     monkeypatch.setattr(
         Guesses, "_seeds", lambda self, stream, i: torch.where(i % 2 == 0, seeds(self, blind.STARTS, i), seeds(self, stream, i))
@@ -177,6 +223,8 @@ def test_a_blind_set_is_whole_says_what_it_is_and_goes_on_where_it_stopped(demos
     assert more.info["embodied_rl"]["made"]["blind"] is True and all(line.extra["success"] for line in more.lines)
     found = [json.loads(line) for line in (tmp_path / "more/meta/guesses.jsonl").read_text().splitlines()]
     assert [row["task"] for row in found] == list(TASKS)
+    assert all(3 * a <= i < 3 * a + 3 for row in found for a, tries in zip(row["solved"], row["beside"], strict=False) for i in tries)
+    assert [len(row["beside"]) for row in found] >= [3, 3, 3] and any(row["beside"][0] for row in found)
     for k, line in enumerate(more.lines):
         number = line.extra["attempt"]
         attempt = found[k % 3]["solved"][number // 3]
@@ -195,7 +243,7 @@ def test_a_blind_set_is_whole_says_what_it_is_and_goes_on_where_it_stopped(demos
 
 def test_a_task_that_no_guess_solves_is_told(demos, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(blind, "HOPELESS", 2)
-    monkeypatch.setattr(Replay, "guess", lambda self, seeds, tasks, elsewhere: tasks != 1)
+    monkeypatch.setattr(Replay, "guess", lambda self, seeds, tasks, *told: tasks != 1)
     with pytest.raises(CapabilityError, match="none of 16 guesses solved task 'push': give it more time"):
         collect(tmp_path / "set", 3, demos)
 
@@ -215,7 +263,7 @@ def test_what_cannot_guess_is_told(demos, tmp_path, monkeypatch):
         collect(tmp_path / "set", 3, demos)
 
 
-@pytest.mark.parametrize("line", ['{"task": "push"}', '{"task": "open", "tried": 8, "solved": []}', '{"task": "push", "tried": 8, "solved": 3}'])
+@pytest.mark.parametrize("line", ['{"task": "push"}', '{"task": "open", "tried": 8, "solved": []}', '{"task": "push", "tried": 8, "solved": 3}', '{"task": "push", "tried": 8, "solved": [3]}'])
 def test_a_damaged_file_of_guesses_is_told(tmp_path, line):
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta/guesses.jsonl").write_text(line + "\n")
