@@ -114,6 +114,11 @@ class Guesses:
     def _seeds(self, stream: int, attempts: Tensor) -> Tensor:
         return start_seeds(self._seed, "train", torch.full_like(attempts, stream), attempts)
 
+    def _solved(self, guesser: Guesser, attempts: Tensor, beside: Sequence[list[int]]) -> Tensor:
+        """Whether attempts [N] succeed with their guesses, shifted: [N] bool."""
+        seeds, elsewhere = self._seeds(STARTS, attempts), self._seeds(GUESSES, attempts)
+        return guesser.guess(seeds, attempts % len(self._tasks), elsewhere, beside)
+
     def _look_around(self, last: dict[int, int], guesser: Guesser) -> None:
         """Try places around those right guesses, up to the `last` of each task, where that has not been done."""
         t = len(self._tasks)
@@ -122,8 +127,7 @@ class Guesses:
             return
         attempts = torch.tensor(new).repeat_interleave(TRIES)
         tries = TRIES * attempts + torch.arange(TRIES).repeat(len(new))
-        seeds, elsewhere = self._seeds(STARTS, attempts), self._seeds(GUESSES, attempts)
-        solved = guesser.guess(seeds, attempts % t, elsewhere, self._seeds(BESIDE, tries)[:, None].tolist())
+        solved = self._solved(guesser, attempts, self._seeds(BESIDE, tries)[:, None].tolist())
         for attempt, numbers, good in zip(new, tries.view(-1, TRIES), solved.view(-1, TRIES), strict=True):
             self.beside[attempt % t].append(numbers[good].tolist())
         self._write()
@@ -132,8 +136,7 @@ class Guesses:
         """One more round at each task of which there are too few."""
         t = len(self._tasks)
         attempts = torch.tensor([t * (self.tried[task] + i) + task for i in range(ROUND) for task in lacking])
-        seeds, elsewhere = self._seeds(STARTS, attempts), self._seeds(GUESSES, attempts)
-        solved = guesser.guess(seeds, attempts % t, elsewhere, [[]] * len(attempts))
+        solved = self._solved(guesser, attempts, [[]] * len(attempts))
         for attempt in attempts[solved].tolist():
             self.found[attempt % t].append(attempt)
         for task in lacking:

@@ -136,7 +136,7 @@ def train(session: Learner, folder: RunFolder, writers: Writers, stop: StopReque
 
 @contextmanager
 def _kept(folder: RunFolder, session: Learner, writers: Writers) -> Iterator[None]:
-    """Where a simulator fails, save what had been learned before: only the rollout that it failed in is lost."""
+    """Where anything fails between two updates, above all a simulator, save the updates that are finished."""
     try:
         yield
     except Exception:

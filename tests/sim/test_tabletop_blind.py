@@ -224,7 +224,7 @@ def test_a_blind_set_is_whole_says_what_it_is_and_goes_on_where_it_stopped(demos
     found = [json.loads(line) for line in (tmp_path / "more/meta/guesses.jsonl").read_text().splitlines()]
     assert [row["task"] for row in found] == list(TASKS)
     assert all(3 * a <= i < 3 * a + 3 for row in found for a, tries in zip(row["solved"], row["beside"], strict=False) for i in tries)
-    assert [len(row["beside"]) for row in found] >= [3, 3, 3] and any(row["beside"][0] for row in found)
+    assert all(len(row["beside"]) >= 3 for row in found) and any(row["beside"][0] for row in found)
     for k, line in enumerate(more.lines):
         number = line.extra["attempt"]
         attempt = found[k % 3]["solved"][number // 3]
